@@ -1,0 +1,238 @@
+"""The command line: `cogvideo generate | train | models`.
+
+Each command imports what it needs inside, so that `--help` answers at once. What a user can get wrong raises
+ValueError or OSError somewhere below and ends here as one line and exit code 2.
+"""
+
+import re
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+Short = Annotated[Path, arg(aliases=["-o"])]
+
+
+def generate(
+    prompt: Positional[str | None] = None,
+    /,
+    out: Short = Path("out.mp4"),
+    model: str = "tiny",
+    prompts: Path | None = None,
+    num_videos: int = 1,
+    num_frames: int | None = None,
+    seed: int | None = None,
+    guidance_scale: float | None = None,
+    image: Path | None = None,
+    video: Path | None = None,
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16", "int8"] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Make videos from a sentence.
+
+    Args:
+        prompt: What is to be seen, English or Chinese.
+        out: Where to write: .mp4, .gif, .webp or .png. Several videos get numbers: out-0.mp4, out-1.mp4.
+        model: A shipped model, a model folder, or a hub id.
+        prompts: A text file with a prompt on each line, instead of one prompt.
+        num_videos: Videos for each prompt.
+        num_frames: Frames of a video: fewer rounds of interpolation for fewer frames.
+        seed: The same seed makes the same video. Default: a random one, which is printed.
+        guidance_scale: How strongly the prompt is followed, 1 or more. Default: what suits the model.
+        image: A picture to begin with.
+        video: A video to go on from.
+        device: Where to compute: cpu, cuda, mps.
+        dtype: Numbers to compute with. Default: what is fastest on the device.
+        quiet: Print nothing but errors.
+    """
+    from cogvideo.video import check_output
+
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give either a prompt or --prompts FILE")
+    check_output(out)
+    lines = (
+        [prompt]
+        if prompt is not None
+        else [line for line in prompts.read_text().splitlines() if line.strip()]
+    )
+    if not lines:
+        raise ValueError(f"{prompts} holds no prompt; write one on each line")
+    from cogvideo.pipeline import CogVideo
+    from cogvideo.sampling import pick_seeds
+
+    pipe = CogVideo.from_pretrained(model, device=device, dtype=dtype)
+    for line in lines:
+        for word, near in pipe.unknown_words(line).items():
+            nearest = f"; near it are: {', '.join(near)}" if near else ""
+            print(f"hint: the model never saw the word {word!r}{nearest}", file=sys.stderr)
+    seed = pick_seeds(seed, len(lines) * max(num_videos, 1))[0]
+    clips = pipe(
+        lines,
+        image=image,
+        video=video,
+        num_frames=num_frames,
+        num_videos_per_prompt=num_videos,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        progress=not quiet,
+    )
+    for i, clip in enumerate(clips):
+        path = out if len(clips) == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}")
+        clip.save(path)
+        if not quiet:
+            frames, height, width, _ = clip.frames.shape
+            print(f"{path}  {frames} frames, {width}x{height}, {clip.fps:g} fps, seed {seed + i}")
+
+
+def train(
+    recipe: Positional[str] = "tiny",
+    /,
+    data: str = "tinyworld",
+    out: Path | None = None,
+    phases: tuple[str, ...] = (),
+    device: str = "cpu",
+    workers: int = 0,
+    threads: int | None = None,
+    save_every: int = 250,
+    log_every: int = 25,
+    probe_every: int = 1000,
+) -> None:
+    """Train a model by a recipe, phase after phase; goes on where it stopped.
+
+    A field of a phase is set by --PHASE.FIELD VALUE, as in --image.steps 20000 --stage1.batch 16.
+
+    Args:
+        recipe: A row of the table in cogvideo/train/recipes.py.
+        data: "tinyworld", a folder of captioned videos, or webdataset shards.
+        out: The folder of the run. Default: runs/RECIPE.
+        phases: Only these phases, in the order of the recipe. Default: all.
+        device: Where to compute: cpu, cuda, mps.
+        workers: Processes that read data.
+        threads: CPU threads. Default: torch's own choice.
+        save_every: Steps between saves to resume from.
+        log_every: Steps between lines of the log.
+        probe_every: Steps between sample strips.
+    """
+    import torch
+
+    from cogvideo import presets
+    from cogvideo.data.sources import open_source
+    from cogvideo.preview import probe
+    from cogvideo.train import loop, recipes
+
+    chosen = recipes.find(recipe)
+    for name in phases:
+        chosen.phase(name)
+    chosen = replace(chosen, phases=tuple(_override(phase, OVERRIDES) for phase in chosen.phases))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    source = open_source(data, seed=chosen.seed, sprites=chosen.sprites)
+    folder = loop.train(
+        chosen,
+        out or Path("runs") / chosen.name,
+        source,
+        presets.find(chosen.preset),
+        [p for p in chosen.phases if not phases or p.name in phases],
+        device=device,
+        workers=workers,
+        save_every=save_every,
+        log_every=log_every,
+        probe_every=probe_every,
+        probe=probe,
+    )
+    print(f"model folder: {folder.path}")
+
+
+def models(model: Positional[str | None] = None, /) -> None:
+    """List the shipped models, or tell what a model knows: sizes, words, measured numbers."""
+    from cogvideo.weights import ModelFolder, find_model, shipped
+
+    if model is None:
+        for name in shipped():
+            print(f"{name:<12} {ModelFolder(find_model(name)).config.get('about', '')}")
+        return
+    folder = ModelFolder(find_model(model))
+    config, system = folder.config, folder.system()
+    c = system.model
+    size = system.vqvae.resolution
+    refined = f", refined to {size * system.refiner.scale} px" if system.refiner else ""
+    print(f"{folder.path}\n{config.get('about', '')}\n")
+    print(f"transformer   {c.layers} layers, width {c.width}, {c.heads} heads")
+    print(f"frames        {c.frames} key frames of {c.grid}x{c.grid} tokens, {c.codes} codes; {size} px{refined}")
+    for part in system.parts:
+        size = f"{folder.file(part).stat().st_size / 1e6:.1f} MB" if folder.has(part) else "missing"
+        print(f"{part:<13} {size}")
+    for name, row in config.get("trained", {}).items():
+        print(f"trained       {name}: {row['steps']} steps of {row['batch']} clips")
+    for name, value in config.get("measured", {}).items():
+        print(f"measured      {name}: {value}")
+    if config.get("words"):
+        print(f"words         {' '.join(config['words'])}")
+
+
+COMMANDS = {"generate": generate, "train": train, "models": models}
+OVERRIDES: dict[
+    str, str
+] = {}  # "--image.steps 100" as {"image.steps": "100"}, taken off the command line before parsing
+
+
+def _override(phase, overrides: dict[str, str]):
+    """A phase with the fields that the command line sets; fields are numbers and words, read by the type of
+    their default."""
+    plain = {
+        f.name: type(getattr(phase, f.name))
+        for f in fields(phase)
+        if type(getattr(phase, f.name)) in (int, float, str)
+    }
+    plain.pop("name")
+    for key, value in overrides.items():
+        name, field = key.split(".")
+        if name != phase.name:
+            continue
+        if field not in plain:
+            raise ValueError(
+                f"a phase has no field {field!r} that can be set; choose one of {', '.join(plain)}"
+            )
+        try:
+            phase = replace(phase, **{field: plain[field](value)})
+        except ValueError:
+            raise ValueError(f"--{key} needs {plain[field].__name__}, got {value!r}") from None
+    return phase
+
+
+def _take_overrides(arguments: list[str]) -> list[str]:
+    """Move `--PHASE.FIELD VALUE` from the arguments to OVERRIDES; returns the rest."""
+    rest, left = [], iter(arguments)
+    for argument in left:
+        match = re.fullmatch(r"--(\w+\.\w+)(?:=(.*))?", argument)
+        if match:
+            value = match[2] if match[2] is not None else next(left, None)
+            if value is None:
+                raise ValueError(f"{argument} needs a value")
+            OVERRIDES[match[1]] = value
+        else:
+            rest.append(argument)
+    return rest
+
+
+def main() -> None:
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="cogvideo",
+            description="Text to video by the method of CogVideo.",
+            args=_take_overrides(sys.argv[1:]),
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(_complain(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(error: Exception) -> int:
+    print(f"cogvideo: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2

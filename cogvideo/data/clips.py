@@ -1,0 +1,62 @@
+"""Choose a frame rate and cut a clip out of a recording (CogVideo section 3.1: multi-frame-rate training).
+
+A recording is anything with a length, a caption, and frames at given times. A cut says how many frames are
+taken and at which rates; the seconds that the whole window spans at the chosen rate become the duration
+prompt of the text, so a model learns what "4.0 seconds" and "0.5 seconds" look like.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class Recording(Protocol):
+    """One captioned video, read lazily."""
+
+    seconds: float
+
+    def caption(self, rng: np.random.Generator) -> str: ...
+
+    def frames(self, times: Sequence[float], size: int) -> np.ndarray:
+        """uint8 [F, size, size, 3] at these seconds."""
+        ...
+
+
+class Source(Protocol):
+    """Recordings by index. `len` is how many there are; a source without end says `None` as its `count`."""
+
+    count: int | None
+
+    def __getitem__(self, index: int) -> Recording: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a clip is taken: a window of `frames` at one of `rates` (frames a second), of which the first
+    `keep` are used."""
+
+    frames: int
+    rates: tuple[float, ...]
+    keep: int | None = None  # None: all of the window
+    sizes: tuple[int, ...] = (48,)  # the same frames at each of these sizes, in pixels
+
+
+@dataclass(frozen=True)
+class Sample:
+    caption: str
+    duration: float  # seconds that the window spans
+    frames: tuple[np.ndarray, ...]  # for each size of the cut: uint8 [F, size, size, 3]
+
+
+def cut(recording: Recording, how: Cut, rng: np.random.Generator) -> Sample:
+    """One clip at random. Of the rates whose window fits into the recording one is chosen; if none fits, the
+    fastest is and the last frame repeats."""
+    spans = {rate: (how.frames - 1) / rate for rate in how.rates}
+    fitting = [rate for rate in how.rates if spans[rate] <= recording.seconds] or [max(how.rates)]
+    rate = fitting[rng.integers(len(fitting))]
+    start = rng.uniform(0, max(recording.seconds - spans[rate], 0))
+    times = np.minimum(start + np.arange(how.keep or how.frames) / rate, recording.seconds)
+    frames = tuple(recording.frames(times, size) for size in how.sizes)
+    return Sample(recording.caption(rng), spans[rate], frames)

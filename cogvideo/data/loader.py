@@ -1,0 +1,76 @@
+"""Batches without end, the same ones for the same seed: shuffled, split by rank, resumable from a single
+number.
+
+Sample k of a run is a function of (seed, k) alone, so the state of the loader is the step it has reached.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cogvideo.data.clips import Cut, Sample, Source, cut
+from cogvideo.vqvae import to_pictures
+
+
+@dataclass(frozen=True)
+class Batch:
+    captions: list[str]
+    durations: list[float]
+    frames: tuple[torch.Tensor, ...]  # for each size: float [B, F, 3, size, size] in [0, 1]
+
+
+class _Cuts(Dataset):
+    """Clip k of an endless run."""
+
+    def __init__(self, source: Source, how: Cut, seed: int):
+        self.source, self.how, self.seed = source, how, seed
+
+    def __getitem__(self, k: int) -> Sample:
+        rng = np.random.default_rng((self.seed, k))
+        if self.source.count is None:
+            index = k
+        else:  # each epoch is an order of its own
+            epoch, place = divmod(k, self.source.count)
+            index = int(np.random.default_rng((self.seed, epoch)).permutation(self.source.count)[place])
+        return cut(self.source[index], self.how, rng)
+
+
+def batches(
+    source: Source,
+    how: Cut,
+    batch: int,
+    *,
+    seed: int,
+    step: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """Batches of `batch` clips for this rank, from `step` on; `ranks` ranks together see each sample once."""
+
+    def mine() -> Iterator[list[int]]:
+        k = step
+        while True:
+            first = (k * ranks + rank) * batch
+            yield list(range(first, first + batch))
+            k += 1
+
+    return iter(
+        DataLoader(_Cuts(source, how, seed), batch_sampler=mine(), num_workers=workers, collate_fn=_collate)
+    )
+
+
+def _collate(samples: list[Sample]) -> Batch:
+    frames = tuple(to_pictures(np.stack(same_size)) for same_size in zip(*(s.frames for s in samples)))
+    return Batch([s.caption for s in samples], [s.duration for s in samples], frames)
+
+
+def read_captions(source: Source, count: int, seed: int) -> Iterator[str]:
+    """`count` captions of a source, the same for the same seed; a finite source is read again when it
+    ends."""
+    for k in range(count):
+        index = k if source.count is None else k % source.count
+        yield source[index].caption(np.random.default_rng((seed, k)))

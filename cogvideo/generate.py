@@ -1,0 +1,73 @@
+"""Fill in the frames of a layout, token by token, with a cache.
+
+`fill` moves tokens only: text and known frames in, all frames out. It is a generator: long work yields, so
+that progress, preview and cancel come free. Guidance is a doubled batch: the rows with the prompt and those
+without are one forward and one cache.
+
+Shapes: B samples, T text_len, F frames, N tokens a frame, V codes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cogvideo.layout import Layout
+from cogvideo.model.transformer import DualChannelTransformer
+from cogvideo.sampling import Sampling, guide, pick
+
+
+@dataclass(frozen=True)
+class Filled:
+    """The state of a fill: `frames` [B, F, N] in time order, -1 where nothing is yet; tokens a sample done
+    and to do."""
+
+    frames: Tensor
+    done: int
+    total: int
+
+
+@torch.inference_mode()
+def fill(
+    model: DualChannelTransformer,
+    layout: Layout,
+    text: Tensor,
+    known: Tensor,
+    sampling: Sampling,
+    uniform: Tensor,
+    plain: Tensor | None = None,
+) -> Iterator[Filled]:
+    """Make the frames of `layout` that are not known; yields after every row of the grid, the last one
+    complete.
+
+    text [B, T]; known [B, k, N]: the first k frames in laid order; uniform [B, tokens to make]: random
+    numbers; plain [B, T]: the text without the prompt, needed if sampling.guidance_scale is over 1.
+    """
+    guided = sampling.guidance_scale > 1
+    if guided and plain is None:
+        raise ValueError("guidance needs the text without the prompt")
+    size, count = layout.frame_len, known.shape[1]
+    rows = torch.cat((text, plain)) if guided else text
+    frames = torch.full((len(text), layout.frames, size), -1, dtype=torch.long, device=text.device)
+    frames[:, :count] = known
+    inputs = layout.inputs(known, model.config.start)
+    cache = model.new_cache(layout, len(rows))
+    model.body(torch.cat((rows, inputs.repeat(2, 1) if guided else inputs), 1), layout, cache)
+    total = (layout.frames - count) * size
+    start = torch.full((len(text),), model.config.start, device=text.device)
+    token = start
+    for k in range(total):
+        frame, raster = divmod(k, size)
+        entering = start if raster == 0 else token
+        logits = model(
+            torch.cat((entering, entering))[:, None] if guided else entering[:, None], layout, cache
+        )[:, -1]
+        if guided:
+            logits = guide(logits, sampling.guidance_scale)
+        token = pick(logits, sampling, uniform[:, k])
+        frames[:, count + frame, raster] = token
+        if (k + 1) % layout.grid == 0:
+            yield Filled(layout.unlay(frames), k + 1, total)
+    if total == 0:
+        yield Filled(layout.unlay(frames), 0, 0)

@@ -1,0 +1,186 @@
+"""Where each token stands: the one place that knows frame order, positions, masks and which frames are
+trained.
+
+A stage is a layout, not a class. The sequence is `text_len` text tokens, then the frames of `order`, each
+`grid * grid` tokens in raster order. `given` frames are known beforehand and see one another in both
+directions.
+
+    image     Layout.image(text_len, grid)      order 0             the first picture alone
+    stage 1   Layout.keyframes(...)             order 0 1 2 3 4     key frames, each after the one before
+    stage 2   Layout.interpolation(...)         order 0 2 4 1 3     0 2 4 are given, 1 and 3 are filled in
+
+One rule makes every mask. In laid order, a frame token i
+
+    sees(i, j) = (j <= i  or  both in given frames)  and  near(i, j)
+
+where near is the same frame (spatial channel), the same tile of any frame (temporal channel with windows) or
+anything (temporal channel with full attention). Text sees text, in both directions; every frame token sees
+all text; padding is seen by none. Stage 2 on a 1 x 1 grid, `#` sees:
+
+         text 0 2 4 1 3
+    text  #   . . . . .
+    0     #   # # # . .
+    2     #   # # # . .
+    4     #   # # # . .
+    1     #   # # # # .
+    3     #   # # # # #
+
+What enters the model: slot 0 of each frame holds the start-of-image token and slot k token k - 1 of the
+frame, so the output at slot k predicts token k and the last token of a frame enters nowhere (SPEC: CogVideo
+section 3, "B.1, B.2").
+
+Tiles: the map is cut into `window` x `window` tiles; a shifted layer moves the cuts by half a window, which
+leaves half tiles at the border. For computing, tokens are gathered into groups of one size (the shifted map
+is rolled, so that border tiles share a group, kept apart by the mask); for stepping, each tile's tokens lie
+side by side, in laid order.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    text_len: int
+    grid: int  # tokens a side of one frame
+    frames: int = 1
+    order: tuple[int, ...] = (0,)  # frames, by their place in time, as they are laid
+    given: tuple[int, ...] = ()  # known frames that see each other; laid first
+
+    def __post_init__(self) -> None:
+        if sorted(self.order) != list(range(self.frames)):
+            raise ValueError(f"order {self.order} is not an order of {self.frames} frames")
+        if tuple(self.order[: len(self.given)]) != tuple(self.given):
+            raise ValueError(f"given frames {self.given} must be laid first, in the order {self.order}")
+
+    @classmethod
+    def image(cls, text_len: int, grid: int) -> "Layout":
+        return cls(text_len, grid)
+
+    @classmethod
+    def keyframes(cls, text_len: int, grid: int, frames: int) -> "Layout":
+        return cls(text_len, grid, frames, tuple(range(frames)))
+
+    @classmethod
+    def interpolation(cls, text_len: int, grid: int, frames: int) -> "Layout":
+        given = tuple(range(0, frames, 2))
+        return cls(text_len, grid, frames, given + tuple(range(1, frames, 2)), given)
+
+    def first(self, count: int) -> "Layout":
+        """The first `count` laid frames alone, renumbered: the same masks, cut off."""
+        return Layout(
+            self.text_len, self.grid, count, tuple(range(count)), tuple(range(min(count, len(self.given))))
+        )
+
+    @property
+    def frame_len(self) -> int:
+        return self.grid * self.grid
+
+    @property
+    def tokens(self) -> int:
+        """Frame tokens of the whole sequence."""
+        return self.frames * self.frame_len
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """The frames a model is trained to predict: not the given ones, nor the first of several (the image
+        model's)."""
+        known = self.given or self.order[: min(1, self.frames - 1)]
+        return tuple(f for f in self.order if f not in known)
+
+    # -- packing
+
+    def lay(self, frames: Tensor) -> Tensor:
+        """[B, F, ...] in time order to laid order."""
+        return frames[:, list(self.order)]
+
+    def unlay(self, frames: Tensor) -> Tensor:
+        """[B, F, ...] in laid order to time order."""
+        return frames[:, sorted(range(self.frames), key=self.order.__getitem__)]
+
+    def inputs(self, codes: Tensor, start: int) -> Tensor:
+        """Codes [B, f, N] of the first f laid frames to what enters the model [B, f * N]; `start` is the
+        start-of-image id."""
+        return torch.cat((torch.full_like(codes[..., :1], start), codes[..., :-1]), -1).flatten(1)
+
+    @lru_cache(maxsize=32)
+    def loss_mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """[F * N] in laid order, 1 where the output is trained."""
+        with torch.inference_mode(False):  # kept, and so must serve training too
+            per_frame = torch.tensor([float(f in self.trained) for f in self.order], device=device)
+            return per_frame.repeat_interleave(self.frame_len)
+
+    @lru_cache(maxsize=32)
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """[F * N] in laid order: place in time and raster, counted from the first token of frame 0."""
+        with torch.inference_mode(False):
+            frame = torch.tensor(self.order, device=device).repeat_interleave(self.frame_len)
+            return frame * self.frame_len + torch.arange(self.frame_len, device=device).repeat(self.frames)
+
+    # -- who sees whom
+
+    def tiles(self, window: int, shifted: bool) -> Tensor:
+        """[N] the tile of each place of the map; one tile of everything if window is 0."""
+        if window == 0:
+            return torch.zeros(self.frame_len, dtype=torch.long)
+        if self.grid % window:
+            raise ValueError(f"windows of {window} do not divide a grid of {self.grid}")
+        band = (torch.arange(self.grid) + (window // 2 if shifted else 0)) // window
+        return (band[:, None] * self.grid + band[None, :]).flatten()
+
+    def sees(self, channel: str, window: int = 0, shifted: bool = False) -> Tensor:
+        """Bool [F * N, F * N]: row sees column, in laid order. `channel` is "spatial" or "temporal"."""
+        place = torch.arange(self.tokens)
+        frame, raster = place // self.frame_len, place % self.frame_len
+        given = frame < len(self.given)
+        before = (place[None, :] <= place[:, None]) | (given[:, None] & given[None, :])
+        near = frame if channel == "spatial" else self.tiles(window, shifted)[raster]
+        return before & (near[:, None] == near[None, :])
+
+    def groups(self, channel: str, window: int = 0, shifted: bool = False) -> Tensor:
+        """[G, n] laid places that attend together (before the mask): frames, rolled windows, or
+        everything."""
+        places = torch.arange(self.tokens).view(self.frames, self.grid, self.grid)
+        if channel == "spatial":
+            return places.flatten(1)
+        if window == 0:
+            return places.view(1, -1)
+        if shifted:
+            places = places.roll((-(window // 2), -(window // 2)), (1, 2))
+        cut = places.unfold(1, window, window).unfold(2, window, window)  # [F, rows, columns, w, w]
+        return cut.permute(1, 2, 0, 3, 4).reshape(-1, self.frames * window * window)
+
+    def segments(
+        self, channel: str, text_len: int, window: int = 0, shifted: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Where keys lie in a cache so that what a token sees is one slice: (start, slot) of every laid
+        place.
+
+        Each tile has a segment: the text, then its tokens in laid order; a token at place i sees start[i] ..
+        slot[i]. The spatial channel has one segment that each frame overwrites.
+        """
+        if channel == "spatial":
+            return [0] * self.tokens, [text_len + p % self.frame_len for p in range(self.tokens)]
+        tile = self.tiles(window, shifted).repeat(self.frames)
+        start, slot = [0] * self.tokens, [0] * self.tokens
+        end = 0
+        for one in tile.unique().tolist():
+            members = (tile == one).nonzero().flatten().tolist()
+            for rank, place in enumerate(members):
+                start[place], slot[place] = end, end + text_len + rank
+            end += text_len + len(members)
+        return start, slot
+
+    def draw(self, channel: str, window: int = 0, shifted: bool = False) -> str:
+        """The mask as text: a row for each frame token, `#` where it sees, a gap between frames."""
+        rows = []
+        for i, row in enumerate(self.sees(channel, window, shifted).tolist()):
+            marks = "".join("#" if seen else "." for seen in row)
+            frames = [marks[k : k + self.frame_len] for k in range(0, len(marks), self.frame_len)]
+            rows.append(" ".join(frames))
+            if (i + 1) % self.frame_len == 0 and i + 1 < self.tokens:
+                rows.append("")
+        return "\n".join(rows)

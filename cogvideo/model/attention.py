@@ -1,0 +1,106 @@
+"""The two attention channels of a block (CogVideo section 3.2), for whole sequences and for single steps.
+
+The spatial channel is the attention of the inherited text-to-image model: text and the token's own frame. The
+temporal channel has weights of its own and looks over frames. Both are the same computation over different
+groups of tokens: text keys in front, then the group's, one call of `scaled_dot_product_attention`; the layout
+says which tokens make a group.
+
+Legend: B batch, S frame tokens, T text tokens, G groups of n tokens, H heads, d width of a head, D = H * d.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideo.layout import Layout
+from cogvideo.model.cache import ChannelCache
+
+
+class Attention(nn.Module):
+    """Projections of one channel: queries, keys and values as thirds [q | k | v] of one matrix, and the way
+    out."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, S, D] to queries, keys, values, each [B, H, S, d]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which frame tokens attend together, as tensors on a device."""
+
+    index: Tensor  # [G * n] laid places, group by group
+    back: Tensor  # [S] the inverse permutation
+    mask: Tensor  # [G, 1, n, n] 0 or -inf
+    whole: bool  # index is the identity: nothing need be moved
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve training too
+def groups_of(
+    layout: Layout, channel: str, window: int, shifted: bool, device: torch.device, dtype: torch.dtype
+) -> Groups:
+    index = layout.groups(channel, window, shifted)  # [G, n]
+    sees = layout.sees(channel, window, shifted)[index[:, :, None], index[:, None, :]]  # [G, n, n]
+    mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf")).unsqueeze(1)
+    flat = index.flatten()
+    whole = bool((flat == torch.arange(len(flat))).all())
+    return Groups(flat.to(device), flat.argsort().to(device), mask.to(device), whole)
+
+
+def attend_text(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
+    """Text attends to text, in both directions: [B, H, T, d] to [B, T, D]. `bias` [B, T] is 0, or -inf on
+    padding."""
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None, :], dropout_p=dropout)
+    return y.transpose(1, 2).flatten(2)
+
+
+def attend_groups(
+    frames: tuple[Tensor, Tensor, Tensor],
+    text: tuple[Tensor, Tensor],
+    groups: Groups,
+    bias: Tensor,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Frame tokens attend to all text and to their group.
+
+    frames: queries, keys, values [B, H, S, d]; text: keys, values [B, H, T, d]; bias [B, T], added to scores
+    of text. Returns [B, S, D].
+    """
+    count, _, n, _ = groups.mask.shape
+    b, h, s, d = frames[0].shape
+    q, k, v = frames if groups.whole else (x[:, :, groups.index] for x in frames)
+    q, k, v = (
+        x.reshape(b, h, count, n, d).transpose(1, 2).flatten(0, 1) for x in (q, k, v)
+    )  # [B*G, H, n, d]
+    tk, tv = (x.repeat_interleave(count, 0) if count > 1 else x for x in text)  # [B*G, H, T, d]
+    mask = torch.cat(
+        (bias[:, None, None, None, :].expand(b, count, 1, n, -1), groups.mask.expand(b, count, 1, n, n)), -1
+    ).flatten(0, 1)  # [B*G, 1, n, T+n]
+    y = F.scaled_dot_product_attention(
+        q, torch.cat((tk, k), 2), torch.cat((tv, v), 2), attn_mask=mask, dropout_p=dropout
+    )
+    y = y.unflatten(0, (b, count)).transpose(2, 3).reshape(b, s, h * d)  # group order
+    return y if groups.whole else y[:, groups.back]
+
+
+def attend_step(
+    q: Tensor, k: Tensor, v: Tensor, cache: ChannelCache, layer: int, place: int, bias: Tensor
+) -> Tensor:
+    """One new token a row attends to what the cache holds for it: [B, H, 1, d] to [B, 1, D].
+
+    bias [B, 1, 1, L]: added to the scores, text first, zeros after; cut to what is seen.
+    """
+    keys, values = cache.append(layer, place, k, v)  # [B, H, seen, d]
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias[..., : keys.shape[2]])
+    return y.transpose(1, 2).flatten(2)

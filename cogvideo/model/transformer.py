@@ -1,0 +1,268 @@
+"""The dual-channel transformer (CogVideo section 3.2).
+
+A text-to-image transformer (`Base`: CogView2 in the paper, our `image` phase in the tiny family) gains a
+second attention channel in every block (`TemporalChannel`), mixed in by one gate a dimension. Notable:
+- Without a temporal channel the class is the text-to-image model itself; with one it is stage 1 or stage 2.
+Both stages share one
+  `Base` object and bring a channel of their own.
+- One `forward` for training and for stepping: with a cache, whole frames first, then one token a row at a
+time.
+- Sandwich layer norm, tanh GELU, a head tied to the image rows of the embedding. The loss and the samplers
+only ever see
+  logits of image codes.
+
+Ids: image codes first, [0, codes), then text. Legend: B batch, T text_len, S frame tokens, D width, V codes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideo.layout import Layout
+from cogvideo.model.attention import Attention, attend_groups, attend_step, attend_text, groups_of
+from cogvideo.model.cache import Cache, ChannelCache
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    layers: int
+    width: int
+    heads: int
+    vocab: int  # image codes and text pieces together
+    codes: int  # image codes, the first ids
+    pad: int  # id of padding, in front of short texts
+    start: int  # id of start-of-image, in slot 0 of every frame
+    text_len: int
+    grid: int
+    frames: int = 5  # of one window
+    text_positions: int = 0  # rows of the position table before those of frame 0; 0 means text_len
+    window: int = 0  # of the temporal channel of stage 2; stage 1 has full attention
+    dropout: float = 0.0
+
+    @property
+    def frame_len(self) -> int:
+        return self.grid * self.grid
+
+    @property
+    def first_frame(self) -> int:
+        """Position of the first token of frame 0."""
+        return self.text_positions or self.text_len
+
+
+class Block(nn.Module):
+    """The inherited part of one layer: spatial attention and MLP, each between two layer norms."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        width = config.width
+        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(width) for _ in range(4))
+        self.attention = Attention(width, config.heads)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.dropout = config.dropout
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return F.dropout(self.down(F.gelu(self.up(x), approximate="tanh")), self.dropout, self.training)
+
+
+class TiedHead:
+    """Hidden states to logits of the image codes, by the rows of the embedding; it owns no weights."""
+
+    def __init__(self, embed: nn.Embedding, codes: int):
+        self.embed, self.codes = embed, codes
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.embed.weight[: self.codes])
+
+
+class Base(nn.Module):
+    """The text-to-image transformer: embeddings, positions of text and of frame 0, blocks."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab, config.width)
+        self.positions = nn.Embedding(config.first_frame + config.frame_len, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = TiedHead(self.embed, config.codes)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        _init_normal(self, generator)
+        scale = (2 * self.config.layers) ** -0.5
+        with torch.no_grad():
+            for block in self.blocks:
+                block.attention.out.weight.mul_(scale)
+                block.down.weight.mul_(scale)
+
+
+class TemporalChannel(nn.Module):
+    """What a stage adds: attention over frames in every layer, its gate, and positions of the frames after
+    the first."""
+
+    def __init__(self, config: ModelConfig, window: int):
+        super().__init__()
+        self.window = window  # 0: full attention
+        self.positions = nn.Embedding((config.frames - 1) * config.frame_len, config.width)
+        self.attention = nn.ModuleList(Attention(config.width, config.heads) for _ in range(config.layers))
+        self.gate = nn.ParameterList(torch.zeros(config.width) for _ in range(config.layers))
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        _init_normal(self, generator)
+        for gate in self.gate:
+            nn.init.zeros_(gate)
+
+    @torch.no_grad()
+    def inherit(self, base: Base) -> None:
+        """Start as a copy of the base: its attention in every layer, its frame-0 positions for every frame.
+        The gates stay at one half."""
+        first = base.positions.weight[base.config.first_frame :]
+        self.positions.weight.copy_(first.repeat(len(self.positions.weight) // len(first), 1))
+        for mine, block in zip(self.attention, base.blocks):
+            mine.load_state_dict(block.attention.state_dict())
+
+
+class DualChannelTransformer(nn.Module):
+    """`forward(tokens, layout, cache)` to logits over image codes."""
+
+    def __init__(self, base: Base, temporal: TemporalChannel | None = None):
+        super().__init__()
+        self.config = base.config
+        self.base = base
+        self.temporal = temporal
+
+    @property
+    def window(self) -> int:
+        return self.temporal.window if self.temporal is not None else 0
+
+    def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        """Logits of the next image code at every frame slot.
+
+        tokens: without a cache, or first into a cache, [B, T + S] text (left-padded) and S tokens of whole
+        laid frames; later [B, 1], the next frame token. Returns float32 logits [B, S, V].
+        """
+        return self.head(self.body(tokens, layout, cache))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """[B, S, D] to float32 logits [B, S, V]; tied to the embedding of the image codes."""
+        return self.base.head(hidden).float()
+
+    def body(self, tokens: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+        """Like `forward`, up to the last norm: [B, S, D]."""
+        if cache is not None and cache.entered >= 0:
+            return self._step(tokens, cache)
+        text_len = layout.text_len
+        bias = self.text_bias(tokens[:, :text_len])
+        x = self._embed(tokens, layout)  # [B, T + S, D]
+        for layer, block in enumerate(self.base.blocks):
+            x = x + block.norm3(self._attend(layer, block.norm1(x), layout, bias, cache))
+            x = x + block.norm4(block.mlp(block.norm2(x)))
+        if cache is not None:
+            cache.entered = tokens.shape[1] - text_len
+            cache.positions = self._frame_positions(layout)
+            longest = max(
+                k.shape[2] for c in (cache.spatial, cache.temporal) if c is not None for k in c.keys[:2]
+            )
+            cache.bias = F.pad(bias, (0, longest - text_len))[:, None, None, :]
+        return self.base.norm(x[:, text_len:])
+
+    def new_cache(self, layout: Layout, batch: int) -> Cache:
+        """An empty cache for `batch` rows of this layout."""
+        c, like = self.config, self.base.embed.weight
+
+        def channel(name: str, window: int) -> ChannelCache:
+            return ChannelCache(
+                layout, name, window, c.layers, batch, c.heads, c.width, like.device, like.dtype
+            )
+
+        return Cache(
+            channel("spatial", 0), channel("temporal", self.window) if self.temporal is not None else None
+        )
+
+    def text_bias(self, text: Tensor) -> Tensor:
+        """What is added to scores towards text [B, T]: 0 on text, -inf on padding."""
+        bias = torch.zeros(text.shape, dtype=self.base.embed.weight.dtype, device=text.device)
+        return bias.masked_fill(text == self.config.pad, float("-inf"))
+
+    # -- one layer of whole sequences
+
+    def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Text and the first frames, each with its position: [B, T + S] to [B, T + S, D]."""
+        text = tokens[:, : layout.text_len]
+        ranks = (
+            (text != self.config.pad).long().cumsum(1).sub(1).clamp_min(0)
+        )  # 0 at the first real token, and on padding
+        frames = self._frame_positions(layout)[: tokens.shape[1] - layout.text_len].expand(
+            len(tokens), -1, -1
+        )
+        x = self.base.embed(tokens) + torch.cat((self.base.positions(ranks), frames), 1)
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def _frame_positions(self, layout: Layout) -> Tensor:
+        """[F * N, D] in laid order; frame 0 has the base's positions, later frames those of the temporal
+        channel."""
+        table = self.base.positions.weight[self.config.first_frame :]
+        if self.temporal is not None:
+            table = torch.cat((table, self.temporal.positions.weight))
+        return table[layout.positions(table.device)]
+
+    def _attend(self, layer: int, x: Tensor, layout: Layout, bias: Tensor, cache: Cache | None) -> Tensor:
+        """Attention of one layer over text and whole frames: [B, T + S, D] to the same."""
+        text_len, dropout = layout.text_len, self.config.dropout if self.training else 0.0
+        if x.shape[1] - text_len < layout.tokens:  # a prompt: the first frames of the layout
+            layout = layout.first((x.shape[1] - text_len) // layout.frame_len)
+        spatial = self.base.blocks[layer].attention
+        channels = [(spatial, "spatial", 0, cache and cache.spatial)]
+        if self.temporal is not None:
+            channels.append(
+                (self.temporal.attention[layer], "temporal", self.window, cache and cache.temporal)
+            )
+        outputs = []
+        for attention, name, window, store in channels:
+            q, k, v = attention.project(x)  # [B, H, T + S, d]
+            text, frames = (k[:, :, :text_len], v[:, :, :text_len]), [t[:, :, text_len:] for t in (q, k, v)]
+            if store is not None:
+                store.write_text(layer, *text)
+                store.write(layer, *frames[1:])
+            if name == "spatial":
+                text_out = attention.out(attend_text(q[:, :, :text_len], *text, bias, dropout))
+            if layout.frames:
+                groups = groups_of(layout, name, window, bool(window) and bool(layer % 2), x.device, x.dtype)
+                outputs.append(attention.out(attend_groups(tuple(frames), text, groups, bias, dropout)))
+        return torch.cat((text_out, self._mix(layer, outputs)), 1) if outputs else text_out
+
+    def _mix(self, layer: int, outputs: list[Tensor]) -> Tensor:
+        """gate * spatial + (1 - gate) * temporal, a gate for each dimension."""
+        if len(outputs) == 1:
+            return outputs[0]
+        return torch.lerp(outputs[1], outputs[0], self.temporal.gate[layer].sigmoid().to(outputs[0].dtype))
+
+    # -- one token
+
+    def _step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        place = cache.entered
+        x = self.base.embed(tokens) + cache.positions[place]  # [B, 1, D]
+        for layer, block in enumerate(self.base.blocks):
+            h = block.norm1(x)
+            spatial = block.attention
+            outputs = [spatial.out(attend_step(*spatial.project(h), cache.spatial, layer, place, cache.bias))]
+            if self.temporal is not None:
+                temporal = self.temporal.attention[layer]
+                outputs.append(
+                    temporal.out(attend_step(*temporal.project(h), cache.temporal, layer, place, cache.bias))
+                )
+            x = x + block.norm3(self._mix(layer, outputs))
+            x = x + block.norm4(block.mlp(block.norm2(x)))
+        cache.entered = place + 1
+        return self.base.norm(x)
+
+
+def _init_normal(module: nn.Module, generator: torch.Generator | None) -> None:
+    """N(0, 0.02) for matrices, 0 for biases, 1 and 0 for norms (SPEC A.3: the paper's initialisation)."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=0.02, generator=generator)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)

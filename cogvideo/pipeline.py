@@ -1,0 +1,324 @@
+"""Text to video: key frames, then interpolation again and again, each round doubling the rate, then pixels,
+then larger pixels.
+
+    draft = pipe.keyframes(["a dog runs to the right"], seeds=[7])     5 frames, 1 frame a second
+    while draft.fps < 8:
+        draft = pipe.interpolate(draft)                               9, 17, 33 frames
+    clips = pipe.upscale(pipe.decode(draft))
+
+Every verb takes a value and returns one, so any step can be saved, shown, repeated or skipped: the first
+frame of a user's (image to video), the last seconds of a clip (continuation) or a few frames to fill between
+(in-betweening) are drafts made by `encode`. `pipe(prompt)` is the verbs in a row.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cogvideo.generate import fill
+from cogvideo.layout import Layout
+from cogvideo.model.int8 import to_int8
+from cogvideo.model.refiner import Refiner
+from cogvideo.model.transformer import Base, DualChannelTransformer
+from cogvideo.sampling import Sampling, pick_seeds, uniforms
+from cogvideo.text import split_words
+from cogvideo.video import Clip, read_image
+from cogvideo.vqvae import VQVAE, to_frames, to_pictures
+from cogvideo.weights import ModelFolder, find_model
+
+DTYPES = ("float32", "bfloat16", "int8")
+SECONDS = 4.0  # that a window of key frames spans at one frame a second
+
+# what is told while work goes on: (what is being made, done, total)
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Clips as tokens, on the way to becoming pixels."""
+
+    codes: Tensor  # [B, F, N] in time order
+    fps: float
+    prompts: tuple[str, ...]  # one a clip
+    seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+
+class CogVideo:
+    """A loaded model. Parts are read from the folder when they are first needed."""
+
+    def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu", dtype: str | None = None):
+        self.folder, self.device = folder, torch.device(device)
+        self.dtype = dtype or ("int8" if self.device.type == "cpu" else "bfloat16")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+        self.config, self.system, self.text = folder.config, folder.system(), folder.text()
+        chosen = self.config.get("sampling", {})
+        self.sampling = {stage: Sampling(**chosen.get(stage, {})) for stage in ("image", "stage1", "stage2")}
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path = "tiny", device: torch.device | str = "cpu",
+                        dtype: str | None = None) -> "CogVideo":
+        """Open a model: a shipped name, a folder, or a hub id.
+
+        dtype: what the transformer computes with, one of `DTYPES`; by default what is fastest, int8 weights
+        on a CPU and bfloat16 elsewhere.
+        """
+        return cls(ModelFolder(find_model(model)), device, dtype)
+
+    # -- parts, loaded once and shared
+
+    @cached_property
+    def vqvae(self) -> VQVAE:
+        return self.folder.load("vqvae", self.device)
+
+    @cached_property
+    def refiner(self) -> Refiner:
+        return self.folder.load("refiner", self.device)
+
+    @cached_property
+    def base(self) -> Base:
+        return self._transformer_part("base")
+
+    @cached_property
+    def image_model(self) -> DualChannelTransformer:
+        return DualChannelTransformer(self.base)
+
+    @cached_property
+    def stage1(self) -> DualChannelTransformer:
+        return DualChannelTransformer(self.base, self._transformer_part("stage1"))
+
+    @cached_property
+    def stage2(self) -> DualChannelTransformer:
+        return DualChannelTransformer(self.base, self._transformer_part("stage2"))
+
+    def _transformer_part(self, name: str) -> nn.Module:
+        dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
+        part = self.folder.load(name, self.device, dtype)
+        return to_int8(part) if self.dtype == "int8" else part
+
+    @property
+    def frame_counts(self) -> dict[int, float]:
+        """Frames that can be asked for, and the rate each comes with."""
+        frames, fps, counts = self.system.model.frames, self._keyframe_rate, {}
+        for _ in range(4):
+            counts[frames], frames, fps = fps, 2 * frames - 1, 2 * fps
+        return counts
+
+    @property
+    def _keyframe_rate(self) -> float:
+        return (self.system.model.frames - 1) / SECONDS
+
+    # -- the whole way
+
+    def __call__(self, prompt: str | Sequence[str], *, image: np.ndarray | str | Path | None = None,
+                 video: Clip | str | Path | None = None, num_frames: int | None = None,
+                 num_videos_per_prompt: int = 1, guidance_scale: float | None = None, seed: int | None = None,
+                 progress: bool | Progress = True) -> list[Clip]:
+        """Make clips, `num_videos_per_prompt` for each prompt, in the order of the prompts.
+
+        image: the first frame, uint8 [H, W, 3] or a file. video: a clip or file to go on from; the result
+        begins with its last seconds. num_frames: one of `frame_counts` (default: the most). guidance_scale:
+        how strongly the prompt is followed, 1 or more. seed: sample i has seed + i and is the same alone or
+        in a batch. Raises ValueError for anything it cannot do, before any work.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        fps = self.frame_counts.get(num_frames or max(self.frame_counts))
+        if fps is None:
+            raise ValueError(f"num_frames {num_frames} cannot be made; "
+                             f"choose one of {', '.join(map(str, self.frame_counts))}")
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt must be 1 or more, got {num_videos_per_prompt}")
+        if image is not None and video is not None:
+            raise ValueError("give an image or a video to begin with, not both")
+        for one in prompts:
+            self.check_prompt(one)
+        prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
+        seeds = pick_seeds(seed, len(prompts))
+        begin = self._beginning(image, video, prompts, seeds)
+        with _progress_bar(progress) as told:
+            draft = self.keyframes(prompts, seeds, begin=begin, guidance_scale=guidance_scale, progress=told)
+            while draft.fps < fps:
+                draft = self.interpolate(draft, progress=told)
+            return self.upscale(self.decode(draft), progress=told)
+
+    # -- the verbs
+
+    def first_frames(self, prompts: Sequence[str], seeds: Sequence[int], *,
+                     guidance_scale: float | None = None, progress: Progress | None = None) -> Draft:
+        """The first picture of every clip, by the image model alone."""
+        c = self.system.model
+        known = torch.empty(len(prompts), 0, c.frame_len, dtype=torch.long, device=self.device)
+        codes = self._fill("image", Layout.image(c.text_len, c.grid), prompts, SECONDS, known,
+                           uniforms(seeds, c.frame_len, 0), guidance_scale, "first frame", progress)
+        return Draft(codes, self._keyframe_rate, tuple(prompts), tuple(seeds))
+
+    def keyframes(self, prompts: Sequence[str], seeds: Sequence[int], *, begin: Draft | None = None,
+                  guidance_scale: float | None = None, progress: Progress | None = None) -> Draft:
+        """Stage 1: the first frame by the image model, then the key frames after it, one frame a second.
+
+        `begin` holds frames that are there already: the first k key frames of every clip.
+        """
+        c = self.system.model
+        if begin is None:
+            begin = self.first_frames(prompts, seeds, guidance_scale=guidance_scale, progress=progress)
+        layout = Layout.keyframes(c.text_len, c.grid, c.frames)
+        missing = (c.frames - begin.codes.shape[1]) * c.frame_len
+        codes = self._fill("stage1", layout, prompts, SECONDS, begin.codes, uniforms(seeds, missing, 1),
+                           guidance_scale, "key frames", progress)
+        return replace(begin, codes=codes)
+
+    def interpolate(self, draft: Draft, *, progress: Progress | None = None) -> Draft:
+        """Stage 2: one round of interpolation. F frames (odd, 3 or more) become 2F - 1 at twice the rate.
+
+        Each three neighbouring frames are a window; all windows of all clips are one batch.
+        """
+        c, (count, frames, _) = self.system.model, draft.codes.shape
+        if frames < 3 or frames % 2 == 0:
+            raise ValueError(f"interpolation needs an odd number of frames, 3 or more; got {frames}")
+        windows = (frames - 1) // 2
+        layout = Layout.interpolation(c.text_len, c.grid, c.frames)
+        known = draft.codes.unfold(1, 3, 2).movedim(-1, 2).flatten(0, 1)  # [B * windows, 3, N]
+        prompts = [one for one in draft.prompts for _ in range(windows)]
+        numbers = [uniforms(draft.seeds, 2 * c.frame_len, 100 * windows + i) for i in range(windows)]
+        seconds = (c.frames - 1) / (2 * draft.fps)
+        filled = self._fill("stage2", layout, prompts, seconds, known, torch.stack(numbers, 1).flatten(0, 1),
+                            None, f"to {2 * draft.fps:g} fps", progress)
+        made = filled[:, :-1].unflatten(0, (count, windows)).flatten(1, 2)  # its last frame begins the next
+        return replace(draft, codes=torch.cat((made, draft.codes[:, -1:]), 1), fps=2 * draft.fps)
+
+    def _fill(self, stage: str, layout: Layout, prompts: Sequence[str], seconds: float, known: Tensor,
+              uniform: Tensor, guidance_scale: float | None, what: str, progress: Progress | None) -> Tensor:
+        """Fill in a layout by the model of a stage: codes [B, F, N]."""
+        model = self.image_model if stage == "image" else getattr(self, stage)
+        sampling = self.sampling[stage]
+        if guidance_scale is not None:
+            sampling = replace(sampling, guidance_scale=guidance_scale)
+        text, plain = self._text(prompts, seconds), self._text([""] * len(prompts), seconds)
+        for state in fill(model, layout, text, known, sampling, uniform.to(self.device), plain):
+            if progress is not None:
+                progress(what, state.done, state.total)
+        return state.frames
+
+    @torch.inference_mode()
+    def decode(self, draft: Draft) -> list[Clip]:
+        """Tokens to frames at the tokenizer's resolution."""
+        clips = []
+        for codes, prompt in zip(draft.codes, draft.prompts):
+            clips.append(Clip(to_frames(self.vqvae.decode(codes)), draft.fps, prompt))
+        return clips
+
+    @torch.inference_mode()
+    def upscale(self, clips: Sequence[Clip], *, progress: Progress | None = None) -> list[Clip]:
+        """Refine clips to the larger size; without a refiner in the model folder they stay as they are."""
+        if self.system.refiner is None or not self.folder.has("refiner"):
+            return list(clips)
+        larger = []
+        for i, clip in enumerate(clips):
+            small = to_pictures(clip.frames).to(self.device)
+            larger.append(replace(clip, frames=to_frames(self.refiner(small[None])[0].clamp(0, 1))))
+            if progress is not None:
+                progress("pixels", i + 1, len(clips))
+        return larger
+
+    @torch.inference_mode()
+    def encode(self, clips: Sequence[Clip], prompts: Sequence[str], seeds: Sequence[int]) -> Draft:
+        """Frames to tokens: a draft of the user's own frames. All clips must have as many frames and the same
+        rate."""
+        size = self.system.vqvae.resolution
+        codes = [self.vqvae.encode(_fit(to_pictures(clip.frames).to(self.device), size)) for clip in clips]
+        return Draft(torch.stack(codes), clips[0].fps, tuple(prompts), tuple(seeds))
+
+    # -- helpers
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise ValueError if a prompt is empty or too long, saying by how many tokens."""
+        if not prompt.strip():
+            raise ValueError(
+                "the prompt is empty; write a sentence such as 'a dog runs to the right across a green field'"
+            )
+        self.text.pad_left(self.text.prompt(prompt, SECONDS), self.system.model.text_len)
+
+    def unknown_words(self, prompt: str) -> dict[str, list[str]]:
+        """Words of a prompt that were in no caption of the training, each with the nearest words that
+        were."""
+        known = self.config.get("words", [])
+        found = dict.fromkeys(split_words(prompt)) if known else ()
+        return {word: difflib.get_close_matches(word, known, 3, 0.6) for word in found if word not in known}
+
+    def _text(self, prompts: Sequence[str], duration: float) -> Tensor:
+        rows = [
+            self.text.pad_left(self.text.prompt(p, duration), self.system.model.text_len) for p in prompts
+        ]
+        return torch.tensor(rows, device=self.device)
+
+    def _beginning(self, image, video, prompts: Sequence[str], seeds: Sequence[int]) -> Draft | None:
+        """The frames a clip has to begin with, as a draft at the rate of key frames."""
+        if image is None and video is None:
+            return None
+        size, fps, frames = self.system.vqvae.resolution, self._keyframe_rate, self.system.model.frames
+        if image is not None:
+            first = read_image(image, 4 * size) if isinstance(image, (str, Path)) else np.asarray(image)
+            clip = Clip(first[None], fps)
+        else:
+            clip = video if isinstance(video, Clip) else Clip.load(video)
+            back = np.arange(frames - 2, -1, -1) * clip.fps / fps  # key frames counted from the end
+            places = [len(clip.frames) - 1 - round(b) for b in back if round(b) < len(clip.frames)]
+            clip = Clip(clip.frames[places], fps)
+        return self.encode([clip] * len(prompts), prompts, seeds)
+
+
+def _fit(pictures: Tensor, size: int) -> Tensor:
+    """Centre-crop [F, 3, H, W] to a square and resize it to `size`."""
+    h, w = pictures.shape[-2:]
+    side = min(h, w)
+    top, left = (h - side) // 2, (w - side) // 2
+    square = pictures[..., top : top + side, left : left + side]
+    if side == size:
+        return square
+    return torch.nn.functional.interpolate(
+        square, size=(size, size), mode="area" if side > size else "bicubic"
+    ).clamp(0, 1)
+
+
+class _progress_bar:
+    """A bar on the terminal that the verbs tell; or the caller's own function; or nothing."""
+
+    def __init__(self, progress: bool | Progress):
+        self.progress, self.bar = progress, None
+
+    def __enter__(self) -> Progress | None:
+        if not isinstance(self.progress, bool):
+            return self.progress
+        if not self.progress:
+            return None
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+
+        self.bar = Bar(
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+        )
+        self.bar.start()
+        tasks: dict[str, int] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = self.bar.add_task(what, total=total)
+            self.bar.update(tasks[what], completed=done)
+
+        return told
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()

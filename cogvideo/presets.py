@@ -1,0 +1,78 @@
+"""One table of models. `tiny` is the shipped one; `cogvideo-9b` has the exact sizes of the released
+CogVideo."""
+
+from cogvideo.model.refiner import RefinerConfig
+from cogvideo.model.system import System
+from cogvideo.model.transformer import ModelConfig
+from cogvideo.vqvae import VQVAEConfig
+
+PRESETS = {
+    # layers, width, heads, grid of tokens a frame; codes and text pieces
+    "tiny": System(
+        ModelConfig(
+            layers=6,
+            width=256,
+            heads=4,
+            vocab=1024 + 1280,
+            codes=1024,
+            pad=1024 + 3,
+            start=1024 + 4,
+            text_len=32,
+            grid=12,
+            window=4,
+        ),
+        VQVAEConfig(resolution=48, channels=32, multipliers=(1, 2, 3), codes=1024, code_width=32),
+        RefinerConfig(scale=4, width=64, blocks=6),
+    ),
+    # the paper's sizes; its tokenizer has three rates, of which this is the one for 160 pixels to 20 x 20
+    "cogvideo-9b": System(
+        ModelConfig(
+            layers=48,
+            width=3072,
+            heads=48,
+            vocab=150010,
+            codes=20000,
+            pad=20003,
+            start=150000,
+            text_len=64,
+            grid=20,
+            text_positions=512,
+            window=10,
+            dropout=0.1,
+        ),
+        VQVAEConfig(
+            resolution=160,
+            channels=128,
+            multipliers=(1, 2, 4, 4),
+            encoder_blocks=2,
+            codes=20000,
+            code_width=256,
+            groups=32,
+            mean=(0.79093, 0.76271, 0.75340),
+            std=(0.30379, 0.32279, 0.32800),
+        ),
+    ),
+    # for tests: made in a second
+    "nano": System(
+        ModelConfig(
+            layers=2,
+            width=32,
+            heads=2,
+            vocab=64 + 500,
+            codes=64,
+            pad=64 + 3,
+            start=64 + 4,
+            text_len=64,
+            grid=4,
+            window=2,
+        ),
+        VQVAEConfig(resolution=16, channels=8, multipliers=(1, 2, 2), codes=64, code_width=8, groups=4),
+        RefinerConfig(scale=2, width=8, blocks=1),
+    ),
+}
+
+
+def find(name: str) -> System:
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,68 @@
+"""How a training phase is doing, as one picture: what goes in above what comes out."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from cogvideo.data.loader import Batch
+from cogvideo.model.refiner import enlarge
+from cogvideo.model.transformer import DualChannelTransformer
+from cogvideo.pipeline import SECONDS, CogVideo
+from cogvideo.train.recipes import Phase
+from cogvideo.weights import ModelFolder, replacing
+
+SHOWN = 6  # clips
+
+
+@torch.inference_mode()
+def probe(folder: ModelFolder, parts: dict[str, nn.Module], phase: Phase, batch: Batch, out: Path) -> None:
+    """Write the strip of a phase. tokenizer, refiner: the batch and what becomes of it, row by row. Token
+    models: samples for the captions of the batch, made with the weights as they are now."""
+    clips = batch.frames[0][:SHOWN]
+    if phase.name == "tokenizer":
+        vqvae = parts["vqvae"]
+        flat = clips.flatten(0, 1)
+        rows = _rows(
+            clips,
+            (vqvae(flat)[0] if not vqvae.codebook.filled else vqvae.decode(vqvae.encode(flat))).unflatten(
+                0, clips.shape[:2]
+            ),
+        )
+    elif phase.name == "refiner":
+        codes = parts["vqvae"].encode(clips.flatten(0, 1))
+        low = parts["vqvae"].decode(codes).unflatten(0, clips.shape[:2])
+        rows = _rows(
+            enlarge(low, parts["refiner"].config.scale), parts["refiner"](low), batch.frames[1][:SHOWN]
+        )
+    else:
+        rows = _samples(folder, parts, batch.captions[:SHOWN])
+    with replacing(out) as file:
+        Image.fromarray(rows).save(file)
+
+
+def _samples(folder: ModelFolder, parts: dict[str, nn.Module], prompts: list[str]) -> np.ndarray:
+    pipe = CogVideo(folder, next(parts["base"].parameters()).device)
+    pipe.__dict__.update({name: parts[name] for name in ("vqvae", "base") if name in parts})
+    for stage in ("stage1", "stage2"):
+        if stage in parts:
+            pipe.__dict__[stage] = DualChannelTransformer(parts["base"], parts[stage])
+    prompts = [one for one in prompts if len(pipe.text.prompt(one, SECONDS)) <= pipe.system.model.text_len]
+    seeds = list(range(len(prompts)))
+    if "stage1" not in parts and not folder.has("stage1"):
+        frames = [clip.frames for clip in pipe.decode(pipe.first_frames(prompts, seeds))]
+        return np.concatenate([np.concatenate(list(f), 1) for f in frames], 1)
+    draft = pipe.keyframes(prompts, seeds)
+    if "stage2" in parts:
+        draft = pipe.interpolate(draft)
+    return np.concatenate([np.concatenate(list(clip.frames), 1) for clip in pipe.decode(draft)])
+
+
+def _rows(*versions: Tensor) -> np.ndarray:
+    """Versions [B, F, 3, H, W] of the same clips: a row for each clip and version."""
+    rows = torch.stack([v.clamp(0, 1).float().cpu() for v in versions], 1).flatten(
+        0, 1
+    )  # [B * versions, F, 3, H, W]
+    return (rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2) * 255).round().byte().numpy()

@@ -1,0 +1,165 @@
+"""The training loop. `train` goes through the phases of a recipe, `run_phase` is one of them from top to
+bottom.
+
+A run is a folder:
+    model/          the model folder so far: each phase reads what it needs there and writes what it made
+    <phase>/        state.pt to resume from, log.jsonl, loss.png, strips/
+Killed at any time, the same command goes on where the last save was.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cogvideo.data.clips import Source
+from cogvideo.data.loader import Batch, batches, read_captions
+from cogvideo.model.system import System
+from cogvideo.model.transformer import Base, TemporalChannel
+from cogvideo.text import TextTokenizer, split_words, train_text
+from cogvideo.train import checkpoint
+from cogvideo.train.optim import learning_rate, optimizers, set_rate
+from cogvideo.train.recipes import Phase, Recipe
+from cogvideo.train.report import Report, draw_curve
+from cogvideo.weights import ModelFolder
+
+CAPTIONS = 40_000  # that the text model is trained on
+
+# what shows how a phase is doing: (model folder, parts, phase, batch, picture to write)
+Probe = Callable[[ModelFolder, dict[str, nn.Module], Phase, Batch, Path], None]
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    source: Source,
+    system: System,
+    phases: list[Phase],
+    *,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    save_every: int = 250,
+    log_every: int = 25,
+    probe_every: int = 1000,
+    probe: Probe | None = None,
+    quiet: bool = False,
+) -> ModelFolder:
+    """Run `phases` of a recipe in the folder `out`, going on with what is there; returns the model folder."""
+    folder = ModelFolder(out / "model")
+    if not (folder.path / "text.model").exists():
+        folder.write_text(train_text(read_captions(source, CAPTIONS, recipe.seed), recipe.pieces))
+    if not (folder.path / "config.json").exists():
+        words = {
+            word for caption in read_captions(source, CAPTIONS, recipe.seed) for word in split_words(caption)
+        }
+        folder.write_config(
+            {
+                "family": "cogvideo",
+                "preset": recipe.preset,
+                "recipe": recipe.name,
+                **system.to_dict(),
+                "words": sorted(words),
+                "trained": {},
+            }
+        )
+    text = folder.text()
+    for number, phase in enumerate(recipe.phases):
+        chosen = next((p for p in phases if p.name == phase.name), None)
+        if chosen is not None:
+            run_phase(
+                chosen,
+                folder,
+                out / phase.name,
+                source,
+                text,
+                seed=recipe.seed + 1000 * number,
+                device=device,
+                workers=workers,
+                save_every=save_every,
+                log_every=log_every,
+                probe_every=probe_every,
+                probe=probe,
+                quiet=quiet,
+            )
+    return folder
+
+
+def run_phase(
+    phase: Phase,
+    folder: ModelFolder,
+    out: Path,
+    source: Source,
+    text: TextTokenizer,
+    *,
+    seed: int,
+    device: torch.device | str,
+    workers: int,
+    save_every: int,
+    log_every: int,
+    probe_every: int,
+    probe: Probe | None,
+    quiet: bool,
+) -> None:
+    """Train one phase to its last step, save what it made into the model folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    parts = {name: folder.load(name, device) for name in phase.uses if name not in phase.trains}
+    learning = {name: fresh_part(folder, name, phase, seed).to(device) for name in phase.trains}
+    parts |= learning
+    for part in learning.values():
+        part.requires_grad_(True).train()
+    container = nn.ModuleDict(learning)
+    optims = optimizers(container, phase.optimizer, phase.weight_decay, phase.betas)
+    first = checkpoint.resume(out / "state.pt", learning, optims)
+    objective = phase.objective(parts, text, phase)
+    loader = batches(source, phase.cut, phase.batch, seed=seed, step=first, workers=workers)
+    report = Report(out, phase.name, phase.steps, phase.batch, log_every, quiet)
+    kind = torch.device(device).type
+    weights = [p for p in container.parameters() if p.requires_grad]
+
+    for step in range(first, phase.steps):
+        batch = next(loader)
+        batch = Batch(batch.captions, batch.durations, tuple(f.to(device) for f in batch.frames))
+        generator = torch.Generator().manual_seed(hash((seed, step)) % 2**31)
+        rate = learning_rate(step, phase.steps, phase.rate, phase.warmup, phase.decay)
+        set_rate(optims, rate)
+        with torch.autocast(kind, torch.bfloat16, enabled=phase.precision == "bfloat16"):
+            loss, numbers = objective(batch, step, generator)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(weights, phase.clip)
+        if torch.isfinite(norm):  # a step whose gradients overflow is skipped
+            for optimizer in optims:
+                optimizer.step()
+        container.zero_grad(set_to_none=True)
+        report.step(step, rate, {"loss": float(loss.detach()), **numbers, "norm": float(norm)})
+        done = step + 1 == phase.steps
+        if done or (step + 1) % save_every == 0:
+            checkpoint.save(out / "state.pt", step + 1, learning, optims)
+            draw_curve(out / "log.jsonl", out / "loss.png")
+        if probe is not None and (done or (step + 1) % probe_every == 0):
+            (out / "strips").mkdir(exist_ok=True)
+            container.eval()
+            probe(folder, parts, phase, batch, out / "strips" / f"{step + 1:07d}.png")
+            container.train()
+
+    for name, part in learning.items():
+        folder.save(name, part)
+    config = folder.config
+    config["trained"][phase.name] = {"steps": phase.steps, "batch": phase.batch, "parts": list(phase.trains)}
+    folder.write_config(config)
+
+
+def fresh_part(folder: ModelFolder, name: str, phase: Phase, seed: int) -> nn.Module:
+    """A part to begin with: new weights, or a copy of what the phase inherits, or what an earlier phase made
+    of it."""
+    if folder.has(name) and name in phase.uses:
+        return folder.load(name)
+    part = folder.system().build(name)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(part, (Base, TemporalChannel)):
+        part.init_weights(generator)
+    if isinstance(part, TemporalChannel) and phase.inherits:
+        parent = folder.load(phase.inherits)
+        part.inherit(parent) if isinstance(parent, Base) else part.load_state_dict(parent.state_dict())
+    return part

@@ -1,0 +1,103 @@
+"""The hierarchical loss: pixels, features, motion.
+
+    loss = L1(pixels) + a * perceptual(features) + b * L1(optical flow of consecutive frames)
+
+Flow is pyramidal Lucas-Kanade in plain torch, differentiable, so that a model is told when its motion differs
+even where each single frame looks right. Shapes: clips are float [B, F, 3, H, W] in [0, 1].
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideo.eval.features import PictureFeatures, perceptual_distance
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each level counts; a weight of 0 leaves the level out."""
+
+    pixel: float = 1.0
+    perceptual: float = 0.1
+    temporal: float = 0.05
+    features: str = "efficientnet-lite0"
+
+
+class HierarchicalLoss(nn.Module):
+    """`loss(prediction, target)` of two clips [B, F, 3, H, W]: (scalar, {level: number})."""
+
+    def __init__(self, weights: LossWeights):
+        super().__init__()
+        self.weights = weights
+        self.net = PictureFeatures(weights.features) if weights.perceptual else None
+
+    def forward(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, dict[str, float]]:
+        w = self.weights
+        terms = {"pixel": (prediction - target).abs().mean()}
+        if self.net is not None:
+            terms["perceptual"] = perceptual_distance(
+                self.net, prediction.flatten(0, 1), target.flatten(0, 1)
+            ).mean()
+        if w.temporal and prediction.shape[1] > 1:
+            terms["temporal"] = temporal_distance(prediction, target).mean()
+        loss = sum(getattr(w, name) * value for name, value in terms.items())
+        return loss, {name: float(value.detach()) for name, value in terms.items()}
+
+
+def temporal_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute difference, in pixels a frame, of the optical flows of two clips [B, F, 3, H, W]: [B]."""
+    flows = []
+    for clip in (prediction, target):
+        gray = (clip * clip.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(
+            2, keepdim=True
+        )  # [B, F, 1, H, W]
+        flow = optical_flow(gray[:, :-1].flatten(0, 1), gray[:, 1:].flatten(0, 1))
+        flows.append(flow.unflatten(0, (len(clip), -1)))
+    return (flows[0] - flows[1]).abs().mean((1, 2, 3, 4))
+
+
+def optical_flow(a: Tensor, b: Tensor, levels: int = 3, rounds: int = 2, window: int = 7) -> Tensor:
+    """Flow in pixels from picture a to picture b, both [B, 1, H, W] in [0, 1]: [B, 2, H, W] as (x, y).
+
+    Pyramidal Lucas-Kanade (Lucas 1981, Bouguet 2001): on each level, coarse to fine, b is warped back by the
+    flow so far and the remaining shift solves a 2 x 2 least-squares system over a window. The damping keeps
+    flat regions at rest.
+    """
+    pyramid = [(a, b)]
+    for _ in range(levels - 1):
+        pyramid.append(tuple(F.avg_pool2d(p, 2) for p in pyramid[-1]))
+    flow = a.new_zeros(len(a), 2, *pyramid[-1][0].shape[-2:])
+    for a, b in reversed(pyramid):
+        if flow.shape[-2:] != a.shape[-2:]:
+            flow = 2 * F.interpolate(flow, size=a.shape[-2:], mode="bilinear", align_corners=False)
+        for _ in range(rounds):
+            flow = flow + _shift(a, warp(b, flow), window)
+    return flow
+
+
+def warp(picture: Tensor, flow: Tensor) -> Tensor:
+    """Sample picture [B, C, H, W] at each place moved by flow [B, 2, H, W] pixels; beyond the border it
+    repeats the border."""
+    h, w = picture.shape[-2:]
+    y, x = torch.meshgrid(
+        torch.arange(h, device=flow.device), torch.arange(w, device=flow.device), indexing="ij"
+    )
+    x, y = x + flow[:, 0], y + flow[:, 1]  # [B, H, W]
+    grid = torch.stack((2 * x / max(w - 1, 1) - 1, 2 * y / max(h - 1, 1) - 1), -1)
+    return F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def _shift(a: Tensor, b: Tensor, window: int, damping: float = 1e-3) -> Tensor:
+    """One Lucas-Kanade step: the small shift from a to b, [B, 2, H, W]."""
+    mean = F.pad((a + b) / 2, (1, 1, 1, 1), mode="replicate")
+    dx = (mean[..., 1:-1, 2:] - mean[..., 1:-1, :-2]) / 2
+    dy = (mean[..., 2:, 1:-1] - mean[..., :-2, 1:-1]) / 2
+    dt = b - a
+    products = torch.cat((dx * dx, dx * dy, dy * dy, dx * dt, dy * dt), 1)  # [B, 5, H, W]
+    xx, xy, yy, xt, yt = F.avg_pool2d(products, window, 1, window // 2, count_include_pad=False).unbind(1)
+    xx, yy = xx + damping, yy + damping
+    determinant = xx * yy - xy * xy
+    shift = torch.stack((xy * yt - yy * xt, xy * xt - xx * yt), 1) / determinant.unsqueeze(1)
+    return shift.clamp(-2, 2)  # linearisation holds for about a pixel

@@ -1,0 +1,145 @@
+"""What each model is trained for.
+
+The first half are losses: pure functions of models and tensors. The second half are objectives, one a phase:
+given the parts of the model by name, each returns the step that turns a batch of clips into a loss and the
+numbers worth a line in the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideo.data.loader import Batch
+from cogvideo.layout import Layout
+from cogvideo.model.transformer import DualChannelTransformer
+from cogvideo.text import TextTokenizer
+from cogvideo.train.losses import HierarchicalLoss
+from cogvideo.vqvae import VQVAE
+
+if TYPE_CHECKING:
+    from cogvideo.train.recipes import Phase
+
+Parts = dict[str, nn.Module]
+Result = tuple[Tensor, dict[str, float]]
+Step = Callable[[Batch, int, torch.Generator], Result]  # batch, number of the step, randomness
+
+UNQUANTISED = 200  # steps of the tokenizer before its codebook is filled
+
+
+def tokenizer_loss(
+    vqvae: VQVAE, hierarchical: HierarchicalLoss, clips: Tensor, generator: torch.Generator
+) -> Result:
+    """Reconstruction of clips [B, F, 3, R, R] by the hierarchical loss, and commitment to the codes."""
+    count = clips.shape[1]
+    made, commitment, ids = vqvae(clips.flatten(0, 1), generator)
+    loss, numbers = hierarchical(made.unflatten(0, (-1, count)), clips)
+    mse = F.mse_loss(made.detach().clamp(0, 1), clips.flatten(0, 1))
+    numbers["psnr"] = float(-10 * mse.log10())
+    if vqvae.codebook.filled:
+        shares = torch.bincount(ids, minlength=vqvae.config.codes).float() / len(ids)
+        numbers["perplexity"] = float(torch.exp(-(shares * shares.clamp_min(1e-9).log()).sum()))
+    return loss + 0.25 * commitment, numbers
+
+
+def token_loss(model: DualChannelTransformer, layout: Layout, text: Tensor, codes: Tensor) -> Result:
+    """Cross-entropy of the frames that the layout trains (SPEC B.3). text [B, T], codes [B, F, N] in time
+    order.
+
+    Logged: the mean for each frame, by its place in time; frames that are given count only in the log.
+    """
+    laid = layout.lay(codes)
+    logits = model(torch.cat((text, layout.inputs(laid, model.config.start)), 1), layout)  # [B, S, V]
+    each = F.cross_entropy(logits.flatten(0, 1), laid.flatten(), reduction="none").view(
+        len(codes), -1
+    )  # [B, S]
+    mask = layout.loss_mask(each.device)
+    per_frame = each.detach().view(len(codes), layout.frames, -1).mean((0, 2))
+    numbers = {f"frame{frame}": float(value) for frame, value in zip(layout.order, per_frame)}
+    return (each * mask).sum() / (mask.sum() * len(codes)), numbers
+
+
+def refiner_loss(refiner: nn.Module, hierarchical: HierarchicalLoss, low: Tensor, high: Tensor) -> Result:
+    """Refined low clips [B, F, 3, h, w] against high ones [B, F, 3, H, W] by the hierarchical loss."""
+    made = refiner(low)
+    loss, numbers = hierarchical(made, high)
+    numbers["psnr"] = float(-10 * F.mse_loss(made.detach().clamp(0, 1), high).log10())
+    return loss, numbers
+
+
+def prepare_text(
+    tokenizer: TextTokenizer, batch: Batch, text_len: int, drop: float, generator: torch.Generator
+) -> Tensor:
+    """Ids [B, T]; a share `drop` of the captions is left out (their duration stays), for classifier-free
+    guidance."""
+    dropped = torch.rand(len(batch.captions), generator=generator) < drop
+    captions = ["" if gone else caption for gone, caption in zip(dropped.tolist(), batch.captions)]
+    rows = [tokenizer.prompt(c, d) for c, d in zip(captions, batch.durations)]
+    return torch.tensor([tokenizer.pad_left(row[:text_len], text_len) for row in rows])
+
+
+@torch.no_grad()
+def encode_clips(vqvae: VQVAE, clips: Tensor) -> Tensor:
+    """[B, F, 3, R, R] to codes [B, F, N]."""
+    return vqvae.encode(clips.flatten(0, 1)).unflatten(0, (len(clips), -1))
+
+
+# -- objectives
+# ---------------------------------------------------------------------------------------------------
+
+
+def tokenizer(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+    vqvae, hierarchical = parts["vqvae"], HierarchicalLoss(phase.loss)
+
+    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
+        if number >= UNQUANTISED and not vqvae.codebook.filled:
+            with torch.no_grad():
+                z = vqvae.latents(batch.frames[0].flatten(0, 1)).float()
+            vqvae.codebook.fill(z.permute(0, 2, 3, 1).flatten(0, 2), generator)
+        return tokenizer_loss(vqvae, hierarchical, batch.frames[0], generator)
+
+    return step
+
+
+def image(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+    config = parts["base"].config
+    return _tokens(
+        parts, text, phase, DualChannelTransformer(parts["base"]), Layout.image(config.text_len, config.grid)
+    )
+
+
+def stage1(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+    config = parts["base"].config
+    layout = Layout.keyframes(config.text_len, config.grid, config.frames)
+    return _tokens(parts, text, phase, DualChannelTransformer(parts["base"], parts["stage1"]), layout)
+
+
+def stage2(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+    config = parts["base"].config
+    layout = Layout.interpolation(config.text_len, config.grid, config.frames)
+    return _tokens(parts, text, phase, DualChannelTransformer(parts["base"], parts["stage2"]), layout)
+
+
+def _tokens(
+    parts: Parts, text: TextTokenizer, phase: Phase, model: DualChannelTransformer, layout: Layout
+) -> Step:
+    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
+        ids = prepare_text(text, batch, layout.text_len, phase.drop, generator).to(batch.frames[0].device)
+        return token_loss(model, layout, ids, encode_clips(parts["vqvae"], batch.frames[0]))
+
+    return step
+
+
+def refiner(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+    hierarchical = HierarchicalLoss(phase.loss)
+
+    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
+        codes = encode_clips(parts["vqvae"], batch.frames[0])
+        low = parts["vqvae"].decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+        return refiner_loss(parts["refiner"], hierarchical, low, batch.frames[1])
+
+    return step

@@ -1,0 +1,55 @@
+"""Which weights learn, by which rule, how fast."""
+
+import torch
+from torch import nn
+
+OPTIMIZERS = ("adamw", "muon")
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: float) -> float:
+    """Warm up linearly, stay, and fall linearly to 0 over the last `decay` share of the steps."""
+    rise = min(1.0, (step + 1) / max(warmup, 1))
+    fall = min(1.0, (steps - step) / max(decay * steps, 1))
+    return peak * rise * fall
+
+
+def optimizers(
+    model: nn.Module, name: str, weight_decay: float, betas: tuple[float, float]
+) -> list[torch.optim.Optimizer]:
+    """Optimizers of everything in `model` that requires gradients; the learning rate is set by `set_rate`.
+
+    "adamw" updates all; "muon" gives hidden matrices to `torch.optim.Muon` (torch 2.9 or later), at a rate
+    that matches AdamW's, and the rest to AdamW. Only matrices decay.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"the optimizer 'muon' needs torch 2.9 or later, here is {torch.__version__}; choose 'adamw'"
+        )
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    hidden, decayed, plain = [], [], []
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2:
+            plain.append(p)
+        elif name == "muon" and p.ndim == 2 and id(p) not in tables:
+            hidden.append(p)
+        else:
+            decayed.append(p)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=betas)
+    ]
+    if hidden:
+        found.append(
+            torch.optim.Muon(hidden, lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return found
+
+
+def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate

@@ -1,0 +1,131 @@
+"""The curriculum as data (CogVideo sections 3.1 and 4): a recipe is a row of phases, each a model, its clips
+and its schedule.
+
+    tokenizer   frames to codes: three neighbouring frames, hierarchical loss
+    image       text to the first frame of a clip; what it learns becomes the frozen base
+    stage1      the temporal channel for key frames at 1, 2 and 4 frames a second, told apart by the duration
+    prompt stage2      the temporal channel that fills in frames between given ones, at 2, 4 and 8 frames a
+    second refiner     what the tokenizer makes of a clip, to the same clip at four times the size
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cogvideo.data.clips import Cut
+from cogvideo.train import objectives
+from cogvideo.train.losses import LossWeights
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Phase:
+    name: str
+    objective: Callable[..., objectives.Step]
+    trains: tuple[str, ...]  # parts that learn; all others stay as they are
+    uses: tuple[str, ...]  # parts that must be there
+    cut: Cut
+    steps: int
+    batch: int
+    rate: float  # peak learning rate
+    inherits: str | None = None  # the part that a new temporal channel starts as a copy of
+    warmup: int = 200  # steps
+    decay: float = 0.3  # share of the steps, at the end, over which the rate falls to 0
+    optimizer: str = "muon"
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0  # norm of all gradients together
+    precision: str = "bfloat16"  # of matrix products; weights stay in float32
+    drop: float = 0.1  # share of captions left out
+    loss: LossWeights = field(default_factory=LossWeights)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    preset: str  # row of the table of models
+    phases: tuple[Phase, ...]
+    sprites: int = 32  # of the tiny world, when that is the data
+    pieces: int = 1280  # of the text model, when it has to be trained
+    seed: int = 1
+
+    def phase(self, name: str) -> Phase:
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise ValueError(
+            f"no phase {name!r} in the recipe {self.name}; its phases are "
+            f"{', '.join(p.name for p in self.phases)}"
+        )
+
+
+RECIPES = {
+    "tiny": Recipe(
+        "tiny",
+        "tiny",
+        (
+            Phase(
+                "tokenizer",
+                objectives.tokenizer,
+                ("vqvae",),
+                (),
+                Cut(3, (8,)),
+                steps=6000,
+                batch=8,
+                rate=1e-3,
+                optimizer="adamw",
+                weight_decay=0.0,
+            ),
+            Phase(
+                "image",
+                objectives.image,
+                ("base",),
+                ("vqvae",),
+                Cut(5, (1, 2, 4, 8), keep=1),
+                steps=12000,
+                batch=32,
+                rate=2e-3,
+            ),
+            Phase(
+                "stage1",
+                objectives.stage1,
+                ("stage1",),
+                ("vqvae", "base"),
+                Cut(5, (1, 2, 4)),
+                steps=8000,
+                batch=8,
+                rate=2e-3,
+                inherits="base",
+            ),
+            Phase(
+                "stage2",
+                objectives.stage2,
+                ("stage2",),
+                ("vqvae", "base"),
+                Cut(5, (2, 4, 8)),
+                steps=5000,
+                batch=8,
+                rate=2e-3,
+                inherits="stage1",
+            ),
+            Phase(
+                "refiner",
+                objectives.refiner,
+                ("refiner",),
+                ("vqvae",),
+                Cut(3, (8,), sizes=(48, 192)),
+                steps=4000,
+                batch=4,
+                rate=5e-4,
+                optimizer="adamw",
+                weight_decay=0.0,
+            ),
+        ),
+    ),
+}
+
+
+def find(name: str) -> Recipe:
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,84 @@
+"""What a run tells about itself: a line at a time on the terminal, a JSONL log, the loss curve as a
+picture."""
+
+import json
+import time
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+
+class Report:
+    """Counts steps of one phase; `every` steps it prints and logs the averages since the last line."""
+
+    def __init__(self, folder: Path, phase: str, steps: int, clips: int, every: int, quiet: bool = False):
+        self.folder, self.phase, self.steps, self.clips, self.every, self.quiet = (
+            folder,
+            phase,
+            steps,
+            clips,
+            every,
+            quiet,
+        )
+        self.recent: deque[dict[str, float]] = deque()
+        self.began = time.perf_counter()
+
+    def step(self, step: int, rate: float, numbers: dict[str, float]) -> None:
+        """Numbers of step `step` (counted from 0)."""
+        self.recent.append(numbers)
+        if (step + 1) % self.every and step + 1 < self.steps:
+            return
+        now = time.perf_counter()
+        speed = len(self.recent) / (now - self.began)
+        keys = dict.fromkeys(k for row in self.recent for k in row)
+        means = {
+            k: sum(row[k] for row in self.recent if k in row) / sum(k in row for row in self.recent)
+            for k in keys
+        }
+        line = {
+            "phase": self.phase,
+            "step": step + 1,
+            **means,
+            "rate": rate,
+            "clips_per_second": speed * self.clips,
+        }
+        with open(self.folder / "log.jsonl", "a") as log:
+            log.write(
+                json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n"
+            )
+        if not self.quiet:
+            left = timedelta(seconds=int((self.steps - step - 1) / speed))
+            words = "  ".join(f"{k} {v:.4g}" for k, v in means.items())
+            pace = f"lr {rate:.2g}  {speed * self.clips:.1f} clips/s  {left} left"
+            print(f"{self.phase} {step + 1}/{self.steps}  {words}  {pace}", flush=True)
+        self.recent.clear()
+        self.began = now
+
+
+def draw_curve(log: Path, out: Path, key: str = "loss", size: tuple[int, int] = (640, 360)) -> None:
+    """The numbers `key` of a JSONL log over steps, as a PNG."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    points = [(row["step"], row[key]) for row in rows if key in row]
+    if len(points) < 2:
+        return
+    (left, top, right, bottom), (width, height) = (56, 16, 16, 28), size
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    first, last = points[0][0], points[-1][0]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (x - first) / max(last - first, 1) * (width - left - right),
+            height - bottom - (y - low) / max(high - low, 1e-9) * (height - top - bottom),
+        )
+
+    picture = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(picture)
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = low + share * (high - low)
+        pen.line([place(first, y), place(last, y)], fill="#dddddd")
+        pen.text((6, place(first, y)[1] - 6), f"{y:.3g}", fill="#444444")
+    pen.line([place(x, y) for x, y in points], fill="#1f6fb4", width=2)
+    pen.text((left, height - 20), f"{key}, steps {first} to {last}", fill="#444444")
+    picture.save(out)

@@ -1,0 +1,249 @@
+"""The frame tokenizer: pixels to a grid of codes and back.
+
+A convolutional VQ-VAE (van den Oord 2017, Esser 2021). Notable:
+- The codebook is not trained by gradients but follows the encoder as an exponential moving average; codes
+that
+  nobody chooses are revived from encoder outputs of the batch. It is filled from encoder outputs as well,
+  after some steps without quantisation: a codebook started from random numbers collapses.
+- Frames are independent: a clip is encoded and decoded as a batch of pictures.
+
+Shapes: B pictures, R resolution in pixels, N = grid * grid codes, C channels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    resolution: int = 48  # pixels, square
+    channels: int = 32  # of the first level; level i has channels * multipliers[i]
+    multipliers: tuple[int, ...] = (1, 2, 4)  # one level each, resolution halves between levels
+    encoder_blocks: int = 1  # residual blocks a level
+    decoder_blocks: int = 1
+    mid_attention: bool = True
+    codes: int = 1024
+    code_width: int = 32
+    groups: int = 16  # of every GroupNorm
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # pixels in [0, 1] are normalised by these
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @property
+    def grid(self) -> int:
+        """Codes a side of the picture."""
+        return self.resolution // 2 ** (len(self.multipliers) - 1)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inputs, eps=1e-6)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, outputs, eps=1e-6)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the positions of the map."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, c, h * w).transpose(2, 3).unbind(1)  # [B, hw, C]
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, c, h, w)
+        return x + self.out(y)
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and below only
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(channels: int, config: VQVAEConfig) -> list[nn.Module]:
+    attention = [AttentionBlock(channels, config.groups)] if config.mid_attention else []
+    return [
+        ResidualBlock(channels, channels, config.groups),
+        *attention,
+        ResidualBlock(channels, channels, config.groups),
+    ]
+
+
+def _encoder(config: VQVAEConfig) -> nn.Sequential:
+    width = config.channels * config.multipliers[0]
+    parts: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
+    for level, multiplier in enumerate(config.multipliers):
+        if level > 0:
+            parts.append(Downsample(width))
+        for _ in range(config.encoder_blocks):
+            parts.append(ResidualBlock(width, config.channels * multiplier, config.groups))
+            width = config.channels * multiplier
+    parts += _middle(width, config)
+    parts += [
+        nn.GroupNorm(config.groups, width, eps=1e-6),
+        nn.SiLU(),
+        nn.Conv2d(width, config.code_width, 3, padding=1),
+    ]
+    return nn.Sequential(*parts)
+
+
+def _decoder(config: VQVAEConfig) -> nn.Sequential:
+    width = config.channels * config.multipliers[-1]
+    parts: list[nn.Module] = [nn.Conv2d(config.code_width, width, 3, padding=1), *_middle(width, config)]
+    for level, multiplier in reversed(list(enumerate(config.multipliers))):
+        for _ in range(config.decoder_blocks):
+            parts.append(ResidualBlock(width, config.channels * multiplier, config.groups))
+            width = config.channels * multiplier
+        if level > 0:
+            parts.append(Upsample(width))
+    parts += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1)]
+    return nn.Sequential(*parts)
+
+
+class Codebook(nn.Module):
+    """Nearest-neighbour quantiser whose codes are moving averages of the vectors that chose them.
+
+    `decay` is the memory of the average; a code whose average use in a batch falls under `dead` is moved to a
+    random vector of the batch. Until `fill` was called, vectors pass through unquantised (`filled` is False).
+    """
+
+    def __init__(self, codes: int, width: int, decay: float = 0.99, dead: float = 0.02):
+        super().__init__()
+        self.decay, self.dead = decay, dead
+        self.vectors: Tensor
+        self.uses: Tensor
+        self.sums: Tensor
+        self.filled: Tensor
+        self.register_buffer("vectors", torch.zeros(codes, width))
+        self.register_buffer("uses", torch.ones(codes))  # average number of choices in a batch
+        self.register_buffer("sums", torch.zeros(codes, width))
+        self.register_buffer("filled", torch.tensor(False))
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """z [M, C] to the ids [M] of the nearest codes."""
+        return (self.vectors.square().sum(1) - 2 * z @ self.vectors.T).argmin(1)
+
+    @torch.no_grad()
+    def fill(self, z: Tensor, generator: torch.Generator | None = None) -> None:
+        """Place every code on a vector of z [M, C], each taken at most once while they last."""
+        picked = z[_pick(len(z), len(self.vectors), generator)]
+        self.vectors.copy_(picked)
+        self.sums.copy_(picked)
+        self.uses.fill_(1.0)
+        self.filled.fill_(True)
+
+    @torch.no_grad()
+    def follow(self, z: Tensor, ids: Tensor, generator: torch.Generator | None = None) -> None:
+        """Move the codes towards the vectors z [M, C] that chose them; revive the dead ones."""
+        chosen = torch.bincount(ids, minlength=len(self.vectors)).to(z.dtype)
+        self.uses.lerp_(chosen, 1 - self.decay)
+        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, ids, z), 1 - self.decay)
+        self.vectors.copy_(self.sums / self.uses.clamp_min(1e-5).unsqueeze(1))
+        dead = (self.uses < self.dead).nonzero().squeeze(1)
+        if len(dead):
+            revived = z[_pick(len(z), len(dead), generator)]
+            self.vectors[dead], self.sums[dead], self.uses[dead] = revived, revived, 1.0
+
+
+def _pick(population: int, count: int, generator: torch.Generator | None) -> Tensor:
+    order = torch.randperm(population, generator=generator)
+    return order.repeat(-(-count // population))[:count]
+
+
+class VQVAE(nn.Module):
+    """`encode` pictures to codes, `decode` codes to pictures; pictures are float [B, 3, R, R] in [0, 1]."""
+
+    def __init__(self, config: VQVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = _encoder(config)
+        self.codebook = Codebook(config.codes, config.code_width)
+        self.decoder = _decoder(config)
+
+    def _normalise(self, pictures: Tensor) -> Tensor:
+        mean, std = (pictures.new_tensor(v).view(3, 1, 1) for v in (self.config.mean, self.config.std))
+        return (pictures - mean) / std
+
+    def _denormalise(self, x: Tensor) -> Tensor:
+        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (self.config.mean, self.config.std))
+        return x * std + mean
+
+    def latents(self, pictures: Tensor) -> Tensor:
+        """[B, 3, R, R] to encoder outputs before quantisation [B, C, grid, grid]."""
+        return self.encoder(self._normalise(pictures))
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """[B, 3, R, R] in [0, 1] to ids [B, N], raster order."""
+        z = self.latents(pictures).float().permute(0, 2, 3, 1)  # [B, grid, grid, C]
+        return self.codebook.nearest(z.flatten(0, 2)).view(len(z), -1)
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor) -> Tensor:
+        """ids [B, N] to pictures [B, 3, R, R], clamped to [0, 1]."""
+        grid = self.config.grid
+        z = self.codebook.vectors[ids].view(len(ids), grid, grid, -1).permute(0, 3, 1, 2)
+        return self._denormalise(self.decoder(z.to(self.dtype)).float()).clamp(0, 1)
+
+    def forward(
+        self, pictures: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruct for training: (pictures' reconstruction, commitment loss, ids [B*N]).
+
+        Gradients pass the quantiser straight through. In training mode the codebook follows the encoder.
+        Before the codebook is filled the reconstruction is that of the unquantised latents, and the
+        commitment loss is 0.
+        """
+        z = self.latents(pictures).float()  # [B, C, g, g]
+        flat = z.permute(0, 2, 3, 1).flatten(0, 2)  # [B*N, C]
+        if not self.codebook.filled:
+            ids, loss, quantised = flat.new_zeros(len(flat), dtype=torch.long), z.new_zeros(()), z
+        else:
+            ids = self.codebook.nearest(flat.detach())
+            target = self.codebook.vectors[ids].view(len(z), z.shape[2], z.shape[3], -1).permute(0, 3, 1, 2)
+            loss = F.mse_loss(z, target)
+            quantised = z + (target - z).detach()
+            if self.training:
+                self.codebook.follow(flat.detach(), ids, generator)
+        return self._denormalise(self.decoder(quantised).float()), loss, ids
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.decoder.parameters()).dtype
+
+
+def to_pictures(frames: np.ndarray) -> Tensor:
+    """Frames uint8 [..., H, W, 3] to pictures float [..., 3, H, W] in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
+
+
+def to_frames(pictures: Tensor) -> np.ndarray:
+    """Pictures float [..., 3, H, W] in [0, 1] to frames uint8 [..., H, W, 3]."""
+    return (pictures.float() * 255).round().byte().movedim(-3, -1).cpu().numpy()

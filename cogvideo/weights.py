@@ -1,0 +1,152 @@
+"""A model is a folder: `config.json`, one safetensors file a part, `text.model`, and a README (its card).
+
+Nothing is unpickled from a model folder. Parts are built without memory on the meta device and filled
+strictly: a missing, unknown or misshapen tensor is an error that names it. Files are written beside their
+place and renamed, so a folder never holds half a file.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cogvideo.model.system import System
+from cogvideo.text import TextTokenizer
+
+SHIPPED = Path(__file__).parent / "models"
+
+
+class ModelError(ValueError):
+    """A model folder that cannot be used; the message names the file."""
+
+
+class ModelFolder:
+    """A model folder on disk, read part by part."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        file = self.path / "config.json"
+        try:
+            return json.loads(file.read_text())
+        except FileNotFoundError:
+            raise ModelError(f"{self.path} is not a model folder: {file.name} is missing") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ModelError(f"{file} is damaged: {error}") from None
+
+    def system(self) -> System:
+        try:
+            return System.from_dict(self.config)
+        except (KeyError, TypeError) as error:
+            raise ModelError(f"{self.path / 'config.json'} does not describe a model: {error}") from None
+
+    def has(self, part: str) -> bool:
+        return self.file(part).exists()
+
+    def file(self, part: str) -> Path:
+        return self.path / f"{part}.safetensors"
+
+    def load(
+        self, part: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
+        """Build a part and fill it from its file; floating-point weights become `dtype`."""
+        with torch.device("meta"):
+            module = self.system().build(part)
+        try:
+            state = load_file(self.file(part), device=str(device))
+        except FileNotFoundError:
+            raise ModelError(f"{self.path} is incomplete: {self.file(part).name} is missing") from None
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.file(part)} is damaged: {error}") from None
+        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        try:
+            module.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            raise ModelError(f"{self.file(part)} does not fit {self.path / 'config.json'}: {error}") from None
+        return module.eval().requires_grad_(False)
+
+    def text(self) -> TextTokenizer:
+        file = self.path / "text.model"
+        try:
+            return TextTokenizer.load(file, self.system().model.codes)
+        except FileNotFoundError:
+            raise ModelError(f"{self.path} is incomplete: {file.name} is missing") from None
+        except RuntimeError as error:
+            raise ModelError(f"{file} is damaged: {error}") from None
+
+    # -- writing
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        with replacing(self.path / "config.json") as file:
+            file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+    def write_text(self, model: bytes) -> None:
+        with replacing(self.path / "text.model") as file:
+            file.write_bytes(model)
+
+    def save(self, part: str, module: nn.Module, dtype: torch.dtype | None = None) -> None:
+        """Write a part; `dtype` rounds its floating-point weights."""
+        state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+        if dtype is not None:
+            state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        with replacing(self.file(part)) as file:
+            save_file(state, file)
+
+
+def shipped() -> list[str]:
+    """Names of the models inside the package."""
+    return (
+        sorted(folder.name for folder in SHIPPED.iterdir() if (folder / "config.json").exists())
+        if SHIPPED.exists()
+        else []
+    )
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of a model: a shipped name, a folder, or the id of a repository on the hub
+    ("owner/name")."""
+    if str(name) in shipped():
+        return SHIPPED / str(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(
+                snapshot_download(
+                    str(name), allow_patterns=["*.json", "*.safetensors", "text.model", "README.md"]
+                )
+            )
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ModelError(
+                f"{name} is no folder here, and the hub did not give it: {str(error).splitlines()[0]}"
+            ) from None
+    raise ModelError(
+        f"unknown model {str(name)!r}; choose one of {', '.join(shipped())}, or give a model folder "
+        f"or a hub id (owner/name)"
+    )
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, beside `path`; it becomes `path` when all went well and is removed when not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

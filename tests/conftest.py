@@ -1,0 +1,49 @@
+"""One thread, and a random `nano` model folder that is made in a second and shared by all tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cogvideo import presets
+from cogvideo.data.tinyworld import TinyWorld, sprites
+from cogvideo.data.loader import read_captions
+from cogvideo.model.transformer import Base, TemporalChannel
+from cogvideo.text import split_words, train_text
+from cogvideo.vqvae import VQVAE
+from cogvideo.weights import ModelFolder
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world() -> TinyWorld:
+    return TinyWorld(sprites(8), seed=1)
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory: pytest.TempPathFactory, world: TinyWorld) -> Path:
+    """A model folder of the preset `nano` with random weights that are large enough to make every part matter."""
+    folder = ModelFolder(tmp_path_factory.mktemp("models") / "nano")
+    system = presets.find("nano")
+    captions = list(read_captions(world, 2000, seed=0))
+    words = sorted({word for caption in captions for word in split_words(caption)})
+    folder.write_config({"family": "cogvideo", "preset": "nano", **system.to_dict(), "words": words})
+    folder.write_text(train_text(captions, 500))
+    generator = torch.Generator().manual_seed(0)
+    for name in system.parts:
+        part = system.build(name)
+        if isinstance(part, (Base, TemporalChannel)):
+            part.init_weights(generator)
+            loosen(part, generator)
+        if isinstance(part, VQVAE):
+            part.codebook.fill(torch.randn(200, system.vqvae.code_width, generator=generator), generator)
+        folder.save(name, part)
+    return folder.path
+
+
+def loosen(module: torch.nn.Module, generator: torch.Generator, by: float = 0.1) -> None:
+    """Add noise to all weights, so that biases, gates and norms are not at their neutral values."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(by * torch.randn(p.shape, generator=generator))

@@ -1,0 +1,89 @@
+"""Filling frames: guidance as a doubled batch, samples apart and together, known frames kept."""
+
+import torch
+
+from cogvideo import presets
+from cogvideo.generate import fill
+from cogvideo.layout import Layout
+from cogvideo.model.transformer import DualChannelTransformer
+from cogvideo.sampling import Sampling, guide, pick, uniforms
+from cogvideo.weights import ModelFolder
+
+CONFIG = presets.find("nano").model
+LAYOUT = Layout.keyframes(CONFIG.text_len, CONFIG.grid, CONFIG.frames)
+SAMPLING = Sampling(temperature=1.0, top_k=20, guidance_scale=3.0)
+
+
+def setup(nano, batch: int = 3):
+    folder = ModelFolder(nano)
+    model = DualChannelTransformer(folder.load("base"), folder.load("stage1"))
+    text = folder.text()
+    rows = [text.pad_left(text.prompt(p, 4.0), CONFIG.text_len) for p in ("a dog runs", "a cat in the snow", "a car")]
+    plain = [text.pad_left(text.prompt("", 4.0), CONFIG.text_len)] * 3
+    known = torch.randint(0, CONFIG.codes, (3, 1, CONFIG.frame_len), generator=torch.Generator().manual_seed(0))
+    return model, torch.tensor(rows)[:batch], torch.tensor(plain)[:batch], known[:batch]
+
+
+def run(model, text, plain, known, seeds, sampling=SAMPLING):
+    uniform = uniforms(seeds, 4 * CONFIG.frame_len, 1)
+    *_, last = fill(model, LAYOUT, text, known, sampling, uniform, plain)
+    return last.frames
+
+
+def test_guidance_as_a_doubled_batch_equals_two_separate_passes(nano):
+    model, text, plain, known = setup(nano)
+    uniform = uniforms([5, 6, 7], 4 * CONFIG.frame_len, 1)
+    caches, inputs = [], LAYOUT.inputs(known, CONFIG.start)
+    with torch.inference_mode():
+        for rows in (text, plain):
+            cache = model.new_cache(LAYOUT, 3)
+            model.body(torch.cat((rows, inputs), 1), LAYOUT, cache)
+            caches.append(cache)
+        made, token = [], torch.full((3,), CONFIG.start)
+        for k in range(4 * CONFIG.frame_len):
+            entering = torch.full((3,), CONFIG.start) if k % CONFIG.frame_len == 0 else token
+            prompted, unprompted = (model(entering[:, None], LAYOUT, cache)[:, -1] for cache in caches)
+            logits = unprompted + 3.0 * (prompted - unprompted)
+            assert (guide(torch.cat((prompted, unprompted)), 3.0) - logits).abs().max() < 1e-5
+            token = pick(logits, SAMPLING, uniform[:, k])
+            made.append(token)
+    expected = torch.stack(made, 1).view(3, 4, -1)
+    assert torch.equal(run(model, text, plain, known, [5, 6, 7])[:, 1:], expected)
+
+
+def test_a_sample_alone_equals_the_same_sample_in_a_batch(nano):
+    model, text, plain, known = setup(nano)
+    together = run(model, text, plain, known, [5, 6, 7])
+    for i, seed in enumerate([5, 6, 7]):
+        alone = run(model, text[i : i + 1], plain[i : i + 1], known[i : i + 1], [seed])
+        assert torch.equal(alone[0], together[i])
+    assert not torch.equal(together[0, 1:], together[1, 1:])
+
+
+def test_known_frames_are_kept_and_progress_is_told(nano):
+    model, text, plain, known = setup(nano)
+    states = list(fill(model, LAYOUT, text, known, SAMPLING, uniforms([1, 2, 3], 4 * CONFIG.frame_len, 1), plain))
+    assert [s.done for s in states] == list(range(CONFIG.grid, 4 * CONFIG.frame_len + 1, CONFIG.grid))
+    assert torch.equal(states[-1].frames[:, 0], known[:, 0])
+    assert int(states[-1].frames.min()) >= 0 and int(states[-1].frames.max()) < CONFIG.codes
+
+
+def test_guidance_changes_what_is_made(nano):
+    model, text, plain, known = setup(nano)
+    guided = run(model, text, plain, known, [5, 6, 7])
+    free = run(model, text, plain, known, [5, 6, 7], Sampling(1.0, 20, 1.0))
+    assert not torch.equal(guided, free)
+
+
+def test_int8_stays_near_float32(nano):
+    """Rounded weights move logits by a few per cent of their spread and keep their order in the main."""
+    from cogvideo.model.int8 import to_int8
+
+    model, text, plain, known = setup(nano)
+    tokens = torch.cat((text, LAYOUT.inputs(known.expand(-1, 5, -1), CONFIG.start)), 1)
+    with torch.inference_mode():
+        exact = model(tokens, LAYOUT)
+        folder = ModelFolder(nano)
+        rounded = DualChannelTransformer(to_int8(folder.load("base")), to_int8(folder.load("stage1")))(tokens, LAYOUT)
+    assert 0 < (rounded - exact).std() < 0.05 * exact.std()
+    assert torch.corrcoef(torch.stack((rounded.flatten(), exact.flatten())))[0, 1] > 0.998

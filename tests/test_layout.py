@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from cogvideo.layout import Layout
+
+STAGES = {
+    "image": Layout.image(3, 4),
+    "stage1": Layout.keyframes(3, 4, 5),
+    "stage2": Layout.interpolation(3, 4, 5),
+}
+
+
+def test_masks_are_as_drawn():
+    first = Layout.keyframes(2, 1, 3)
+    assert first.draw("temporal") == "# . .\n\n# # .\n\n# # #"
+    assert first.draw("spatial") == "# . .\n\n. # .\n\n. . #"
+    second = Layout.interpolation(2, 1, 5)  # laid 0 2 4 1 3
+    assert second.draw("temporal") == "# # # . .\n\n# # # . .\n\n# # # . .\n\n# # # # .\n\n# # # # #"
+    assert Layout.image(2, 2).draw("spatial") == "#...\n##..\n###.\n####"
+    given = Layout.interpolation(2, 2, 3).draw("spatial").split("\n\n")
+    assert given[0] == "\n".join(["#### .... ...."] * 4)  # a given frame sees all of itself
+    assert given[2] == ".... .... #...\n.... .... ##..\n.... .... ###.\n.... .... ####"
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_the_rule_token_by_token(name, shifted):
+    """Every entry of the mask, from the words of the rule and plain loops."""
+    layout, window = STAGES[name], 2
+    mask = layout.sees("temporal", window, shifted)
+    cut = window // 2 if shifted else 0
+    n = layout.frame_len
+
+    def tile(raster):
+        return (raster // layout.grid + cut) // window, (raster % layout.grid + cut) // window
+
+    for i in range(layout.tokens):
+        for j in range(layout.tokens):
+            both_given = max(i, j) // n < len(layout.given)
+            expected = (j <= i or both_given) and tile(i % n) == tile(j % n)
+            assert bool(mask[i, j]) == expected
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("channel, window", [("spatial", 0), ("temporal", 0), ("temporal", 2)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_cache_segments_hold_exactly_what_a_token_sees(name, channel, window, shifted):
+    layout = STAGES[name]
+    start, slot = layout.segments(channel, layout.text_len, window, shifted)
+    mask = layout.sees(channel, window, shifted)
+    holder: dict[int, int] = {}
+    for place in range(layout.tokens):
+        holder[slot[place]] = place  # stepping writes here, over an earlier frame in the spatial channel
+        if place // layout.frame_len < len(layout.given):
+            continue  # given frames are entered together, not step by step
+        slots = range(start[place] + layout.text_len, slot[place] + 1)
+        assert [holder[s] for s in slots] == mask[place].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("channel, window", [("spatial", 0), ("temporal", 0), ("temporal", 2)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_groups_hold_every_token_once_and_all_it_sees(name, channel, window, shifted):
+    layout = STAGES[name]
+    groups = layout.groups(channel, window, shifted)
+    assert sorted(groups.flatten().tolist()) == list(range(layout.tokens))
+    mask = layout.sees(channel, window, shifted)
+    inside = torch.zeros_like(mask)
+    for group in groups:
+        inside[group[:, None], group[None, :]] = True
+    assert not (mask & ~inside).any()
+
+
+def test_trained_frames_and_loss_mask():
+    assert STAGES["image"].trained == (0,)
+    assert STAGES["stage1"].trained == (1, 2, 3, 4)  # SPEC B.3: frame 0 belongs to the image model
+    assert STAGES["stage2"].trained == (1, 3)
+    assert STAGES["stage2"].loss_mask().view(5, 16).sum(1).tolist() == [0, 0, 0, 16, 16]
+
+
+def test_positions_follow_time_not_the_laid_order():
+    positions = STAGES["stage2"].positions().view(5, 16)
+    assert positions[:, 0].tolist() == [0, 32, 64, 16, 48]
+    assert positions[3].tolist() == list(range(16, 32))
+
+
+def test_inputs_are_shifted_by_one_within_a_frame():
+    codes = torch.arange(32).view(1, 2, 16)
+    inputs = STAGES["stage1"].inputs(codes, start=99).view(2, 16)
+    assert inputs[0].tolist() == [99, *range(15)]
+    assert inputs[1].tolist() == [99, *range(16, 31)]  # the last token of a frame enters nowhere
+
+
+def test_lay_and_unlay_are_inverse():
+    frames = torch.arange(5).view(1, 5, 1)
+    layout = STAGES["stage2"]
+    assert layout.lay(frames).flatten().tolist() == [0, 2, 4, 1, 3]
+    assert torch.equal(layout.unlay(layout.lay(frames)), frames)
+
+
+def test_impossible_layouts_are_refused():
+    with pytest.raises(ValueError, match="not an order"):
+        Layout(2, 4, 3, (0, 1, 1))
+    with pytest.raises(ValueError, match="must be laid first"):
+        Layout(2, 4, 3, (0, 1, 2), given=(0, 2))
+    with pytest.raises(ValueError, match="do not divide"):
+        STAGES["stage2"].tiles(3, False)

@@ -1,0 +1,144 @@
+"""Batches are a function of (seed, step, rank), and clips are what their rate and duration say."""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from cogvideo.data.clips import Cut, cut
+from cogvideo.data.loader import batches, to_pictures
+from cogvideo.data.tinyworld import TinyWorld, sprites
+from cogvideo.video import Clip
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A recording whose pictures tell the time: the level is 20 for each second."""
+
+    name: int
+    seconds: float
+
+    def caption(self, rng: np.random.Generator) -> str:
+        return f"clock {self.name}"
+
+    def frames(self, times, size: int) -> np.ndarray:
+        levels = np.round(np.asarray(times) * 20).astype(np.uint8)
+        return np.broadcast_to(levels[:, None, None, None], (len(levels), size, size, 3)).copy()
+
+
+@dataclass(frozen=True)
+class Clocks:
+    count: int | None
+    seconds: float = 10.0
+
+    def __getitem__(self, index: int) -> Clock:
+        return Clock(index, self.seconds)
+
+
+ANY = Cut(3, (1, 2, 4), sizes=(4,))
+WORLD = TinyWorld(sprites(32), 1)
+
+
+def take(count: int, source=WORLD, how=Cut(2, (1, 8), sizes=(16,)), batch: int = 2, **options) -> list:  # noqa: B008
+    return list(islice(batches(source, how, batch, **{"seed": 1, **options}), count))
+
+
+def same(one, two) -> bool:
+    return one.captions == two.captions and one.durations == two.durations and \
+        all(torch.equal(a, b) for a, b in zip(one.frames, two.frames, strict=True))
+
+
+def test_a_batch_is_pictures_and_words():
+    batch = take(1, how=Cut(5, (1, 2), sizes=(12, 48)), batch=3)[0]
+    assert len(batch.captions) == len(batch.durations) == 3
+    assert [f.shape for f in batch.frames] == [(3, 5, 3, 12, 12), (3, 5, 3, 48, 48)]
+    assert all(f.dtype == torch.float32 and f.min() >= 0 and 0.3 < f.max() <= 1 for f in batch.frames)
+    small = torch.nn.functional.avg_pool2d(batch.frames[1].flatten(0, 1), 4)
+    assert (small - batch.frames[0].flatten(0, 1)).abs().mean() < 0.01  # the same moments at both sizes
+
+
+def test_pictures_keep_their_colours():
+    frames = np.zeros((2, 4, 6, 3), np.uint8)
+    frames[..., 0] = 255
+    pictures = to_pictures(frames)
+    assert pictures.shape == (2, 3, 4, 6) and pictures[:, 0].eq(1).all() and pictures[:, 1:].eq(0).all()
+
+
+def test_the_same_seed_gives_the_same_batches():
+    one, two, other = take(4), take(4), take(4, seed=2)
+    assert all(map(same, one, two)) and not any(map(same, one, other))
+    assert not any(same(one[i], one[j]) for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize("source", [WORLD, Clocks(7)])
+def test_going_on_equals_never_having_stopped(source):
+    whole = take(6, source)
+    for step in (1, 4):
+        assert all(map(same, take(6 - step, source, step=step), whole[step:]))
+
+
+def test_worker_processes_change_nothing():
+    assert all(map(same, take(3, workers=2), take(3)))
+
+
+@pytest.mark.parametrize("source", [WORLD, Clocks(12)])
+def test_ranks_share_the_samples_of_one(source):
+    alone = take(3, source, batch=6)
+    shared = [take(3, source, batch=2, rank=rank, ranks=3) for rank in range(3)]
+    for step, batch in enumerate(alone):
+        parts = [shared[rank][step] for rank in range(3)]
+        assert [c for part in parts for c in part.captions] == batch.captions
+        assert torch.equal(torch.cat([part.frames[0] for part in parts]), batch.frames[0])
+
+
+def test_each_epoch_has_every_item_once_in_an_order_of_its_own():
+    captions = [c for batch in take(15, Clocks(10), ANY, batch=2) for c in batch.captions]
+    epochs = [captions[i : i + 10] for i in (0, 10, 20)]
+    assert all(Counter(epoch) == Counter(f"clock {i}" for i in range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != [f"clock {i}" for i in range(10)]
+
+
+def test_epochs_hold_across_ranks_and_odd_batches():
+    shared = [take(3, Clocks(9), ANY, batch=3, rank=rank, ranks=2) for rank in range(2)]
+    captions = [caption for batches in shared for batch in batches for caption in batch.captions]
+    assert Counter(captions) == Counter({f"clock {i}": 2 for i in range(9)})
+
+
+def test_the_duration_is_what_the_frames_span():
+    rates = Counter()
+    for batch in take(40, Clocks(None), Cut(5, (1, 2, 4), sizes=(2,)), batch=4):
+        times = batch.frames[0][:, :, 0, 0, 0] * 255 / 20
+        assert torch.allclose(times[:, -1] - times[:, 0], torch.tensor(batch.durations), atol=0.06)
+        assert torch.allclose(times.diff(dim=1), torch.tensor(batch.durations)[:, None] / 4, atol=0.06)
+        assert times.min() >= 0 and times.max() <= 10
+        rates.update(batch.durations)
+    assert set(rates) == {4.0, 2.0, 1.0} and min(rates.values()) > 30
+
+
+def test_keep_takes_the_first_frames_of_the_window():
+    whole = cut(Clock(0, 10), Cut(5, (1,), sizes=(2,)), np.random.default_rng(3))
+    first = cut(Clock(0, 10), Cut(5, (1,), keep=2, sizes=(2,)), np.random.default_rng(3))
+    assert first.duration == whole.duration == 4.0
+    assert np.array_equal(first.frames[0], whole.frames[0][:2])
+
+
+def test_only_rates_whose_window_fits_are_chosen():
+    how = Cut(5, (1, 2, 4), sizes=(2,))
+    spans = {cut(Clock(0, 2.5), how, np.random.default_rng(i)).duration for i in range(30)}
+    assert spans == {2.0, 1.0}
+    short = cut(Clock(0, 0.5), how, np.random.default_rng(0))  # none fits: the last frame repeats
+    assert short.duration == 1.0 and short.frames[0][:, 0, 0, 0].tolist() == [0, 5, 10, 10, 10]
+
+
+def test_a_folder_of_videos_goes_through(tmp_path):
+    from cogvideo.data.sources import open_source
+
+    for i in range(3):
+        Clip(np.full((9, 32, 40, 3), 60 * i + 40, np.uint8), 8).save(tmp_path / f"{i}.mp4")
+        (tmp_path / f"{i}.txt").write_text(str(60 * i + 40))
+    for batch in take(3, open_source(tmp_path), Cut(3, (2, 8), sizes=(8, 16))):
+        for caption, pictures in zip(batch.captions, batch.frames[0], strict=True):
+            assert abs(float(pictures.mean()) * 255 - int(caption)) < 3

@@ -1,0 +1,106 @@
+"""The verbs on a random model: shapes, rates, what is kept, what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from cogvideo import Clip, CogVideo
+from cogvideo.pipeline import Draft
+
+
+@pytest.fixture(scope="module")
+def pipe(nano) -> CogVideo:
+    return CogVideo.from_pretrained(nano, dtype="float32")
+
+
+PROMPTS, SEEDS = ["a dog runs to the right", "a cat in the snow"], [3, 4]
+
+
+@pytest.fixture(scope="module")
+def draft(pipe) -> Draft:
+    return pipe.keyframes(PROMPTS, SEEDS)
+
+
+def test_the_schedule_of_the_paper(pipe, draft):
+    shapes = [(draft.codes.shape[1], draft.fps)]
+    while draft.fps < 8:
+        draft = pipe.interpolate(draft)
+        shapes.append((draft.codes.shape[1], draft.fps))
+    assert shapes == [(5, 1), (9, 2), (17, 4), (33, 8)]
+    assert pipe.frame_counts == dict(shapes)
+
+
+def test_interpolation_keeps_the_frames_it_was_given(pipe, draft):
+    finer = pipe.interpolate(pipe.interpolate(draft))
+    assert torch.equal(finer.codes[:, ::4], draft.codes)
+
+
+def test_a_clip_alone_equals_the_same_clip_in_a_batch(pipe, draft):
+    alone = pipe.interpolate(pipe.keyframes(PROMPTS[1:], SEEDS[1:]))
+    assert torch.equal(pipe.interpolate(draft).codes[1], alone.codes[0])
+
+
+def test_the_whole_way(pipe):
+    clips = pipe(PROMPTS, num_frames=9, num_videos_per_prompt=2, seed=3, progress=False)
+    assert [clip.caption for clip in clips] == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert all(clip.frames.shape == (9, 32, 32, 3) and clip.fps == 2 for clip in clips)
+    again = pipe(PROMPTS[0], num_frames=9, seed=4, progress=False)
+    assert (again[0].frames == clips[1].frames).all()
+    assert not (clips[0].frames == clips[1].frames).all()
+
+
+def test_image_to_video_begins_with_the_image(pipe):
+    image = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+    seen = pipe.encode([Clip(image[None], 1.0)], PROMPTS[:1], [0])
+    made = pipe.keyframes(PROMPTS[:1], [0], begin=seen)
+    assert torch.equal(made.codes[:, 0], seen.codes[:, 0])
+    clip = pipe(PROMPTS[0], image=image, num_frames=5, seed=0, progress=False)[0]
+    assert (clip.frames == pipe.upscale(pipe.decode(made))[0].frames).all()
+
+
+def test_continuation_begins_with_the_last_seconds(pipe):
+    frames = np.random.default_rng(0).integers(0, 256, (25, 16, 16, 3), dtype=np.uint8)
+    begin = pipe._beginning(None, Clip(frames, 8.0), PROMPTS[:1], [0])
+    expected = pipe.encode([Clip(frames[[0, 8, 16, 24]], 1.0)], PROMPTS[:1], [0])
+    assert torch.equal(begin.codes, expected.codes)
+
+
+def test_in_betweening_of_a_users_frames(pipe):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    seen = pipe.encode([Clip(frames, 2.0)], PROMPTS[:1], [0])
+    made = pipe.interpolate(seen)
+    assert made.codes.shape[1] == 5 and made.fps == 4
+    assert torch.equal(made.codes[:, ::2], seen.codes)
+
+
+def test_progress_tells_every_step(pipe):
+    told = []
+    pipe(PROMPTS[0], num_frames=9, seed=1, progress=lambda *step: told.append(step))
+    assert list(dict.fromkeys(what for what, _, _ in told)) == ["first frame", "key frames", "to 2 fps", "pixels"]
+    for what in ("first frame", "key frames", "to 2 fps"):
+        done, total = [(d, t) for w, d, t in told if w == what][-1]
+        assert done == total
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(prompt=" "), "the prompt is empty"),
+    (dict(prompt="a dog " * 200), r"the text has \d+ tokens, \d+ more than the 64 that fit"),
+    (dict(prompt="a dog", num_frames=7), "choose one of 5, 9, 17, 33"),
+    (dict(prompt="a dog", seed=-1), "seed -1 is out of range"),
+    (dict(prompt="a dog", num_videos_per_prompt=0), "must be 1 or more"),
+    (dict(prompt="a dog", guidance_scale=0.1), "guidance_scale 1 or more"),
+    (dict(prompt="a dog", image="nothing.png"), "nothing.png"),
+    (dict(prompt="a dog", image="a.png", video="b.mp4"), "not both"),
+])
+def test_what_cannot_be_done_is_refused_before_any_work(pipe, arguments, message):
+    def no_work(*step):
+        raise AssertionError("work was begun")
+
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments, progress=no_work)
+
+
+def test_unknown_words_come_with_the_nearest_known(pipe):
+    assert pipe.unknown_words("a dog runs") == {}
+    hints = pipe.unknown_words("a dogg runs 龘")
+    assert "dog" in hints["dogg"] and "龘" in hints
