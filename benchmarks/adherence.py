@@ -4,8 +4,8 @@
     python -m benchmarks.adherence --model tiny --out runs/adherence
     python -m benchmarks.adherence --model tiny --reconstructions    only the upper bound, without generating
 
-Rows: prompts about held-out compositions, about seen ones, and about the first held-out ones in Chinese. Next to
-generated clips stand the rendered clips of the same scenes: what the judge itself reaches. With
+Rows: prompts about held-out compositions, about seen ones, and about the first held-out ones in Chinese. The
+rendered clips of the same scenes, in rows of their own, show what the judge itself reaches. With
 --reconstructions they go through tokenizer and refiner: what no model of their tokens should exceed.
 Generated clips are kept in --out as they are made, at 48 px: a killed run goes on.
 """

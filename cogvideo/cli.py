@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional, arg
@@ -54,11 +54,9 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise ValueError("give either a prompt or --prompts FILE")
     check_output(out)
-    lines = (
-        [prompt]
-        if prompt is not None
-        else [line for line in prompts.read_text().splitlines() if line.strip()]
-    )
+    lines = [prompt or ""]
+    if prompts is not None:
+        lines = [line for line in prompts.read_text().splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{prompts} holds no prompt; write one on each line")
     from cogvideo.pipeline import CogVideo
@@ -162,10 +160,11 @@ def models(model: Positional[str | None] = None, /) -> None:
     refined = f", refined to {size * system.refiner.scale} px" if system.refiner else ""
     print(f"{folder.path}\n{config.get('about', '')}\n")
     print(f"transformer   {c.layers} layers, width {c.width}, {c.heads} heads")
-    print(f"frames        {c.frames} key frames of {c.grid}x{c.grid} tokens, {c.codes} codes; {size} px{refined}")
+    print(f"frames        {c.frames} key frames of {c.grid}x{c.grid} tokens, {c.codes} codes")
+    print(f"pixels        {size} px{refined}")
     for part in system.parts:
-        size = f"{folder.file(part).stat().st_size / 1e6:.1f} MB" if folder.has(part) else "missing"
-        print(f"{part:<13} {size}")
+        weight = f"{folder.file(part).stat().st_size / 1e6:.1f} MB" if folder.has(part) else "missing"
+        print(f"{part:<13} {weight}")
     for name, row in config.get("trained", {}).items():
         print(f"trained       {name}: {row['steps']} steps of {row['batch']} clips")
     for name, value in config.get("measured", {}).items():
@@ -174,7 +173,7 @@ def models(model: Positional[str | None] = None, /) -> None:
         print(f"words         {' '.join(config['words'])}")
 
 
-COMMANDS = {"generate": generate, "train": train, "models": models}
+COMMANDS: dict[str, Any] = {"generate": generate, "train": train, "models": models}
 OVERRIDES: dict[
     str, str
 ] = {}  # "--image.steps 100" as {"image.steps": "100"}, taken off the command line before parsing

@@ -48,7 +48,7 @@ def fill(
     if guided and plain is None:
         raise ValueError("guidance needs the text without the prompt")
     size, count = layout.frame_len, known.shape[1]
-    rows = torch.cat((text, plain)) if guided else text
+    rows = text if plain is None or not guided else torch.cat((text, plain))
     frames = torch.full((len(text), layout.frames, size), -1, dtype=torch.long, device=text.device)
     frames[:, :count] = known
     inputs = layout.inputs(known, model.config.start)

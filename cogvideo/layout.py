@@ -153,9 +153,7 @@ class Layout:
         cut = places.unfold(1, window, window).unfold(2, window, window)  # [F, rows, columns, w, w]
         return cut.permute(1, 2, 0, 3, 4).reshape(-1, self.frames * window * window)
 
-    def segments(
-        self, channel: str, text_len: int, window: int = 0, shifted: bool = False
-    ) -> tuple[list[int], list[int]]:
+    def segments(self, channel: str, window: int = 0, shifted: bool = False) -> tuple[list[int], list[int]]:
         """Where keys lie in a cache so that what a token sees is one slice: (start, slot) of every laid
         place.
 
@@ -163,15 +161,15 @@ class Layout:
         slot[i]. The spatial channel has one segment that each frame overwrites.
         """
         if channel == "spatial":
-            return [0] * self.tokens, [text_len + p % self.frame_len for p in range(self.tokens)]
+            return [0] * self.tokens, [self.text_len + p % self.frame_len for p in range(self.tokens)]
         tile = self.tiles(window, shifted).repeat(self.frames)
         start, slot = [0] * self.tokens, [0] * self.tokens
         end = 0
         for one in tile.unique().tolist():
             members = (tile == one).nonzero().flatten().tolist()
             for rank, place in enumerate(members):
-                start[place], slot[place] = end, end + text_len + rank
-            end += text_len + len(members)
+                start[place], slot[place] = end, end + self.text_len + rank
+            end += self.text_len + len(members)
         return start, slot
 
     def draw(self, channel: str, window: int = 0, shifted: bool = False) -> str:

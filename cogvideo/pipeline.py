@@ -12,14 +12,16 @@ frame of a user's (image to video), the last seconds of a clip (continuation) or
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cogvideo.generate import fill
 from cogvideo.layout import Layout
@@ -100,7 +102,7 @@ class CogVideo:
     def stage2(self) -> DualChannelTransformer:
         return DualChannelTransformer(self.base, self._transformer_part("stage2"))
 
-    def _transformer_part(self, name: str) -> nn.Module:
+    def _transformer_part(self, name: str) -> Any:
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
         part = self.folder.load(name, self.device, dtype)
         return to_int8(part) if self.dtype == "int8" else part
@@ -144,7 +146,7 @@ class CogVideo:
         prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
         seeds = pick_seeds(seed, len(prompts))
         begin = self._beginning(image, video, prompts, seeds)
-        with _progress_bar(progress) as told:
+        with _telling(progress) as told:
             draft = self.keyframes(prompts, seeds, begin=begin, guidance_scale=guidance_scale, progress=told)
             while draft.fps < fps:
                 draft = self.interpolate(draft, progress=told)
@@ -289,36 +291,21 @@ def _fit(pictures: Tensor, size: int) -> Tensor:
     ).clamp(0, 1)
 
 
-class _progress_bar:
-    """A bar on the terminal that the verbs tell; or the caller's own function; or nothing."""
+@contextmanager
+def _telling(progress: bool | Progress) -> Iterator[Progress | None]:
+    """Where the verbs tell their progress: the caller's own function, a bar on the terminal, or nowhere."""
+    if not isinstance(progress, bool) or not progress:
+        yield progress or None
+        return
+    from rich import progress as rich
 
-    def __init__(self, progress: bool | Progress):
-        self.progress, self.bar = progress, None
-
-    def __enter__(self) -> Progress | None:
-        if not isinstance(self.progress, bool):
-            return self.progress
-        if not self.progress:
-            return None
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bar
-
-        self.bar = Bar(
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeElapsedColumn(),
-        )
-        self.bar.start()
-        tasks: dict[str, int] = {}
+    with rich.Progress(rich.TextColumn("{task.description:<12}"), rich.BarColumn(), rich.MofNCompleteColumn(),
+                       rich.TimeElapsedColumn()) as bar:
+        tasks: dict[str, rich.TaskID] = {}
 
         def told(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = self.bar.add_task(what, total=total)
-            self.bar.update(tasks[what], completed=done)
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
 
-        return told
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+        yield told

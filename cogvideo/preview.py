@@ -1,11 +1,12 @@
 """How a training phase is doing, as one picture: what goes in above what comes out."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from cogvideo.data.loader import Batch
 from cogvideo.model.refiner import enlarge
@@ -18,7 +19,7 @@ SHOWN = 6  # clips
 
 
 @torch.inference_mode()
-def probe(folder: ModelFolder, parts: dict[str, nn.Module], phase: Phase, batch: Batch, out: Path) -> None:
+def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch, out: Path) -> None:
     """Write the strip of a phase. tokenizer, refiner: the batch and what becomes of it, row by row. Token
     models: samples for the captions of the batch, made with the weights as they are now."""
     clips = batch.frames[0][:SHOWN]
@@ -43,7 +44,7 @@ def probe(folder: ModelFolder, parts: dict[str, nn.Module], phase: Phase, batch:
         Image.fromarray(rows).save(file)
 
 
-def _samples(folder: ModelFolder, parts: dict[str, nn.Module], prompts: list[str]) -> np.ndarray:
+def _samples(folder: ModelFolder, parts: dict[str, Any], prompts: list[str]) -> np.ndarray:
     pipe = CogVideo(folder, next(parts["base"].parameters()).device)
     pipe.__dict__.update({name: parts[name] for name in ("vqvae", "base") if name in parts})
     for stage in ("stage1", "stage2"):

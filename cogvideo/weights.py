@@ -58,7 +58,7 @@ class ModelFolder:
 
     def load(
         self, part: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> nn.Module:
+    ) -> Any:
         """Build a part and fill it from its file; floating-point weights become `dtype`."""
         with torch.device("meta"):
             module = self.system().build(part)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cogvideo import presets
-from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.data.loader import read_captions
+from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.model.transformer import Base, TemporalChannel
 from cogvideo.text import split_words, train_text
 from cogvideo.vqvae import VQVAE
@@ -23,7 +23,8 @@ def world() -> TinyWorld:
 
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory, world: TinyWorld) -> Path:
-    """A model folder of the preset `nano` with random weights that are large enough to make every part matter."""
+    """A model folder of the preset `nano` with random weights that are large enough to make every part
+    matter."""
     folder = ModelFolder(tmp_path_factory.mktemp("models") / "nano")
     system = presets.find("nano")
     captions = list(read_captions(world, 2000, seed=0))

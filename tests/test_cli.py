@@ -24,7 +24,9 @@ def test_help_names_the_commands_and_imports_no_torch():
 
 
 def test_generate_writes_a_video_that_reads_back(nano, tmp_path):
-    done = cogvideo("generate", "a dogg runs to the right", "-o", "a.mp4", "--model", nano, "--seed", 3, cwd=tmp_path)
+    done = cogvideo(
+        "generate", "a dogg runs to the right", "-o", "a.mp4", "--model", nano, "--seed", 3, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "hint: the model never saw the word 'dogg'" in done.stderr and "seed 3" in done.stdout
     clip = Clip.load(tmp_path / "a.mp4")
@@ -33,27 +35,43 @@ def test_generate_writes_a_video_that_reads_back(nano, tmp_path):
 
 def test_generate_many_from_a_file(nano, tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog runs\n\na cat in the snow\n")
-    done = cogvideo("generate", "--prompts", "prompts.txt", "-o", "x.gif", "--model", nano, "--num-frames", 5,
-                    "--num-videos", 2, "--quiet", cwd=tmp_path)
+    done = cogvideo(
+        "generate",
+        "--prompts",
+        "prompts.txt",
+        "-o",
+        "x.gif",
+        "--model",
+        nano,
+        "--num-frames",
+        5,
+        "--num-videos",
+        2,
+        "--quiet",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0 and done.stdout == "", done.stderr
     assert sorted(p.name for p in tmp_path.glob("*.gif")) == [f"x-{i}.gif" for i in range(4)]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["generate", ""], "the prompt is empty"),
-    (["generate"], "give either a prompt or --prompts FILE"),
-    (["generate", "a dog", "-o", "a.avi3"], ".mp4"),
-    (["generate", "a dog", "-o", "/proc/nowhere/a.mp4"], "/proc"),
-    (["generate", "a dog", "--model", "nonesuch"], "unknown model 'nonesuch'"),
-    (["generate", "a dog", "--seed", "-5"], "out of range"),
-    (["generate", "a dog", "--num-frames", "6"], "choose one of 5, 9, 17, 33"),
-    (["generate", "a dog", "--image", "none.png"], "none.png"),
-    (["train", "nonesuch"], "choose one of tiny"),
-    (["train", "tiny", "--phases", "stage7"], "tokenizer, image"),
-    (["train", "tiny", "--stage1.colour", "3"], "choose one of"),
-    (["train", "tiny", "--stage1.steps", "many"], "--stage1.steps needs int"),
-    (["models", "nonesuch"], "unknown model"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", ""], "the prompt is empty"),
+        (["generate"], "give either a prompt or --prompts FILE"),
+        (["generate", "a dog", "-o", "a.avi3"], ".mp4"),
+        (["generate", "a dog", "-o", "/proc/nowhere/a.mp4"], "/proc"),
+        (["generate", "a dog", "--model", "nonesuch"], "unknown model 'nonesuch'"),
+        (["generate", "a dog", "--seed", "-5"], "out of range"),
+        (["generate", "a dog", "--num-frames", "6"], "choose one of 5, 9, 17, 33"),
+        (["generate", "a dog", "--image", "none.png"], "none.png"),
+        (["train", "nonesuch"], "choose one of tiny"),
+        (["train", "tiny", "--phases", "stage7"], "tokenizer, image"),
+        (["train", "tiny", "--stage1.colour", "3"], "choose one of"),
+        (["train", "tiny", "--stage1.steps", "many"], "--stage1.steps needs int"),
+        (["models", "nonesuch"], "unknown model"),
+    ],
+)
 def test_mistakes_are_one_line_and_exit_code_2(nano, tmp_path, arguments, message):
     if arguments[0] == "generate" and "--model" not in arguments:
         arguments = [*arguments, "--model", nano]

@@ -18,9 +18,14 @@ def setup(nano, batch: int = 3):
     folder = ModelFolder(nano)
     model = DualChannelTransformer(folder.load("base"), folder.load("stage1"))
     text = folder.text()
-    rows = [text.pad_left(text.prompt(p, 4.0), CONFIG.text_len) for p in ("a dog runs", "a cat in the snow", "a car")]
+    rows = [
+        text.pad_left(text.prompt(p, 4.0), CONFIG.text_len)
+        for p in ("a dog runs", "a cat in the snow", "a car")
+    ]
     plain = [text.pad_left(text.prompt("", 4.0), CONFIG.text_len)] * 3
-    known = torch.randint(0, CONFIG.codes, (3, 1, CONFIG.frame_len), generator=torch.Generator().manual_seed(0))
+    known = torch.randint(
+        0, CONFIG.codes, (3, 1, CONFIG.frame_len), generator=torch.Generator().manual_seed(0)
+    )
     return model, torch.tensor(rows)[:batch], torch.tensor(plain)[:batch], known[:batch]
 
 
@@ -62,7 +67,9 @@ def test_a_sample_alone_equals_the_same_sample_in_a_batch(nano):
 
 def test_known_frames_are_kept_and_progress_is_told(nano):
     model, text, plain, known = setup(nano)
-    states = list(fill(model, LAYOUT, text, known, SAMPLING, uniforms([1, 2, 3], 4 * CONFIG.frame_len, 1), plain))
+    states = list(
+        fill(model, LAYOUT, text, known, SAMPLING, uniforms([1, 2, 3], 4 * CONFIG.frame_len, 1), plain)
+    )
     assert [s.done for s in states] == list(range(CONFIG.grid, 4 * CONFIG.frame_len + 1, CONFIG.grid))
     assert torch.equal(states[-1].frames[:, 0], known[:, 0])
     assert int(states[-1].frames.min()) >= 0 and int(states[-1].frames.max()) < CONFIG.codes
@@ -84,6 +91,8 @@ def test_int8_stays_near_float32(nano):
     with torch.inference_mode():
         exact = model(tokens, LAYOUT)
         folder = ModelFolder(nano)
-        rounded = DualChannelTransformer(to_int8(folder.load("base")), to_int8(folder.load("stage1")))(tokens, LAYOUT)
+        rounded = DualChannelTransformer(to_int8(folder.load("base")), to_int8(folder.load("stage1")))(
+            tokens, LAYOUT
+        )
     assert 0 < (rounded - exact).std() < 0.05 * exact.std()
     assert torch.corrcoef(torch.stack((rounded.flatten(), exact.flatten())))[0, 1] > 0.998

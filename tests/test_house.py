@@ -1,4 +1,5 @@
-"""Who may import whom. A room may import the levels below its own, never its own level or one above, its own folder apart."""
+"""Who may import whom. A room may import the levels below its own, never its own level or one above, its own
+folder apart."""
 
 import ast
 from pathlib import Path
@@ -15,8 +16,13 @@ LEVELS = [
     {"cli"},
     {"__main__"},
 ]
-LIBRARIES = {"av": "video", "sentencepiece": "text", "safetensors": "weights", "tyro": "cli",
-             "huggingface_hub": "weights"}  # an outside library has one room
+LIBRARIES = {
+    "av": "video",
+    "sentencepiece": "text",
+    "safetensors": "weights",
+    "tyro": "cli",
+    "huggingface_hub": "weights",
+}  # an outside library has one room
 ROOMS = sorted(HOUSE.rglob("*.py"))
 
 
@@ -25,7 +31,8 @@ def level(room: str) -> int:
 
 
 def imports(path: Path) -> list[str]:
-    """Dotted names of all modules a file imports, inside functions as well, but not for type checking only."""
+    """Dotted names of all modules a file imports, inside functions as well, but not for type checking
+    only."""
     names = []
 
     def visit(node: ast.AST) -> None:
@@ -34,7 +41,9 @@ def imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             names.extend(alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom) and node.module:
-            names.extend([node.module] if node.module != "cogvideo" else [f"cogvideo.{a.name}" for a in node.names])
+            names.extend(
+                [node.module] if node.module != "cogvideo" else [f"cogvideo.{a.name}" for a in node.names]
+            )
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -64,7 +73,9 @@ def test_an_outside_library_has_one_room(path):
 def test_the_model_knows_no_data_training_or_processes():
     for path in (HOUSE / "model").glob("*.py"):
         for name in imports(path):
-            assert not name.startswith(("torch.distributed", "cogvideo.data", "cogvideo.train", "cogvideo.sampling"))
+            assert not name.startswith(
+                ("torch.distributed", "cogvideo.data", "cogvideo.train", "cogvideo.sampling")
+            )
 
 
 def test_no_drawers():

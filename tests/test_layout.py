@@ -46,7 +46,7 @@ def test_the_rule_token_by_token(name, shifted):
 @pytest.mark.parametrize("shifted", [False, True])
 def test_cache_segments_hold_exactly_what_a_token_sees(name, channel, window, shifted):
     layout = STAGES[name]
-    start, slot = layout.segments(channel, layout.text_len, window, shifted)
+    start, slot = layout.segments(channel, window, shifted)
     mask = layout.sees(channel, window, shifted)
     holder: dict[int, int] = {}
     for place in range(layout.tokens):

@@ -47,8 +47,11 @@ def take(count: int, source=WORLD, how=Cut(2, (1, 8), sizes=(16,)), batch: int =
 
 
 def same(one, two) -> bool:
-    return one.captions == two.captions and one.durations == two.durations and \
-        all(torch.equal(a, b) for a, b in zip(one.frames, two.frames, strict=True))
+    return (
+        one.captions == two.captions
+        and one.durations == two.durations
+        and all(torch.equal(a, b) for a, b in zip(one.frames, two.frames, strict=True))
+    )
 
 
 def test_a_batch_is_pictures_and_words():

@@ -76,22 +76,30 @@ def test_in_betweening_of_a_users_frames(pipe):
 def test_progress_tells_every_step(pipe):
     told = []
     pipe(PROMPTS[0], num_frames=9, seed=1, progress=lambda *step: told.append(step))
-    assert list(dict.fromkeys(what for what, _, _ in told)) == ["first frame", "key frames", "to 2 fps", "pixels"]
+    assert list(dict.fromkeys(what for what, _, _ in told)) == [
+        "first frame",
+        "key frames",
+        "to 2 fps",
+        "pixels",
+    ]
     for what in ("first frame", "key frames", "to 2 fps"):
         done, total = [(d, t) for w, d, t in told if w == what][-1]
         assert done == total
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(prompt=" "), "the prompt is empty"),
-    (dict(prompt="a dog " * 200), r"the text has \d+ tokens, \d+ more than the 64 that fit"),
-    (dict(prompt="a dog", num_frames=7), "choose one of 5, 9, 17, 33"),
-    (dict(prompt="a dog", seed=-1), "seed -1 is out of range"),
-    (dict(prompt="a dog", num_videos_per_prompt=0), "must be 1 or more"),
-    (dict(prompt="a dog", guidance_scale=0.1), "guidance_scale 1 or more"),
-    (dict(prompt="a dog", image="nothing.png"), "nothing.png"),
-    (dict(prompt="a dog", image="a.png", video="b.mp4"), "not both"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(prompt=" "), "the prompt is empty"),
+        (dict(prompt="a dog " * 200), r"the text has \d+ tokens, \d+ more than the 64 that fit"),
+        (dict(prompt="a dog", num_frames=7), "choose one of 5, 9, 17, 33"),
+        (dict(prompt="a dog", seed=-1), "seed -1 is out of range"),
+        (dict(prompt="a dog", num_videos_per_prompt=0), "must be 1 or more"),
+        (dict(prompt="a dog", guidance_scale=0.1), "guidance_scale 1 or more"),
+        (dict(prompt="a dog", image="nothing.png"), "nothing.png"),
+        (dict(prompt="a dog", image="a.png", video="b.mp4"), "not both"),
+    ],
+)
 def test_what_cannot_be_done_is_refused_before_any_work(pipe, arguments, message):
     def no_work(*step):
         raise AssertionError("work was begun")

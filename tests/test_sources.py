@@ -27,8 +27,10 @@ def film(path: Path, level: int) -> Path:
 def films(tmp_path_factory) -> dict[str, bytes]:
     """Files of three videos by name, brighter and brighter."""
     folder = tmp_path_factory.mktemp("films")
-    return {name: film(folder / f"{name}.mp4", level).read_bytes()
-            for name, level in (("a", 60), ("b", 120), ("c", 180))}
+    return {
+        name: film(folder / f"{name}.mp4", level).read_bytes()
+        for name, level in (("a", 60), ("b", 120), ("c", 180))
+    }
 
 
 def folder_of(folder: Path, films: dict[str, bytes], captions: bool = True) -> Path:
@@ -106,9 +108,18 @@ def test_a_table_may_say_more_than_one_thing(tmp_path, films):
 
 
 def test_shards(tmp_path, films):
-    one = shard(tmp_path / "x-000.tar", {
-        "./p/a.mp4": films["a"], "./p/a.txt": "the film a", "README": "-", "._b.mp4": "junk", "p/b.cls": "3",
-        "p/b.txt": "the film b", "p/b.mp4": films["b"]})
+    one = shard(
+        tmp_path / "x-000.tar",
+        {
+            "./p/a.mp4": films["a"],
+            "./p/a.txt": "the film a",
+            "README": "-",
+            "._b.mp4": "junk",
+            "p/b.cls": "3",
+            "p/b.txt": "the film b",
+            "p/b.mp4": films["b"],
+        },
+    )
     shard(tmp_path / "x-001.tar", {"c.json": '{"caption": "the film c", "id": 4}', "c.mp4": films["c"]})
     check(open_source(tmp_path))
     check(open_source(tmp_path / "x-{000..001}.tar"))
@@ -156,10 +167,14 @@ def test_a_missing_caption_is_named(tmp_path, films):
 
 def test_broken_tables_and_shards_are_named(tmp_path, films):
     folder = folder_of(tmp_path / "data", films, captions=False)
-    for name, text in (("metadata.jsonl", b'{"file_name": "a.mp4"}'), ("captions.jsonl", b"{oops"),
-                       ("captions.csv", b"name,caption\na.mp4,one\n"), ("captions.jsonl", b"[1]"),
-                       ("metadata.csv", b"file_name,text\n\xff,a\n"),
-                       ("captions.jsonl", b'{"file_name": "a.mp4", "text": 5}')):
+    for name, text in (
+        ("metadata.jsonl", b'{"file_name": "a.mp4"}'),
+        ("captions.jsonl", b"{oops"),
+        ("captions.csv", b"name,caption\na.mp4,one\n"),
+        ("captions.jsonl", b"[1]"),
+        ("metadata.csv", b"file_name,text\n\xff,a\n"),
+        ("captions.jsonl", b'{"file_name": "a.mp4", "text": 5}'),
+    ):
         (folder / name).write_bytes(text)
         with pytest.raises(ValueError, match=f"cannot read .*{name}: each row needs file_name and text"):
             open_source(folder)

@@ -243,11 +243,23 @@ def test_captions_vary_and_mix_languages():
     assert len(set(texts)) > 250
 
 
-@pytest.mark.parametrize("verb, third, gerund", [
-    ("run", "runs", "running"), ("fly", "flies", "flying"), ("buzz", "buzzes", "buzzing"),
-    ("glide", "glides", "gliding"), ("sway", "sways", "swaying"), ("go up", "goes up", "going up"),
-    ("puff up", "puffs up", "puffing up"),
-    ("ski", "skis", "skiing"), ("get bigger", "gets bigger", "getting bigger"), ("move", "moves", "moving"),
-    ("swim", "swims", "swimming"), ("zigzag", "zigzags", "zigzagging"), ("sweep", "sweeps", "sweeping")])
+@pytest.mark.parametrize(
+    "verb, third, gerund",
+    [
+        ("run", "runs", "running"),
+        ("fly", "flies", "flying"),
+        ("buzz", "buzzes", "buzzing"),
+        ("glide", "glides", "gliding"),
+        ("sway", "sways", "swaying"),
+        ("go up", "goes up", "going up"),
+        ("puff up", "puffs up", "puffing up"),
+        ("ski", "skis", "skiing"),
+        ("get bigger", "gets bigger", "getting bigger"),
+        ("move", "moves", "moving"),
+        ("swim", "swims", "swimming"),
+        ("zigzag", "zigzags", "zigzagging"),
+        ("sweep", "sweeps", "sweeping"),
+    ],
+)
 def test_verbs_are_inflected(verb, third, gerund):
     assert _inflect(verb, "s") == third and _inflect(verb, "ing") == gerund

@@ -1,5 +1,7 @@
-"""The recipe at toy scale: every phase runs, learns, leaves alone what it should, and a killed run goes on as if uninterrupted."""
+"""The recipe at toy scale: every phase runs, learns, leaves alone what it should, and a killed run goes on as
+if uninterrupted."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,7 +20,9 @@ def nano_phase(name: str, **changes) -> recipes.Phase:
     """A phase of the tiny recipe for the nano model: two clips a step, 16 px, float32."""
     phase = recipes.find("tiny").phase(name)
     sizes = (16,) if len(phase.cut.sizes) == 1 else (16, 32)
-    defaults = dict(steps=6, batch=2, warmup=1, precision="float32", cut=dataclasses.replace(phase.cut, sizes=sizes))
+    defaults = dict(
+        steps=6, batch=2, warmup=1, precision="float32", cut=dataclasses.replace(phase.cut, sizes=sizes)
+    )
     return dataclasses.replace(phase, **{**defaults, **changes})
 
 
@@ -70,10 +74,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world, nam
         shutil.copytree(trained / "model", out / "model")
         for stop in stops:
             probe_at = Stop(stop) if stop != 7 else None
-            try:
+            with contextlib.suppress(KeyboardInterrupt):
                 run(out, world, whole, save_every=1, probe_every=1, probe=probe_at)
-            except KeyboardInterrupt:
-                pass
         results.append(ModelFolder(out / "model").load(whole.trains[0]).state_dict())
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
@@ -91,7 +93,10 @@ class Stop:
 
 def test_parts_that_a_phase_does_not_train_stay_as_they_are(trained, tmp_path, world):
     shutil.copytree(trained / "model", tmp_path / "model")
-    before = {part: (tmp_path / "model" / f"{part}.safetensors").read_bytes() for part in ("vqvae", "base", "stage2")}
+    before = {
+        part: (tmp_path / "model" / f"{part}.safetensors").read_bytes()
+        for part in ("vqvae", "base", "stage2")
+    }
     stage1 = (tmp_path / "model" / "stage1.safetensors").read_bytes()
     run(tmp_path, world, nano_phase("stage1", steps=2, rate=1e-2))
     for part, data in before.items():

@@ -7,7 +7,9 @@ from conftest import loosen
 from cogvideo.layout import Layout
 from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig, TemporalChannel
 
-CONFIG = ModelConfig(layers=3, width=32, heads=4, vocab=80, codes=40, pad=41, start=42, text_len=6, grid=4, window=2)
+CONFIG = ModelConfig(
+    layers=3, width=32, heads=4, vocab=80, codes=40, pad=41, start=42, text_len=6, grid=4, window=2
+)
 STAGES = {
     "image": (None, Layout.image(6, 4)),
     "stage1": (0, Layout.keyframes(6, 4, 5)),
@@ -85,7 +87,9 @@ def influence(model: DualChannelTransformer, layout: Layout) -> torch.Tensor:
     tokens = torch.cat((text, layout.inputs(codes, CONFIG.start)), 1)
     rows = []
     seen: list[torch.Tensor] = []
-    hook = model.base.embed.register_forward_hook(lambda module, inputs, output: seen.append(output) or output)
+    hook = model.base.embed.register_forward_hook(
+        lambda module, inputs, output: seen.append(output) or output
+    )
     logits = model(tokens, layout)
     hook.remove()
     for slot in range(layout.tokens):
@@ -110,7 +114,8 @@ def test_causality_by_gradients(name):
 
 
 def test_receptive_field_of_one_window_layer():
-    """One unshifted layer: a token depends on its own frame (spatial) and on its tile of the others (temporal)."""
+    """One unshifted layer: a token depends on its own frame (spatial) and on its tile of the others
+    (temporal)."""
     import dataclasses
 
     config = dataclasses.replace(CONFIG, layers=1)

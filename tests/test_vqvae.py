@@ -19,7 +19,7 @@ def test_shapes_and_ranges():
     vqvae, pictures = make()
     ids = vqvae.encode(pictures)
     assert ids.shape == (6, CONFIG.grid**2) and ids.dtype == torch.long
-    assert 0 <= int(ids.min()) and int(ids.max()) < CONFIG.codes
+    assert int(ids.min()) >= 0 and int(ids.max()) < CONFIG.codes
     made = vqvae.decode(ids)
     assert made.shape == pictures.shape and float(made.min()) >= 0 and float(made.max()) <= 1
 

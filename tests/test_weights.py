@@ -48,13 +48,16 @@ def truncate(folder):
     (folder / "base.safetensors").write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.parametrize("harm, named", [
-    (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    (break_config, "config.json is damaged"),
-    (break_layers, "base.safetensors does not fit"),
-    (truncate, "base.safetensors is damaged"),
-    (lambda f: (f / "base.safetensors").unlink(), "base.safetensors is missing"),
-])
+@pytest.mark.parametrize(
+    "harm, named",
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (break_config, "config.json is damaged"),
+        (break_layers, "base.safetensors does not fit"),
+        (truncate, "base.safetensors is damaged"),
+        (lambda f: (f / "base.safetensors").unlink(), "base.safetensors is missing"),
+    ],
+)
 def test_damage_names_the_file(copy, harm, named):
     harm(copy.path)
     with pytest.raises(ModelError, match=named):

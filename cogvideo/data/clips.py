@@ -15,11 +15,12 @@ import numpy as np
 class Recording(Protocol):
     """One captioned video, read lazily."""
 
-    seconds: float
+    @property
+    def seconds(self) -> float: ...
 
     def caption(self, rng: np.random.Generator) -> str: ...
 
-    def frames(self, times: Sequence[float], size: int) -> np.ndarray:
+    def frames(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
         """uint8 [F, size, size, 3] at these seconds."""
         ...
 
@@ -27,7 +28,8 @@ class Recording(Protocol):
 class Source(Protocol):
     """Recordings by index. `len` is how many there are; a source without end says `None` as its `count`."""
 
-    count: int | None
+    @property
+    def count(self) -> int | None: ...
 
     def __getitem__(self, index: int) -> Recording: ...
 

@@ -48,8 +48,8 @@ class PictureFeatures(nn.Module):
             3, 1, 1
         )
         maps = []
-        for i, block in enumerate(self.blocks[: self.taps[-1] + 1]):
-            x = block(x)
+        for i in range(self.taps[-1] + 1):
+            x = self.blocks[i](x)
             if i in self.taps:
                 maps.append(x)
         return maps

@@ -11,33 +11,20 @@ from cogvideo.layout import Layout
 
 
 class ChannelCache:
-    """Keys and values of one channel: a pair of [B, H, slots, d] for each layer. Odd layers may use shifted
-    windows."""
+    """Keys and values of one channel, [B, H, slots, d] for each layer; odd layers may use shifted windows.
 
-    def __init__(
-        self,
-        layout: Layout,
-        channel: str,
-        window: int,
-        layers: int,
-        batch: int,
-        heads: int,
-        width: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
+    sizes: layers, batch, heads, width of a head; `like` has the device and dtype of what is kept.
+    """
+
+    def __init__(self, layout: Layout, channel: str, window: int, sizes: tuple[int, ...], like: Tensor):
+        layers, batch, heads, width = sizes
         self.text_len = layout.text_len
-        self.places = [
-            layout.segments(channel, layout.text_len, window, bool(window) and bool(layer % 2))
-            for layer in range(min(layers, 2))
-        ]
-        self.slots = [torch.tensor(slot, device=device) for _, slot in self.places]
+        self.places = [layout.segments(channel, window, shifted) for shifted in (False, True)]
+        self.slots = [torch.tensor(slot, device=like.device) for _, slot in self.places]
         self.starts = [sorted(set(start)) for start, _ in self.places]
-        self.keys, self.values = [], []
-        for layer in range(layers):
-            shape = (batch, heads, max(self.places[layer % 2][1]) + 1, width // heads)
-            self.keys.append(torch.zeros(shape, device=device, dtype=dtype))
-            self.values.append(torch.zeros(shape, device=device, dtype=dtype))
+        shapes = [(batch, heads, max(slot) + 1, width) for _, slot in self.places]
+        self.keys = [like.new_zeros(shapes[layer % 2]) for layer in range(layers)]
+        self.values = [like.new_zeros(shapes[layer % 2]) for layer in range(layers)]
 
     def write_text(self, layer: int, k: Tensor, v: Tensor) -> None:
         """k, v [B, H, T, d] to the front of every segment."""
@@ -62,10 +49,10 @@ class ChannelCache:
 
 
 class Cache:
-    """All that stepping remembers: both channels, and what the prompt left for the steps."""
+    """All that stepping remembers: the channels, and what the prompt left for the steps."""
 
-    def __init__(self, spatial: ChannelCache, temporal: ChannelCache | None):
-        self.spatial, self.temporal = spatial, temporal
+    def __init__(self, channels: list[ChannelCache]):
+        self.channels = channels
         self.entered = -1  # frame tokens so far; -1 before the prompt
         self.bias: Tensor  # [B, 1, 1, L] added to scores: text first, zeros after
         self.positions: Tensor  # [F * N, D] position embeddings in laid order

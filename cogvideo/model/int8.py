@@ -21,7 +21,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         scales = weight.abs().amax(1).clamp_min(1e-8) / 127
         zeros = torch.zeros_like(scales, dtype=torch.long)
-        with warnings.catch_warnings():  # these operators are to go one day; in the torch versions we take they are there
+        with warnings.catch_warnings():  # deprecated, but there in all versions of torch that we take
             warnings.simplefilter("ignore")
             rounded = torch.quantize_per_channel(weight.detach(), scales, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rounded, bias)
@@ -39,5 +39,6 @@ def to_int8(part: Base | TemporalChannel) -> Base | TemporalChannel:
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child.weight, child.bias))
     if isinstance(part, Base):
-        part.head = Int8Linear(part.embed.weight[: part.config.codes], None)
+        part.head = Int8Linear(  # type: ignore[assignment]
+            part.embed.weight[: part.config.codes], None)
     return part

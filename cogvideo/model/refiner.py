@@ -30,8 +30,8 @@ class Refiner(nn.Module):
         self.first = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(config.blocks))
         self.second = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(config.blocks))
         self.leave = nn.Conv2d(width, 3 * config.scale**2, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
+        for p in self.leave.parameters():  # begins as a bicubic enlargement
+            nn.init.zeros_(p)
 
     def forward(self, clip: Tensor) -> Tensor:
         reach, scale = self.config.reach, self.config.scale

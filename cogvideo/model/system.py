@@ -10,8 +10,6 @@ refiner    decoded frames to larger ones (optional)
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
-
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel
 from cogvideo.vqvae import VQVAE, VQVAEConfig
@@ -27,8 +25,8 @@ class System:
     def parts(self) -> tuple[str, ...]:
         return ("vqvae", "base", "stage1", "stage2") + (("refiner",) if self.refiner else ())
 
-    def build(self, part: str) -> nn.Module:
-        """A part with fresh weights."""
+    def build(self, part: str) -> Any:
+        """A part with fresh weights, a module of the class that the part is."""
         if part == "vqvae":
             return VQVAE(self.vqvae)
         if part == "base":
@@ -46,6 +44,7 @@ class System:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "System":
-        vqvae = {k: tuple(v) if isinstance(v, list) else v for k, v in values["vqvae"].items()}
+        vqvae: dict[str, Any] = dict(values["vqvae"])
+        vqvae |= {key: tuple(value) for key, value in vqvae.items() if isinstance(value, list)}
         refiner = RefinerConfig(**values["refiner"]) if values.get("refiner") else None
         return cls(ModelConfig(**values["model"]), VQVAEConfig(**vqvae), refiner)

@@ -15,6 +15,7 @@ Ids: image codes first, [0, codes), then text. Legend: B batch, T text_len, S fr
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ class Base(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
         self.positions = nn.Embedding(config.first_frame + config.frame_len, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = cast("list[Block]", nn.ModuleList(Block(config) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(config.width)
         self.head = TiedHead(self.embed, config.codes)
 
@@ -106,7 +107,8 @@ class TemporalChannel(nn.Module):
         super().__init__()
         self.window = window  # 0: full attention
         self.positions = nn.Embedding((config.frames - 1) * config.frame_len, config.width)
-        self.attention = nn.ModuleList(Attention(config.width, config.heads) for _ in range(config.layers))
+        attention = nn.ModuleList(Attention(config.width, config.heads) for _ in range(config.layers))
+        self.attention = cast("list[Attention]", attention)
         self.gate = nn.ParameterList(torch.zeros(config.width) for _ in range(config.layers))
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -133,10 +135,6 @@ class DualChannelTransformer(nn.Module):
         self.base = base
         self.temporal = temporal
 
-    @property
-    def window(self) -> int:
-        return self.temporal.window if self.temporal is not None else 0
-
     def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """Logits of the next image code at every frame slot.
 
@@ -162,24 +160,16 @@ class DualChannelTransformer(nn.Module):
         if cache is not None:
             cache.entered = tokens.shape[1] - text_len
             cache.positions = self._frame_positions(layout)
-            longest = max(
-                k.shape[2] for c in (cache.spatial, cache.temporal) if c is not None for k in c.keys[:2]
-            )
+            longest = max(k.shape[2] for channel in cache.channels for k in channel.keys)
             cache.bias = F.pad(bias, (0, longest - text_len))[:, None, None, :]
         return self.base.norm(x[:, text_len:])
 
     def new_cache(self, layout: Layout, batch: int) -> Cache:
         """An empty cache for `batch` rows of this layout."""
         c, like = self.config, self.base.embed.weight
-
-        def channel(name: str, window: int) -> ChannelCache:
-            return ChannelCache(
-                layout, name, window, c.layers, batch, c.heads, c.width, like.device, like.dtype
-            )
-
-        return Cache(
-            channel("spatial", 0), channel("temporal", self.window) if self.temporal is not None else None
-        )
+        sizes = (c.layers, batch, c.heads, c.width // c.heads)
+        channels = [ChannelCache(layout, name, window, sizes, like) for _, name, window in self._channels(0)]
+        return Cache(channels)
 
     def text_bias(self, text: Tensor) -> Tensor:
         """What is added to scores towards text [B, T]: 0 on text, -inf on padding."""
@@ -208,34 +198,37 @@ class DualChannelTransformer(nn.Module):
             table = torch.cat((table, self.temporal.positions.weight))
         return table[layout.positions(table.device)]
 
+    def _channels(self, layer: int) -> list[tuple[Attention, str, int]]:
+        """The channels of a layer: projections, name, window."""
+        found = [(self.base.blocks[layer].attention, "spatial", 0)]
+        if self.temporal is not None:
+            found.append((self.temporal.attention[layer], "temporal", self.temporal.window))
+        return found
+
     def _attend(self, layer: int, x: Tensor, layout: Layout, bias: Tensor, cache: Cache | None) -> Tensor:
         """Attention of one layer over text and whole frames: [B, T + S, D] to the same."""
         text_len, dropout = layout.text_len, self.config.dropout if self.training else 0.0
         if x.shape[1] - text_len < layout.tokens:  # a prompt: the first frames of the layout
             layout = layout.first((x.shape[1] - text_len) // layout.frame_len)
-        spatial = self.base.blocks[layer].attention
-        channels = [(spatial, "spatial", 0, cache and cache.spatial)]
-        if self.temporal is not None:
-            channels.append(
-                (self.temporal.attention[layer], "temporal", self.window, cache and cache.temporal)
-            )
         outputs = []
-        for attention, name, window, store in channels:
-            q, k, v = attention.project(x)  # [B, H, T + S, d]
-            text, frames = (k[:, :, :text_len], v[:, :, :text_len]), [t[:, :, text_len:] for t in (q, k, v)]
-            if store is not None:
-                store.write_text(layer, *text)
-                store.write(layer, *frames[1:])
+        for number, (attention, name, window) in enumerate(self._channels(layer)):
+            qkv = attention.project(x)  # each [B, H, T + S, d]
+            text_q, text_k, text_v = (t[:, :, :text_len] for t in qkv)
+            q, k, v = (t[:, :, text_len:] for t in qkv)
+            if cache is not None:
+                cache.channels[number].write_text(layer, text_k, text_v)
+                cache.channels[number].write(layer, k, v)
             if name == "spatial":
-                text_out = attention.out(attend_text(q[:, :, :text_len], *text, bias, dropout))
+                text_out = attention.out(attend_text(text_q, text_k, text_v, bias, dropout))
             if layout.frames:
                 groups = groups_of(layout, name, window, bool(window) and bool(layer % 2), x.device, x.dtype)
-                outputs.append(attention.out(attend_groups(tuple(frames), text, groups, bias, dropout)))
+                y = attend_groups((q, k, v), (text_k, text_v), groups, bias, dropout)
+                outputs.append(attention.out(y))
         return torch.cat((text_out, self._mix(layer, outputs)), 1) if outputs else text_out
 
     def _mix(self, layer: int, outputs: list[Tensor]) -> Tensor:
         """gate * spatial + (1 - gate) * temporal, a gate for each dimension."""
-        if len(outputs) == 1:
+        if self.temporal is None:
             return outputs[0]
         return torch.lerp(outputs[1], outputs[0], self.temporal.gate[layer].sigmoid().to(outputs[0].dtype))
 
@@ -245,14 +238,10 @@ class DualChannelTransformer(nn.Module):
         place = cache.entered
         x = self.base.embed(tokens) + cache.positions[place]  # [B, 1, D]
         for layer, block in enumerate(self.base.blocks):
-            h = block.norm1(x)
-            spatial = block.attention
-            outputs = [spatial.out(attend_step(*spatial.project(h), cache.spatial, layer, place, cache.bias))]
-            if self.temporal is not None:
-                temporal = self.temporal.attention[layer]
-                outputs.append(
-                    temporal.out(attend_step(*temporal.project(h), cache.temporal, layer, place, cache.bias))
-                )
+            h, outputs = block.norm1(x), []
+            for (attention, _, _), store in zip(self._channels(layer), cache.channels):
+                q, k, v = attention.project(h)  # each [B, H, 1, d]
+                outputs.append(attention.out(attend_step(q, k, v, store, layer, place, cache.bias)))
             x = x + block.norm3(self._mix(layer, outputs))
             x = x + block.norm4(block.mlp(block.norm2(x)))
         cache.entered = place + 1

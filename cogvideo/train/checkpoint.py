@@ -1,15 +1,18 @@
 """Save and resume a phase. A run that is killed goes on from its last save as if nothing had happened.
 
 A checkpoint holds the step, the parts that learn, and the optimizers' state. The data needs nothing: sample k
-is a function of the seed and k, and so is the randomness of step k.
+is a function of the seed and k, and so is the randomness of step k. Shards are put together before they are
+written, so a run may go on with another number of processes.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from cogvideo.train.parallel import Machine, whole
 from cogvideo.weights import replacing
 
 
@@ -18,25 +21,52 @@ def save(
     step: int,
     parts: dict[str, nn.Module],
     optimizers: list[torch.optim.Optimizer],
-    extra: dict[str, Any] | None = None,
+    machine: Machine,
 ) -> None:
+    """Write a checkpoint; all processes call this, the first one writes."""
+
+    def collect(values: dict[str, Any]) -> dict[str, Any]:
+        """Whole tensors of a state dict, of which only the first process keeps any."""
+        found = {}
+        for key, value in values.items():
+            full = whole(value)
+            found[key] = full.cpu() if isinstance(value, DTensor) and machine.first else full
+            if not machine.first:
+                del found[key]
+        return found
+
     state = {
         "step": step,
-        "parts": {name: part.state_dict() for name, part in parts.items()},
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "extra": extra or {},
+        "parts": {name: collect(part.state_dict()) for name, part in parts.items()},
+        "optimizers": [
+            {"state": {i: collect(row) for i, row in saved["state"].items()}, "param_groups": saved["param_groups"]}
+            for saved in (optimizer.state_dict() for optimizer in optimizers)
+        ],
     }
-    with replacing(path) as file:
-        torch.save(state, file)
+    if machine.first:
+        with replacing(path) as file:
+            torch.save(state, file)
 
 
 def resume(path: Path, parts: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer]) -> int:
-    """Load a checkpoint into parts and optimizers, if there is one; returns the step to go on with."""
+    """Load a checkpoint into parts and optimizers, if there is one; returns the step to go on with. Every
+    process reads the file and takes its shards."""
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     for name, part in parts.items():
-        part.load_state_dict(state["parts"][name])
+        mine = part.state_dict()
+        part.load_state_dict({k: _like(v, mine[k]) for k, v in state["parts"][name].items()})
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, row in saved["state"].items():
+            saved["state"][i] = {k: _like(v, params[i]) for k, v in row.items()}
         optimizer.load_state_dict(saved)
     return int(state["step"])
+
+
+def _like(value: Tensor, mine: Tensor) -> Tensor:
+    """A whole tensor in the shards that `mine` has; numbers, such as a count of steps, have none."""
+    if not isinstance(mine, DTensor) or value.ndim == 0:
+        return value
+    return distribute_tensor(value, mine.device_mesh, mine.placements, src_data_rank=None)

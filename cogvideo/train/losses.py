@@ -67,7 +67,7 @@ def optical_flow(a: Tensor, b: Tensor, levels: int = 3, rounds: int = 2, window:
     """
     pyramid = [(a, b)]
     for _ in range(levels - 1):
-        pyramid.append(tuple(F.avg_pool2d(p, 2) for p in pyramid[-1]))
+        pyramid.append((F.avg_pool2d(pyramid[-1][0], 2), F.avg_pool2d(pyramid[-1][1], 2)))
     flow = a.new_zeros(len(a), 2, *pyramid[-1][0].shape[-2:])
     for a, b in reversed(pyramid):
         if flow.shape[-2:] != a.shape[-2:]:

@@ -8,7 +8,7 @@ numbers worth a line in the log.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from cogvideo.vqvae import VQVAE
 if TYPE_CHECKING:
     from cogvideo.train.recipes import Phase
 
-Parts = dict[str, nn.Module]
+Parts = dict[str, Any]  # modules by name
 Result = tuple[Tensor, dict[str, float]]
 Step = Callable[[Batch, int, torch.Generator], Result]  # batch, number of the step, randomness
 
