@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cogvideo.generate import fill
 from cogvideo.layout import Layout
-from cogvideo.model.int8 import to_int8
+from cogvideo.model.int8 import join, to_int8
 from cogvideo.model.refiner import Refiner
 from cogvideo.model.transformer import Base, DualChannelTransformer
 from cogvideo.sampling import Sampling, pick_seeds, uniforms
@@ -96,11 +96,15 @@ class CogVideo:
 
     @cached_property
     def stage1(self) -> DualChannelTransformer:
-        return DualChannelTransformer(self.base, self._transformer_part("stage1"))
+        return self._stage("stage1")
 
     @cached_property
     def stage2(self) -> DualChannelTransformer:
-        return DualChannelTransformer(self.base, self._transformer_part("stage2"))
+        return self._stage("stage2")
+
+    def _stage(self, name: str) -> DualChannelTransformer:
+        model = DualChannelTransformer(self.base, self._transformer_part(name))
+        return join(model) if self.dtype == "int8" else model
 
     def _transformer_part(self, name: str) -> Any:
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32

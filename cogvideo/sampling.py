@@ -41,11 +41,12 @@ def pick(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     the likeliest."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
-    kept, ids = logits.topk(count, -1)  # [B, k], likeliest first
-    mass = torch.softmax(kept / sampling.temperature, -1).cumsum(-1)
-    rank = (mass < uniform[:, None] * mass[:, -1:]).sum(-1, keepdim=True).clamp_max(count - 1)
-    return ids.gather(-1, rank).squeeze(-1)
+    ids = None
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logits, ids = logits.topk(sampling.top_k, -1)  # [B, k]
+    mass = torch.softmax(logits / sampling.temperature, -1).cumsum(-1)
+    rank = (mass < uniform[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
+    return (rank if ids is None else ids.gather(-1, rank)).squeeze(-1)
 
 
 def uniforms(seeds: Sequence[int], count: int, stream: int) -> Tensor:

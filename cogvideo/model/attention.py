@@ -35,6 +35,29 @@ class Attention(nn.Module):
         return q, k, v
 
 
+class Channels:
+    """The channels of one layer side by side: what each projects, and how their outputs become one.
+
+    The gate (CogVideo section 3.2) is one number for each dimension: sigmoid(gate) of the spatial channel's
+    output, the rest of the temporal one's.
+    """
+
+    def __init__(self, attentions: list[Attention], gate: nn.Parameter | None):
+        self.attentions, self.gate = attentions, gate
+
+    def project(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """[B, S, D] to queries, keys, values of every channel, each [B, H, S, d]."""
+        return [attention.project(x) for attention in self.attentions]
+
+    def merge(self, seen: list[Tensor]) -> Tensor:
+        """What every channel attended to, each [B, S, D], to the output of the layer's attention [B, S,
+        D]."""
+        outputs = [attention.out(y) for attention, y in zip(self.attentions, seen)]
+        if self.gate is None:
+            return outputs[0]
+        return torch.lerp(outputs[1], outputs[0], self.gate.sigmoid().to(outputs[0].dtype))
+
+
 @dataclass(frozen=True)
 class Groups:
     """Which frame tokens attend together, as tensors on a device."""

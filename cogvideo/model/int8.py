@@ -10,7 +10,8 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from cogvideo.model.transformer import Base, TemporalChannel
+from cogvideo.model.attention import Attention, Channels
+from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
 
 
 class Int8Linear(nn.Module):
@@ -32,6 +33,13 @@ class Int8Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
 
 
+def unpack(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    """The rounded weights and the bias of an `Int8Linear`, in float32."""
+    assert isinstance(linear, Int8Linear)
+    weight, bias = torch.ops.quantized.linear_unpack(linear.packed)
+    return weight.dequantize(), bias
+
+
 def to_int8(part: Base | TemporalChannel) -> Base | TemporalChannel:
     """Replace every linear layer of a loaded part, and the head of a base, in place."""
     for module in list(part.modules()):
@@ -39,6 +47,36 @@ def to_int8(part: Base | TemporalChannel) -> Base | TemporalChannel:
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child.weight, child.bias))
     if isinstance(part, Base):
-        part.head = Int8Linear(  # type: ignore[assignment]
-            part.embed.weight[: part.config.codes], None)
+        part.head = Int8Linear(part.embed.weight[: part.config.codes], None)  # type: ignore[assignment]
     return part
+
+
+class JointChannels(Channels):
+    """Both channels of a layer as one matrix in and one out: half the calls a step. Exact up to rounding.
+
+    The gate is folded into the way out: gate * A a + (1 - gate) * B b = [gate * A | (1 - gate) * B] [a | b].
+    """
+
+    def __init__(self, attentions: list[Attention], gate: nn.Parameter):
+        super().__init__(attentions, gate)
+        share = gate.detach().sigmoid()
+        shares = [share, 1 - share]
+        self.heads = attentions[0].heads
+        weights, biases = zip(*(unpack(a.qkv) for a in attentions))
+        self.qkv = Int8Linear(torch.cat(weights), torch.cat(biases))
+        weights, biases = zip(*(unpack(a.out) for a in attentions))
+        weight = torch.cat([share[:, None] * w for share, w in zip(shares, weights)], 1)
+        self.out = Int8Linear(weight, sum(share * b for share, b in zip(shares, biases)))
+
+    def project(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        both = self.qkv(x).unflatten(-1, (2, 3, self.heads, -1)).permute(2, 3, 0, 4, 1, 5)
+        return [tuple(channel) for channel in both]  # of [2, 3, B, H, S, d]
+
+    def merge(self, seen: list[Tensor]) -> Tensor:
+        return self.out(torch.cat(seen, -1))
+
+
+def join(model: DualChannelTransformer) -> DualChannelTransformer:
+    """Let a model of int8 parts compute its channels jointly."""
+    model.channels = [c if c.gate is None else JointChannels(c.attentions, c.gate) for c in model.channels]
+    return model

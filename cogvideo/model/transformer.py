@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.layout import Layout
-from cogvideo.model.attention import Attention, attend_groups, attend_step, attend_text, groups_of
+from cogvideo.model.attention import Attention, Channels, attend_groups, attend_step, attend_text, groups_of
 from cogvideo.model.cache import Cache, ChannelCache
 
 
@@ -134,6 +134,11 @@ class DualChannelTransformer(nn.Module):
         self.config = base.config
         self.base = base
         self.temporal = temporal
+        self.kinds = [("spatial", 0)] if temporal is None else [("spatial", 0), ("temporal", temporal.window)]
+        self.channels = [Channels([block.attention], None) for block in base.blocks]
+        if temporal is not None:
+            layers = zip(base.blocks, temporal.attention, temporal.gate)
+            self.channels = [Channels([block.attention, plus], gate) for block, plus, gate in layers]
 
     def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
         """Logits of the next image code at every frame slot.
@@ -168,7 +173,7 @@ class DualChannelTransformer(nn.Module):
         """An empty cache for `batch` rows of this layout."""
         c, like = self.config, self.base.embed.weight
         sizes = (c.layers, batch, c.heads, c.width // c.heads)
-        channels = [ChannelCache(layout, name, window, sizes, like) for _, name, window in self._channels(0)]
+        channels = [ChannelCache(layout, name, window, sizes, like) for name, window in self.kinds]
         return Cache(channels)
 
     def text_bias(self, text: Tensor) -> Tensor:
@@ -198,39 +203,25 @@ class DualChannelTransformer(nn.Module):
             table = torch.cat((table, self.temporal.positions.weight))
         return table[layout.positions(table.device)]
 
-    def _channels(self, layer: int) -> list[tuple[Attention, str, int]]:
-        """The channels of a layer: projections, name, window."""
-        found = [(self.base.blocks[layer].attention, "spatial", 0)]
-        if self.temporal is not None:
-            found.append((self.temporal.attention[layer], "temporal", self.temporal.window))
-        return found
-
     def _attend(self, layer: int, x: Tensor, layout: Layout, bias: Tensor, cache: Cache | None) -> Tensor:
         """Attention of one layer over text and whole frames: [B, T + S, D] to the same."""
         text_len, dropout = layout.text_len, self.config.dropout if self.training else 0.0
         if x.shape[1] - text_len < layout.tokens:  # a prompt: the first frames of the layout
             layout = layout.first((x.shape[1] - text_len) // layout.frame_len)
-        outputs = []
-        for number, (attention, name, window) in enumerate(self._channels(layer)):
-            qkv = attention.project(x)  # each [B, H, T + S, d]
-            text_q, text_k, text_v = (t[:, :, :text_len] for t in qkv)
-            q, k, v = (t[:, :, text_len:] for t in qkv)
+        seen = []
+        for number, (qkv, (name, window)) in enumerate(zip(self.channels[layer].project(x), self.kinds)):
+            text_q, text_k, text_v = (t[:, :, :text_len] for t in qkv)  # [B, H, T, d]
+            q, k, v = (t[:, :, text_len:] for t in qkv)  # [B, H, S, d]
             if cache is not None:
                 cache.channels[number].write_text(layer, text_k, text_v)
                 cache.channels[number].write(layer, k, v)
-            if name == "spatial":
-                text_out = attention.out(attend_text(text_q, text_k, text_v, bias, dropout))
+            if name == "spatial":  # text never looks over frames, so its temporal query goes unused
+                text_seen = attend_text(text_q, text_k, text_v, bias, dropout)
             if layout.frames:
                 groups = groups_of(layout, name, window, bool(window) and bool(layer % 2), x.device, x.dtype)
-                y = attend_groups((q, k, v), (text_k, text_v), groups, bias, dropout)
-                outputs.append(attention.out(y))
-        return torch.cat((text_out, self._mix(layer, outputs)), 1) if outputs else text_out
-
-    def _mix(self, layer: int, outputs: list[Tensor]) -> Tensor:
-        """gate * spatial + (1 - gate) * temporal, a gate for each dimension."""
-        if self.temporal is None:
-            return outputs[0]
-        return torch.lerp(outputs[1], outputs[0], self.temporal.gate[layer].sigmoid().to(outputs[0].dtype))
+                seen.append(attend_groups((q, k, v), (text_k, text_v), groups, bias, dropout))
+        text_out = self.base.blocks[layer].attention.out(text_seen)
+        return torch.cat((text_out, self.channels[layer].merge(seen)), 1) if seen else text_out
 
     # -- one token
 
@@ -238,11 +229,9 @@ class DualChannelTransformer(nn.Module):
         place = cache.entered
         x = self.base.embed(tokens) + cache.positions[place]  # [B, 1, D]
         for layer, block in enumerate(self.base.blocks):
-            h, outputs = block.norm1(x), []
-            for (attention, _, _), store in zip(self._channels(layer), cache.channels):
-                q, k, v = attention.project(h)  # each [B, H, 1, d]
-                outputs.append(attention.out(attend_step(q, k, v, store, layer, place, cache.bias)))
-            x = x + block.norm3(self._mix(layer, outputs))
+            qkvs = self.channels[layer].project(block.norm1(x))  # each [B, H, 1, d]
+            seen = [attend_step(*qkv, c, layer, place, cache.bias) for qkv, c in zip(qkvs, cache.channels)]
+            x = x + block.norm3(self.channels[layer].merge(seen))
             x = x + block.norm4(block.mlp(block.norm2(x)))
         cache.entered = place + 1
         return self.base.norm(x)

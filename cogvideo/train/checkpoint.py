@@ -6,7 +6,6 @@ written, so a run may go on with another number of processes.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,21 +24,20 @@ def save(
 ) -> None:
     """Write a checkpoint; all processes call this, the first one writes."""
 
-    def collect(values: dict[str, Any]) -> dict[str, Any]:
-        """Whole tensors of a state dict, of which only the first process keeps any."""
+    def collect(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors put together, one after the other, of which only the first process keeps any."""
         found = {}
         for key, value in values.items():
             full = whole(value)
-            found[key] = full.cpu() if isinstance(value, DTensor) and machine.first else full
-            if not machine.first:
-                del found[key]
+            if machine.first:
+                found[key] = full.cpu() if full is not value else full
         return found
 
     state = {
         "step": step,
         "parts": {name: collect(part.state_dict()) for name, part in parts.items()},
         "optimizers": [
-            {"state": {i: collect(row) for i, row in saved["state"].items()}, "param_groups": saved["param_groups"]}
+            {**saved, "state": {i: collect(row) for i, row in saved["state"].items()}}
             for saved in (optimizer.state_dict() for optimizer in optimizers)
         ],
     }
@@ -48,12 +46,14 @@ def save(
             torch.save(state, file)
 
 
-def resume(path: Path, parts: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer]) -> int:
+def resume(
+    path: Path, parts: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer], machine: Machine
+) -> int:
     """Load a checkpoint into parts and optimizers, if there is one; returns the step to go on with. Every
     process reads the file and takes its shards."""
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=machine.ranks > 1)
     for name, part in parts.items():
         mine = part.state_dict()
         part.load_state_dict({k: _like(v, mine[k]) for k, v in state["parts"][name].items()})

@@ -4,7 +4,8 @@ bottom.
 A run is a folder:
     model/          the model folder so far: each phase reads what it needs there and writes what it made
     <phase>/        state.pt to resume from, log.jsonl, loss.png, strips/
-Killed at any time, the same command goes on where the last save was.
+Killed at any time, the same command goes on where the last save was. Of several processes (`parallel.py`) the
+first one writes; what needs the shards of all is called by all.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from cogvideo.data.loader import Batch, batches, read_captions
 from cogvideo.model.system import System
 from cogvideo.model.transformer import Base, TemporalChannel
 from cogvideo.text import TextTokenizer, split_words, train_text
-from cogvideo.train import checkpoint
+from cogvideo.train import checkpoint, parallel
 from cogvideo.train.optim import learning_rate, optimizers, set_rate
 from cogvideo.train.recipes import Phase, Recipe
 from cogvideo.train.report import Report, draw_curve
@@ -38,6 +39,8 @@ def train(
     phases: list[Phase],
     *,
     device: torch.device | str = "cpu",
+    recompute: bool = False,
+    compile: bool = False,
     workers: int = 0,
     save_every: int = 250,
     log_every: int = 25,
@@ -45,8 +48,46 @@ def train(
     probe: Probe | None = None,
     quiet: bool = False,
 ) -> ModelFolder:
-    """Run `phases` of a recipe in the folder `out`, going on with what is there; returns the model folder."""
+    """Run `phases` of a recipe in the folder `out`, going on with what is there; returns the model folder.
+
+    Started by torchrun, this is one of several processes: they share each batch of a phase, which must divide
+    by their number (ValueError), and all must see `out`. `recompute` saves memory for time, `compile` time for
+    a slow start; both change no result but by rounding.
+    """
+    machine = parallel.start(device, recompute, compile)
     folder = ModelFolder(out / "model")
+    try:
+        for phase in phases:
+            machine.share(phase)
+        if machine.first:
+            prepare(folder, recipe, source, system)
+        machine.wait()
+        text = folder.text()
+        for number, phase in enumerate(recipe.phases):
+            chosen = next((p for p in phases if p.name == phase.name), None)
+            if chosen is not None:
+                run_phase(
+                    chosen,
+                    folder,
+                    out / phase.name,
+                    source,
+                    text,
+                    machine,
+                    seed=recipe.seed + 1000 * number,
+                    workers=workers,
+                    save_every=save_every,
+                    log_every=log_every,
+                    probe_every=probe_every,
+                    probe=probe,
+                    quiet=quiet,
+                )
+    finally:
+        parallel.stop(machine)
+    return folder
+
+
+def prepare(folder: ModelFolder, recipe: Recipe, source: Source, system: System) -> None:
+    """Begin a model folder: its text model and configuration, where they are missing."""
     if not (folder.path / "text.model").exists():
         folder.write_text(train_text(read_captions(source, CAPTIONS, recipe.seed), recipe.pieces))
     if not (folder.path / "config.json").exists():
@@ -63,26 +104,6 @@ def train(
                 "trained": {},
             }
         )
-    text = folder.text()
-    for number, phase in enumerate(recipe.phases):
-        chosen = next((p for p in phases if p.name == phase.name), None)
-        if chosen is not None:
-            run_phase(
-                chosen,
-                folder,
-                out / phase.name,
-                source,
-                text,
-                seed=recipe.seed + 1000 * number,
-                device=device,
-                workers=workers,
-                save_every=save_every,
-                log_every=log_every,
-                probe_every=probe_every,
-                probe=probe,
-                quiet=quiet,
-            )
-    return folder
 
 
 def run_phase(
@@ -91,9 +112,9 @@ def run_phase(
     out: Path,
     source: Source,
     text: TextTokenizer,
+    machine: parallel.Machine,
     *,
     seed: int,
-    device: torch.device | str,
     workers: int,
     save_every: int,
     log_every: int,
@@ -104,50 +125,68 @@ def run_phase(
     """Train one phase to its last step, save what it made into the model folder."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    parts = {name: folder.load(name, device) for name in phase.uses if name not in phase.trains}
-    learning = {name: fresh_part(folder, name, phase, seed).to(device) for name in phase.trains}
+    parts = {name: folder.load(name) for name in phase.uses if name not in phase.trains}
+    learning = {name: fresh_part(folder, name, phase, seed) for name in phase.trains}
     parts |= learning
     for part in learning.values():
         part.requires_grad_(True).train()
+    model = parallel.Step(parts, phase.objective(parts, text, phase))
+    parallel.place(model, machine, phase.precision)
     container = nn.ModuleDict(learning)
     optims = optimizers(container, phase.optimizer, phase.weight_decay, phase.betas)
-    first = checkpoint.resume(out / "state.pt", learning, optims)
-    objective = phase.objective(parts, text, phase)
-    loader = batches(source, phase.cut, phase.batch, seed=seed, step=first, workers=workers)
+    parallel.gather_for_muon(optims)
+    first = checkpoint.resume(out / "state.pt", learning, optims, machine)
+    mine, rank = machine.share(phase), machine.rank
+    loader = batches(
+        source, phase.cut, mine, seed=seed, step=first, rank=rank, ranks=machine.ranks, workers=workers
+    )
     report = Report(out, phase.name, phase.steps, phase.batch, log_every, quiet)
-    kind = torch.device(device).type
+    kind = machine.device.type
     weights = [p for p in container.parameters() if p.requires_grad]
 
     for step in range(first, phase.steps):
         batch = next(loader)
-        batch = Batch(batch.captions, batch.durations, tuple(f.to(device) for f in batch.frames))
+        batch = Batch(batch.captions, batch.durations, tuple(f.to(machine.device) for f in batch.frames))
+        torch.manual_seed(hash((seed, step, rank)) % 2**31)  # for dropout
         generator = torch.Generator().manual_seed(hash((seed, step)) % 2**31)
+        torch.rand(rank * mine, generator=generator)  # a number a clip: go to those of this process
         rate = learning_rate(step, phase.steps, phase.rate, phase.warmup, phase.decay)
         set_rate(optims, rate)
         with torch.autocast(kind, torch.bfloat16, enabled=phase.precision == "bfloat16"):
-            loss, numbers = objective(batch, step, generator)
+            loss, numbers = model(batch, step, generator)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(weights, phase.clip)
+        norm = parallel.whole(nn.utils.clip_grad_norm_(weights, phase.clip))
         if torch.isfinite(norm):  # a step whose gradients overflow is skipped
             for optimizer in optims:
                 optimizer.step()
         container.zero_grad(set_to_none=True)
-        report.step(step, rate, {"loss": float(loss.detach()), **numbers, "norm": float(norm)})
+        numbers = machine.mean({"loss": float(loss.detach()), **numbers})
+        if machine.first:
+            report.step(step, rate, {**numbers, "norm": float(norm)})
         done = step + 1 == phase.steps
         if done or (step + 1) % save_every == 0:
-            checkpoint.save(out / "state.pt", step + 1, learning, optims)
-            draw_curve(out / "log.jsonl", out / "loss.png")
+            checkpoint.save(out / "state.pt", step + 1, learning, optims, machine)
+            if machine.first:
+                draw_curve(out / "log.jsonl", out / "loss.png")
         if probe is not None and (done or (step + 1) % probe_every == 0):
-            (out / "strips").mkdir(exist_ok=True)
             container.eval()
-            probe(folder, parts, phase, batch, out / "strips" / f"{step + 1:07d}.png")
+            shown = parallel.unshard(parts, machine, folder.system())
+            if machine.first:
+                (out / "strips").mkdir(exist_ok=True)
+                probe(folder, shown, phase, batch, out / "strips" / f"{step + 1:07d}.png")
             container.train()
 
-    for name, part in learning.items():
+    for name, part in parallel.unshard(learning, machine, folder.system()).items():
         folder.save(name, part)
-    config = folder.config
-    config["trained"][phase.name] = {"steps": phase.steps, "batch": phase.batch, "parts": list(phase.trains)}
-    folder.write_config(config)
+    if machine.first:
+        config = folder.config
+        config["trained"][phase.name] = {
+            "steps": phase.steps,
+            "batch": phase.batch,
+            "parts": list(phase.trains),
+        }
+        folder.write_config(config)
+    machine.wait()
 
 
 def fresh_part(folder: ModelFolder, name: str, phase: Phase, seed: int) -> nn.Module:
