@@ -26,9 +26,10 @@ from torch import Tensor
 
 from benchmarks import classifier
 from benchmarks.classifier import FRAMES, HEADS, SIZE, ClipClassifier
-from benchmarks.fidelity import reconstruct, to_frames, to_pictures, trained_sprites
+from benchmarks.fidelity import reconstruct, trained_sprites
 from cogvideo.data.tinyworld import MOTIONS, PLACES, Scene, TinyWorld, render, sprites
 from cogvideo.eval.metrics import frechet_distance
+from cogvideo.vqvae import to_frames, to_pictures
 from cogvideo.weights import ModelFolder, replacing
 
 if TYPE_CHECKING:

@@ -19,9 +19,8 @@ from cogvideo.data.tinyworld import Scene, TinyWorld, render, sprites
 from cogvideo.eval.features import PictureFeatures, perceptual_distance
 from cogvideo.eval.metrics import psnr, ssim
 from cogvideo.model.refiner import Refiner, enlarge
-from cogvideo.pipeline import find_model
-from cogvideo.vqvae import VQVAE
-from cogvideo.weights import ModelFolder
+from cogvideo.vqvae import VQVAE, to_frames, to_pictures
+from cogvideo.weights import ModelFolder, find_model
 
 TIMES = np.arange(33) / 8  # seconds
 
@@ -40,16 +39,6 @@ def unseen_scenes(names: Sequence[str], count: int, seed: int) -> list[Scene]:
     """`count` scenes, every second one of a held-out triple."""
     worlds = [TinyWorld(tuple(names), seed, held_out) for held_out in (False, True)]
     return [worlds[i % 2][i].scene for i in range(count)]
-
-
-def to_pictures(frames: np.ndarray) -> Tensor:
-    """uint8 [..., H, W, 3] to float [..., 3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
-
-
-def to_frames(pictures: Tensor) -> np.ndarray:
-    """float [..., 3, H, W] in [0, 1] to uint8 [..., H, W, 3]."""
-    return (pictures.clamp(0, 1) * 255).round().byte().movedim(-3, -1).numpy()
 
 
 @torch.inference_mode()

@@ -127,7 +127,17 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "a.mp4")
-        command = [sys.executable, "-m", "cogvideo", "generate", PROMPT, "-o", out, "--model", arguments.model]
+        command = [
+            sys.executable,
+            "-m",
+            "cogvideo",
+            "generate",
+            PROMPT,
+            "-o",
+            out,
+            "--model",
+            arguments.model,
+        ]
         _, times = timed(lambda: subprocess.run([*command, "--seed", "0", "--quiet"], check=True), 3)
     print(f"{'command':<14}{spread(times)}  start of Python to mp4")
 

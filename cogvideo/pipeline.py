@@ -230,7 +230,7 @@ class CogVideo:
         larger = []
         for i, clip in enumerate(clips):
             small = to_pictures(clip.frames).to(self.device)
-            larger.append(replace(clip, frames=to_frames(self.refiner(small[None])[0].clamp(0, 1))))
+            larger.append(replace(clip, frames=to_frames(self.refiner(small[None])[0])))
             if progress is not None:
                 progress("pixels", i + 1, len(clips))
         return larger

@@ -245,5 +245,5 @@ def to_pictures(frames: np.ndarray) -> Tensor:
 
 
 def to_frames(pictures: Tensor) -> np.ndarray:
-    """Pictures float [..., 3, H, W] in [0, 1] to frames uint8 [..., H, W, 3]."""
-    return (pictures.float() * 255).round().byte().movedim(-3, -1).cpu().numpy()
+    """Pictures float [..., 3, H, W], cut off at 0 and 1, to frames uint8 [..., H, W, 3]."""
+    return (pictures.float().clamp(0, 1) * 255).round().byte().movedim(-3, -1).cpu().numpy()

@@ -36,11 +36,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a clip is taken: a window of `frames` at one of `rates` (frames a second), of which the first
-    `keep` are used."""
+    """How a clip is taken: a window of `frames` at one of `rates`, of which the first `keep` are used."""
 
     frames: int
-    rates: tuple[float, ...]
+    rates: tuple[float, ...]  # frames a second; one that is listed twice is taken twice as often
     keep: int | None = None  # None: all of the window
     sizes: tuple[int, ...] = (48,)  # the same frames at each of these sizes, in pixels
 

@@ -51,8 +51,8 @@ def train(
     """Run `phases` of a recipe in the folder `out`, going on with what is there; returns the model folder.
 
     Started by torchrun, this is one of several processes: they share each batch of a phase, which must divide
-    by their number (ValueError), and all must see `out`. `recompute` saves memory for time, `compile` time for
-    a slow start; both change no result but by rounding.
+    by their number (ValueError), and all must see `out`. `recompute` saves memory for time,
+    `compile` time for a slow start; both change no result but by rounding.
     """
     machine = parallel.start(device, recompute, compile)
     folder = ModelFolder(out / "model")

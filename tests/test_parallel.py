@@ -1,0 +1,225 @@
+"""Several processes take the same steps as one: real processes on one machine, two clips a step."""
+
+import dataclasses
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from cogvideo import presets
+from cogvideo.data.loader import batches
+from cogvideo.data.tinyworld import TinyWorld, sprites
+from cogvideo.train import checkpoint, loop, objectives, parallel, recipes
+from cogvideo.vqvae import Codebook
+from cogvideo.weights import ModelFolder
+
+STEPS = 6
+
+
+def together(ranks: int, work, *arguments) -> None:
+    """Call `work(*arguments)` in `ranks` processes that know of each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_join, (ranks, port, work, arguments), ranks)
+
+
+def _join(rank: int, ranks: int, port: int, work, arguments: tuple) -> None:
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in where.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def nano_phase(name: str, **changes) -> recipes.Phase:
+    phase = recipes.find("tiny").phase(name)
+    cut = dataclasses.replace(phase.cut, sizes=(16,))
+    plain = dict(steps=STEPS, batch=2, warmup=1, optimizer="adamw", precision="float32", rate=1e-3, cut=cut)
+    return dataclasses.replace(phase, **{**plain, **changes})
+
+
+def run(out: Path, phase: recipes.Phase, **options) -> None:
+    objectives.UNQUANTISED = 2  # the tokenizer's codebook is filled after two steps
+    recipe = dataclasses.replace(recipes.find("tiny"), preset="nano", phases=(phase,))
+    world = TinyWorld(sprites(8), seed=1)
+    options = {"save_every": 3, "probe_every": 3, "probe": keep_state, "quiet": True, **options}
+    loop.train(recipe, out, world, presets.find("nano"), [phase], **options)
+
+
+def keep_state(folder, parts, phase, batch, out: Path) -> None:
+    """A probe that keeps the checkpoint of its step, and finds parts that work by themselves."""
+    assert not any(isinstance(p, DTensor) for part in parts.values() for p in part.parameters())
+    codes = objectives.encode_clips(parts["vqvae"], batch.frames[0])
+    assert codes.shape[:2] == batch.frames[0].shape[:2]
+    shutil.copy(out.parent.parent / "state.pt", out.parent / f"{out.stem}.pt")
+
+
+def begin(out: Path, nano: Path) -> Path:
+    shutil.copytree(nano, out / "model")
+    config = ModelFolder(out / "model").config
+    ModelFolder(out / "model").write_config({**config, "trained": {}})
+    return out
+
+
+def difference(a: Path, b: Path, phase: recipes.Phase) -> float:
+    """The largest of any weight that the phase trained."""
+    first, second = (ModelFolder(out / "model").load(phase.trains[0]).state_dict() for out in (a, b))
+    assert list(first) == list(second)
+    return max(float((first[key].float() - second[key].float()).abs().max()) for key in first)
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    before = objectives.UNQUANTISED
+    yield
+    objectives.UNQUANTISED = before
+
+
+@pytest.mark.parametrize(
+    "name, optimizer, tolerance",
+    [("tokenizer", "adamw", 1e-5), ("image", "adamw", 1e-5), ("stage1", "adamw", 1e-5), ("image", "muon", 1e-3)],
+)
+def test_two_processes_take_the_steps_of_one(nano, tmp_path, name, optimizer, tolerance):
+    """Also with captions left out, and with a codebook that is filled and follows. Muon rounds to bfloat16."""
+    phase = nano_phase(name, optimizer=optimizer, drop=0.5)
+    one, two = begin(tmp_path / "1", nano), begin(tmp_path / "2", nano)
+    run(one, phase)
+    together(2, run, two, phase)
+    print("DIFF", name, optimizer, difference(one, two, phase), "moved", difference(one, begin(tmp_path/"0", nano), phase))
+    assert difference(one, two, phase) < tolerance
+    one_log, two_log = (torch.load(out / name / "strips" / "0000003.pt") for out in (one, two))
+    assert one_log["parts"].keys() == two_log["parts"].keys()
+
+
+@pytest.mark.parametrize("first, second", [(1, 2), (2, 1)])
+def test_a_run_goes_on_with_another_number_of_processes(nano, tmp_path, first, second):
+    phase = nano_phase("stage1")
+    whole, changed = begin(tmp_path / "whole", nano), begin(tmp_path / "changed", nano)
+    for ranks, out in ((first, whole), (second, changed)):
+        if out is changed:
+            (changed / "stage1").mkdir()
+            shutil.copy(whole / "stage1" / "strips" / "0000003.pt", changed / "stage1" / "state.pt")
+        run(out, phase) if ranks == 1 else together(ranks, run, out, phase)
+    print("DIFF resume", first, second, difference(whole, changed, phase))
+    assert difference(whole, changed, phase) < 1e-5
+    assert not (changed / "stage1" / "strips" / "0000003.png").exists()
+
+
+def test_shards_have_the_gradients_of_whole_parts(nano):
+    together(2, _compare_gradients, nano)
+
+
+def _compare_gradients(nano: Path) -> None:
+    """Of stage 1 with all parts learning; with and without recomputing; each process holds half."""
+    folder, phase = ModelFolder(nano), nano_phase("stage1")
+    machine = parallel.start("cpu")
+    batch = next(batches(TinyWorld(sprites(8), seed=1), phase.cut, 1, seed=0))
+    found = []
+    for one in (parallel.Machine(machine.device), machine, dataclasses.replace(machine, recompute=True)):
+        parts = {name: folder.load(name) for name in ("vqvae", "base", "stage1")}
+        for name in ("base", "stage1"):
+            parts[name].requires_grad_(True).train()
+        model = parallel.Step(parts, phase.objective(parts, folder.text(), phase))
+        parallel.place(model, one, "float32")
+        for _ in range(2):  # the second time everything is in shards again
+            model.zero_grad()
+            loss, _ = model(batch, 0, torch.Generator().manual_seed(0))
+            loss.backward()
+        if one.mesh is not None:
+            weight = parts["base"].blocks[0].up.weight
+            assert isinstance(weight, DTensor) and weight.to_local().shape[0] == weight.shape[0] // 2
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+        found.append({k: parallel.whole(p.grad) for k, p in model.named_parameters() if p.grad is not None})
+    plain, sharded, recomputed = found
+    assert plain.keys() == sharded.keys() and len(plain) > 40
+    for key in plain:
+        assert torch.allclose(plain[key], sharded[key], atol=1e-6), key
+        assert torch.equal(sharded[key], recomputed[key]), key
+    parallel.stop(machine)
+
+
+def test_processes_share_one_codebook():
+    together(2, _compare_codebooks)
+
+
+def _compare_codebooks() -> None:
+    """Filled, followed and revived by the vectors of all processes as by those of one that sees them all."""
+    machine = parallel.start("cpu")
+    alone, shared = Codebook(16, 2, decay=0.5, dead=0.2), Codebook(16, 2, decay=0.5, dead=0.2)
+    parallel.place(parallel.Step({"book": nn.ModuleList([nn.Linear(2, 2), shared])}, None), machine, "float32")
+    revived = 0
+    for step in range(8):
+        z = torch.randn(2, 20, 2, generator=torch.Generator().manual_seed(step))  # [ranks, M, C]
+        mine, generators = z[machine.rank], [torch.Generator().manual_seed(step) for _ in range(2)]
+        if machine.rank:
+            generators[1].manual_seed(99)  # of no consequence
+        if step == 0:
+            alone.fill(z.flatten(0, 1), generators[0])
+            shared.fill(mine, generators[1])
+        before = alone.uses.lerp(torch.bincount(alone.nearest(z.flatten(0, 1)), minlength=16).float(), 0.5)
+        revived += int((before < 0.2).sum())
+        alone.follow(z.flatten(0, 1), alone.nearest(z.flatten(0, 1)), generators[0])
+        shared.follow(mine, shared.nearest(mine), generators[1])
+        for key, value in alone.state_dict().items():
+            assert torch.equal(value, shared.state_dict()[key]), key
+    assert revived > 0 and bool(shared.filled)
+    parallel.stop(machine)
+
+
+@pytest.mark.parametrize("name", ["image", "stage1"])
+def test_recomputing_changes_no_bit(nano, tmp_path, name):
+    phase = nano_phase(name, steps=3)
+    kept, recomputed = begin(tmp_path / "kept", nano), begin(tmp_path / "recomputed", nano)
+    run(kept, phase)
+    run(recomputed, phase, recompute=True)
+    assert difference(kept, recomputed, phase) == 0
+
+
+def test_recomputing_keeps_fewer_activations(nano):
+    folder, phase = ModelFolder(nano), nano_phase("stage1")
+    batch, kept = next(batches(TinyWorld(sprites(8), seed=1), phase.cut, 2, seed=0)), []
+    for recompute in (False, True):
+        parts = {name: folder.load(name) for name in ("vqvae", "base", "stage1")}
+        parts["stage1"].requires_grad_(True)
+        model = parallel.Step(parts, phase.objective(parts, folder.text(), phase))
+        parallel.place(model, parallel.Machine(torch.device("cpu"), recompute=recompute), "float32")
+        sizes: dict[int, int] = {}
+
+        def note(t: torch.Tensor, sizes=sizes) -> torch.Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            model(batch, 0, torch.Generator().manual_seed(0))
+        kept.append(sum(sizes.values()))
+    print("KEPT", kept)
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    machine = dataclasses.replace(parallel.Machine(torch.device("cpu")), ranks=3)
+    with pytest.raises(ValueError, match="a multiple of 3 for --image.batch"):
+        machine.share(nano_phase("image"))
+    assert machine.share(nano_phase("image", batch=12)) == 4
+
+
+def test_a_checkpoint_without_shards_is_a_plain_file(tmp_path):
+    """What a single process wrote before there were several still resumes."""
+    part, machine = nn.Linear(3, 2), parallel.Machine(torch.device("cpu"))
+    optimizer = torch.optim.AdamW(part.parameters())
+    part(torch.ones(3)).sum().backward()
+    optimizer.step()
+    checkpoint.save(tmp_path / "state.pt", 5, {"part": part}, [optimizer], machine)
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(type(t) is torch.Tensor for t in saved["parts"]["part"].values())
+    fresh = nn.Linear(3, 2)
+    other = torch.optim.AdamW(fresh.parameters())
+    assert checkpoint.resume(tmp_path / "state.pt", {"part": fresh}, [other], machine) == 5
+    assert torch.equal(fresh.weight, part.weight)
+    assert torch.equal(other.state[fresh.weight]["exp_avg"], optimizer.state[part.weight]["exp_avg"])
