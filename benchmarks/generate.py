@@ -49,9 +49,9 @@ def step_bytes(pipe: CogVideo, model: DualChannelTransformer, layout: Layout, kn
     matrices = 12 * c.width**2 + (4 * c.width**2 if model.temporal is not None else 0)
     weights = (c.layers * matrices + c.codes * c.width) * BYTES[pipe.dtype]
     seen = 0
-    for name, window in model.kinds:
+    for kind in model.kinds:
         for shifted in (False, True):
-            start, slot = layout.segments(name, window, shifted)
+            start, slot = layout.segments(kind, model.window, shifted)
             lengths = [slot[p] + 1 - start[p] for p in range(known * c.frame_len, layout.tokens)]
             seen += sum(lengths) / len(lengths) * c.layers / 2
     return weights + rows * seen * 2 * c.width * (2 if pipe.dtype == "bfloat16" else 4)

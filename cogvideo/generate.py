@@ -54,20 +54,19 @@ def fill(
     inputs = layout.inputs(known, model.config.start)
     cache = model.new_cache(layout, len(rows))
     model.body(torch.cat((rows, inputs.repeat(2, 1) if guided else inputs), 1), layout, cache)
-    total = (layout.frames - count) * size
-    start = torch.full((len(text),), model.config.start, device=text.device)
-    token = start
-    for k in range(total):
-        frame, raster = divmod(k, size)
-        entering = start if raster == 0 else token
-        logits = model(
-            torch.cat((entering, entering))[:, None] if guided else entering[:, None], layout, cache
-        )[:, -1]
+    first, total, done = count * size, (layout.frames - count) * size, 0
+    flat = frames.view(len(text), -1)
+    for places in layout.waves(count, model.window):
+        before = flat[:, [place - 1 for place in places]]
+        starts = torch.tensor([place % size == 0 for place in places], device=text.device)
+        entering = before.masked_fill(starts, model.config.start)  # [B, m]
+        logits = model(entering.repeat(2, 1) if guided else entering, layout, cache, places)
         if guided:
             logits = guide(logits, sampling.guidance_scale)
-        token = pick(logits, sampling, uniform[:, k])
-        frames[:, count + frame, raster] = token
-        if (k + 1) % layout.grid == 0:
-            yield Filled(layout.unlay(frames), k + 1, total)
+        made = [place - first for place in places]
+        flat[:, places] = pick(logits.flatten(0, 1), sampling, uniform[:, made].flatten()).view_as(entering)
+        done += len(places)
+        if done // layout.grid > (done - len(places)) // layout.grid:
+            yield Filled(layout.unlay(frames), done, total)
     if total == 0:
         yield Filled(layout.unlay(frames), 0, 0)

@@ -35,6 +35,7 @@ is rolled, so that border tiles share a group, kept apart by the mask); for step
 side by side, in laid order.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -158,19 +159,48 @@ class Layout:
         place.
 
         Each tile has a segment: the text, then its tokens in laid order; a token at place i sees start[i] ..
-        slot[i]. The spatial channel has one segment that each frame overwrites.
+        slot[i]. The spatial channel has a segment for each frame that is under way at one time, used again
+        and again.
         """
+        size, text_len = self.frame_len, self.text_len
         if channel == "spatial":
-            return [0] * self.tokens, [self.text_len + p % self.frame_len for p in range(self.tokens)]
+            lanes = -(-size // self.lag(window))
+            start = [place // size % lanes * (text_len + size) for place in range(self.tokens)]
+            return start, [start[place] + text_len + place % size for place in range(self.tokens)]
         tile = self.tiles(window, shifted).repeat(self.frames)
         start, slot = [0] * self.tokens, [0] * self.tokens
         end = 0
         for one in tile.unique().tolist():
             members = (tile == one).nonzero().flatten().tolist()
             for rank, place in enumerate(members):
-                start[place], slot[place] = end, end + self.text_len + rank
-            end += self.text_len + len(members)
+                start[place], slot[place] = end, end + text_len + rank
+            end += text_len + len(members)
         return start, slot
+
+    # -- which tokens can be made at the same time
+
+    def lag(self, window: int) -> int:
+        """Tokens by which a frame must be behind the frame laid before it, to be made at the same time.
+
+        Token j of a frame needs the tokens of its tiles in the frame before, of both cuts, to be there. With
+        full attention that is the whole frame (CogVideo section 3.3.2: parallel generation).
+        """
+        if window == 0:
+            return self.frame_len
+        raster = torch.arange(self.frame_len)
+        needs = 0
+        for shifted in (False, True):
+            tile = self.tiles(window, shifted)
+            last = torch.stack([raster[tile == one].max() for one in tile])
+            needs = max(needs, int((last - raster).max()))
+        return min(needs + 1, self.frame_len)
+
+    def waves(self, known: int, window: int) -> Iterator[list[int]]:
+        """The laid places after `known` frames, those that can be made at the same time together."""
+        lag, making = self.lag(window), self.frames - known
+        for tick in range(self.frame_len + (making - 1) * lag if making else 0):
+            rasters = [(known + k, tick - k * lag) for k in range(making)]
+            yield [frame * self.frame_len + at for frame, at in rasters if 0 <= at < self.frame_len]
 
     def draw(self, channel: str, window: int = 0, shifted: bool = False) -> str:
         """The mask as text: a row for each frame token, `#` where it sees, a gap between frames."""

@@ -1,5 +1,6 @@
 """Filling frames: guidance as a doubled batch, samples apart and together, known frames kept."""
 
+import pytest
 import torch
 
 from cogvideo import presets
@@ -48,7 +49,9 @@ def test_guidance_as_a_doubled_batch_equals_two_separate_passes(nano):
         made, token = [], torch.full((3,), CONFIG.start)
         for k in range(4 * CONFIG.frame_len):
             entering = torch.full((3,), CONFIG.start) if k % CONFIG.frame_len == 0 else token
-            prompted, unprompted = (model(entering[:, None], LAYOUT, cache)[:, -1] for cache in caches)
+            prompted, unprompted = (
+                model(entering[:, None], LAYOUT, cache, [CONFIG.frame_len + k])[:, -1] for cache in caches
+            )
             logits = unprompted + 3.0 * (prompted - unprompted)
             assert (guide(torch.cat((prompted, unprompted)), 3.0) - logits).abs().max() < 1e-5
             token = pick(logits, SAMPLING, uniform[:, k])
@@ -57,8 +60,11 @@ def test_guidance_as_a_doubled_batch_equals_two_separate_passes(nano):
     assert torch.equal(run(model, text, plain, known, [5, 6, 7])[:, 1:], expected)
 
 
-def test_a_sample_alone_equals_the_same_sample_in_a_batch(nano):
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_sample_alone_equals_the_same_sample_in_a_batch(nano, dtype):
     model, text, plain, known = setup(nano)
+    if dtype == "int8":
+        model = join(DualChannelTransformer(to_int8(model.base), to_int8(model.temporal)))
     together = run(model, text, plain, known, [5, 6, 7])
     for i, seed in enumerate([5, 6, 7]):
         alone = run(model, text[i : i + 1], plain[i : i + 1], known[i : i + 1], [seed])
@@ -74,6 +80,27 @@ def test_known_frames_are_kept_and_progress_is_told(nano):
     assert [s.done for s in states] == list(range(CONFIG.grid, 4 * CONFIG.frame_len + 1, CONFIG.grid))
     assert torch.equal(states[-1].frames[:, 0], known[:, 0])
     assert int(states[-1].frames.min()) >= 0 and int(states[-1].frames.max()) < CONFIG.codes
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_filling_in_waves_equals_one_token_after_the_other(nano, stage):
+    """Greedy, each token is the likeliest by the full forward over all frames."""
+    folder = ModelFolder(nano)
+    model = DualChannelTransformer(folder.load("base"), folder.load(stage))
+    _, text, _, _ = setup(nano)
+    sizes = (CONFIG.text_len, CONFIG.grid, CONFIG.frames)
+    layout = Layout.keyframes(*sizes) if stage == "stage1" else Layout.interpolation(*sizes)
+    count = 3 if stage == "stage2" else 1
+    generator = torch.Generator().manual_seed(0)
+    known = torch.randint(0, CONFIG.codes, (3, count, CONFIG.frame_len), generator=generator)
+    missing = (CONFIG.frames - count) * CONFIG.frame_len
+    *_, last = fill(model, layout, text, known, Sampling(temperature=0.0), torch.zeros(3, missing))
+    laid = layout.lay(last.frames)
+    with torch.inference_mode():
+        logits = model(torch.cat((text, layout.inputs(laid, CONFIG.start)), 1), layout)
+    likeliest = logits.argmax(-1).view(laid.shape)
+    assert torch.equal(laid[:, :count], known)
+    assert torch.equal(laid[:, count:], likeliest[:, count:])
 
 
 def test_guidance_changes_what_is_made(nano):

@@ -42,19 +42,47 @@ def test_the_rule_token_by_token(name, shifted):
 
 
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("channel, window", [("spatial", 0), ("temporal", 0), ("temporal", 2)])
+@pytest.mark.parametrize("channel", ["spatial", "temporal"])
+@pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("shifted", [False, True])
 def test_cache_segments_hold_exactly_what_a_token_sees(name, channel, window, shifted):
+    """Stepping in waves, a token finds in its slice of the cache the tokens that it sees, no others."""
     layout = STAGES[name]
     start, slot = layout.segments(channel, window, shifted)
     mask = layout.sees(channel, window, shifted)
-    holder: dict[int, int] = {}
-    for place in range(layout.tokens):
-        holder[slot[place]] = place  # stepping writes here, over an earlier frame in the spatial channel
-        if place // layout.frame_len < len(layout.given):
-            continue  # given frames are entered together, not step by step
-        slots = range(start[place] + layout.text_len, slot[place] + 1)
-        assert [holder[s] for s in slots] == mask[place].nonzero().flatten().tolist()
+    known = len(layout.given)
+    holder = {slot[place]: place for place in range(known * layout.frame_len)}
+    for places in layout.waves(known, window):
+        holder.update({slot[place]: place for place in places})
+        for place in places:
+            slots = range(start[place] + layout.text_len, slot[place] + 1)
+            assert [holder[s] for s in slots] == mask[place].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_waves_make_every_token_once_and_after_all_it_sees(name):
+    layout, window = STAGES[name], 2
+    known, made = len(layout.given), set(range(len(layout.given) * layout.frame_len))
+    seen = (
+        layout.sees("spatial")
+        | layout.sees("temporal", window, False)
+        | layout.sees("temporal", window, True)
+    )
+    waves = list(layout.waves(known, window))
+    for places in waves:
+        for place in places:
+            assert set(seen[place].nonzero().flatten().tolist()) - {place} <= made
+        assert not made & set(places)
+        made |= set(places)
+    assert made == set(range(layout.tokens))
+    if layout.frames - known > 1:
+        assert len(waves) < layout.tokens - known * layout.frame_len
+    assert all(len(places) == 1 for places in layout.waves(known, 0))  # full attention: one after the other
+
+
+def test_steps_at_the_sizes_of_the_paper():
+    layout = Layout.interpolation(64, 20, 5)
+    assert len(list(layout.waves(3, 10))) == 590  # of 800, one by one
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -45,7 +45,7 @@ def test_cached_stepping_equals_the_full_forward(name):
         for known in sorted({len(layout.given), max(len(layout.given), layout.frames - 1)}):
             cache, first = model.new_cache(layout, 2), known * 16
             steps = [model(torch.cat((text, inputs[:, :first]), 1), layout, cache)]
-            steps += [model(inputs[:, i : i + 1], layout, cache) for i in range(first, layout.tokens)]
+            steps += [model(inputs[:, i : i + 1], layout, cache, [i]) for i in range(first, layout.tokens)]
             difference = (torch.cat(steps, 1) - full).abs().max()
             assert difference < 1e-5, f"{known} frames known: {difference}"
 

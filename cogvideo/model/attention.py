@@ -8,6 +8,7 @@ says which tokens make a group.
 Legend: B batch, S frame tokens, T text tokens, G groups of n tokens, H heads, d width of a head, D = H * d.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -118,12 +119,16 @@ def attend_groups(
 
 
 def attend_step(
-    q: Tensor, k: Tensor, v: Tensor, cache: ChannelCache, layer: int, place: int, bias: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cache: ChannelCache, layer: int, places: Sequence[int], bias: Tensor
 ) -> Tensor:
-    """One new token a row attends to what the cache holds for it: [B, H, 1, d] to [B, 1, D].
+    """New tokens at some laid places attend to what the cache holds for each: [B, H, m, d] to [B, m, D].
 
     bias [B, 1, 1, L]: added to the scores, text first, zeros after; cut to what is seen.
     """
-    keys, values = cache.append(layer, place, k, v)  # [B, H, seen, d]
-    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias[..., : keys.shape[2]])
+    seen = []
+    for i, place in enumerate(places):
+        keys, values = cache.append(layer, place, k[:, :, i : i + 1], v[:, :, i : i + 1])  # [B, H, seen, d]
+        mask = bias[..., : keys.shape[2]]
+        seen.append(F.scaled_dot_product_attention(q[:, :, i : i + 1], keys, values, attn_mask=mask))
+    y = seen[0] if len(seen) == 1 else torch.cat(seen, 2)
     return y.transpose(1, 2).flatten(2)

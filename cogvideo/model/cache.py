@@ -1,7 +1,8 @@
 """Static key-value caches for stepping.
 
 What a token sees is always one slice of its channel's cache (`Layout.segments`), so a step copies nothing: it
-writes its own key and value and reads a view. The spatial channel keeps the text and the current frame only.
+writes its own key and value and reads a view. The spatial channel keeps the text and the frames under way
+only.
 """
 
 import torch
@@ -53,6 +54,5 @@ class Cache:
 
     def __init__(self, channels: list[ChannelCache]):
         self.channels = channels
-        self.entered = -1  # frame tokens so far; -1 before the prompt
         self.bias: Tensor  # [B, 1, 1, L] added to scores: text first, zeros after
         self.positions: Tensor  # [F * N, D] position embeddings in laid order

@@ -14,6 +14,7 @@ only ever see
 Ids: image codes first, [0, codes), then text. Legend: B batch, T text_len, S frame tokens, D width, V codes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -134,28 +135,34 @@ class DualChannelTransformer(nn.Module):
         self.config = base.config
         self.base = base
         self.temporal = temporal
-        self.kinds = [("spatial", 0)] if temporal is None else [("spatial", 0), ("temporal", temporal.window)]
+        self.window = 0 if temporal is None else temporal.window
+        self.kinds = ("spatial",) if temporal is None else ("spatial", "temporal")
         self.channels = [Channels([block.attention], None) for block in base.blocks]
         if temporal is not None:
             layers = zip(base.blocks, temporal.attention, temporal.gate)
             self.channels = [Channels([block.attention, plus], gate) for block, plus, gate in layers]
 
-    def forward(self, tokens: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
-        """Logits of the next image code at every frame slot.
+    def forward(
+        self, tokens: Tensor, layout: Layout, cache: Cache | None = None, places: Sequence[int] | None = None
+    ) -> Tensor:
+        """Logits of the next image code at every frame slot, float32 [B, S, V].
 
-        tokens: without a cache, or first into a cache, [B, T + S] text (left-padded) and S tokens of whole
-        laid frames; later [B, 1], the next frame token. Returns float32 logits [B, S, V].
+        tokens: [B, T + S], text (left-padded) and S tokens of the first whole laid frames. With a cache these
+        are the prompt, and after it come steps: [B, m] tokens at the m laid `places`, one or several that do
+        not depend on each other.
         """
-        return self.head(self.body(tokens, layout, cache))
+        return self.head(self.body(tokens, layout, cache, places))
 
     def head(self, hidden: Tensor) -> Tensor:
         """[B, S, D] to float32 logits [B, S, V]; tied to the embedding of the image codes."""
         return self.base.head(hidden).float()
 
-    def body(self, tokens: Tensor, layout: Layout, cache: Cache | None = None) -> Tensor:
+    def body(
+        self, tokens: Tensor, layout: Layout, cache: Cache | None = None, places: Sequence[int] | None = None
+    ) -> Tensor:
         """Like `forward`, up to the last norm: [B, S, D]."""
-        if cache is not None and cache.entered >= 0:
-            return self._step(tokens, cache)
+        if cache is not None and places is not None:
+            return self._step(tokens, cache, places)
         text_len = layout.text_len
         bias = self.text_bias(tokens[:, :text_len])
         x = self._embed(tokens, layout)  # [B, T + S, D]
@@ -163,7 +170,6 @@ class DualChannelTransformer(nn.Module):
             x = x + block.norm3(self._attend(layer, block.norm1(x), layout, bias, cache))
             x = x + block.norm4(block.mlp(block.norm2(x)))
         if cache is not None:
-            cache.entered = tokens.shape[1] - text_len
             cache.positions = self._frame_positions(layout)
             longest = max(k.shape[2] for channel in cache.channels for k in channel.keys)
             cache.bias = F.pad(bias, (0, longest - text_len))[:, None, None, :]
@@ -173,7 +179,7 @@ class DualChannelTransformer(nn.Module):
         """An empty cache for `batch` rows of this layout."""
         c, like = self.config, self.base.embed.weight
         sizes = (c.layers, batch, c.heads, c.width // c.heads)
-        channels = [ChannelCache(layout, name, window, sizes, like) for name, window in self.kinds]
+        channels = [ChannelCache(layout, kind, self.window, sizes, like) for kind in self.kinds]
         return Cache(channels)
 
     def text_bias(self, text: Tensor) -> Tensor:
@@ -209,31 +215,30 @@ class DualChannelTransformer(nn.Module):
         if x.shape[1] - text_len < layout.tokens:  # a prompt: the first frames of the layout
             layout = layout.first((x.shape[1] - text_len) // layout.frame_len)
         seen = []
-        for number, (qkv, (name, window)) in enumerate(zip(self.channels[layer].project(x), self.kinds)):
+        shifted = bool(self.window) and layer % 2 == 1
+        for number, (qkv, kind) in enumerate(zip(self.channels[layer].project(x), self.kinds)):
             text_q, text_k, text_v = (t[:, :, :text_len] for t in qkv)  # [B, H, T, d]
             q, k, v = (t[:, :, text_len:] for t in qkv)  # [B, H, S, d]
             if cache is not None:
                 cache.channels[number].write_text(layer, text_k, text_v)
                 cache.channels[number].write(layer, k, v)
-            if name == "spatial":  # text never looks over frames, so its temporal query goes unused
+            if kind == "spatial":  # text never looks over frames, so its temporal query goes unused
                 text_seen = attend_text(text_q, text_k, text_v, bias, dropout)
             if layout.frames:
-                groups = groups_of(layout, name, window, bool(window) and bool(layer % 2), x.device, x.dtype)
+                groups = groups_of(layout, kind, self.window, shifted, x.device, x.dtype)
                 seen.append(attend_groups((q, k, v), (text_k, text_v), groups, bias, dropout))
         text_out = self.base.blocks[layer].attention.out(text_seen)
         return torch.cat((text_out, self.channels[layer].merge(seen)), 1) if seen else text_out
 
-    # -- one token
+    # -- one token, or a few
 
-    def _step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        place = cache.entered
-        x = self.base.embed(tokens) + cache.positions[place]  # [B, 1, D]
+    def _step(self, tokens: Tensor, cache: Cache, places: Sequence[int]) -> Tensor:
+        x = self.base.embed(tokens) + cache.positions[places]  # [B, m, D]
         for layer, block in enumerate(self.base.blocks):
-            qkvs = self.channels[layer].project(block.norm1(x))  # each [B, H, 1, d]
-            seen = [attend_step(*qkv, c, layer, place, cache.bias) for qkv, c in zip(qkvs, cache.channels)]
+            qkvs = self.channels[layer].project(block.norm1(x))  # each [B, H, m, d]
+            seen = [attend_step(*qkv, c, layer, places, cache.bias) for qkv, c in zip(qkvs, cache.channels)]
             x = x + block.norm3(self.channels[layer].merge(seen))
             x = x + block.norm4(block.mlp(block.norm2(x)))
-        cache.entered = place + 1
         return self.base.norm(x)
 
 

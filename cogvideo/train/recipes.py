@@ -61,18 +61,17 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe("tiny", "tiny", (
-        Phase("tokenizer", objectives.tokenizer, trains=("vqvae",), uses=(), cut=Cut(3, (8,)),
-              steps=2750, batch=8, rate=1e-3, optimizer="adamw", weight_decay=0.0),
-        Phase("image", objectives.image, trains=("base",), uses=("vqvae",), cut=Cut(5, (1, 1, 2, 4, 8), keep=1),
-              steps=12000, batch=32, rate=2e-3),
-        Phase("stage1", objectives.stage1, trains=("stage1",), uses=("vqvae", "base"), cut=Cut(5, (1, 1, 2, 4)),
-              steps=8000, batch=8, rate=2e-3, inherits="base"),
-        Phase("stage2", objectives.stage2, trains=("stage2",), uses=("vqvae", "base"), cut=Cut(5, (2, 4, 8)),
-              steps=5000, batch=8, rate=2e-3, inherits="stage1"),
+        Phase("tokenizer", objectives.tokenizer, trains=("vqvae",), uses=(),
+              cut=Cut(3, (8,)), steps=2750, batch=8, rate=1e-3, optimizer="adamw", weight_decay=0.0),
+        Phase("image", objectives.image, trains=("base",), uses=("vqvae",),
+              cut=Cut(5, (1, 1, 2, 4, 8), keep=1), steps=12000, batch=32, rate=2e-3),
+        Phase("stage1", objectives.stage1, trains=("stage1",), uses=("vqvae", "base"),
+              cut=Cut(5, (1, 1, 2, 4)), steps=8000, batch=8, rate=2e-3, inherits="base"),
+        Phase("stage2", objectives.stage2, trains=("stage2",), uses=("vqvae", "base"),
+              cut=Cut(5, (2, 4, 8)), steps=5000, batch=8, rate=2e-3, inherits="stage1"),
         Phase("refiner", objectives.refiner, trains=("refiner",), uses=("vqvae",),
-              cut=Cut(3, (8,), sizes=(48, 192)),
-              steps=1500, batch=4, rate=5e-4, optimizer="adamw", weight_decay=0.0,
-              loss=LossWeights(perceptual=0.02, temporal=0.02)),
+              cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, rate=5e-4, optimizer="adamw",
+              weight_decay=0.0, loss=LossWeights(perceptual=0.02, temporal=0.02)),
     )),
 }
 
