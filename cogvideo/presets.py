@@ -24,7 +24,7 @@ PRESETS = {
         VQVAEConfig(resolution=48, channels=32, multipliers=(1, 2, 3), codes=1024, code_width=32),
         RefinerConfig(scale=4, width=64, blocks=6),
     ),
-    # the paper's sizes; its tokenizer has three rates, of which this is the one for 160 pixels to 20 x 20
+    # the paper's sizes; its tokenizer has three rates, of which 8 makes 20 x 20 tokens of 160 pixels
     "cogvideo-9b": System(
         ModelConfig(
             layers=48,
@@ -43,13 +43,16 @@ PRESETS = {
         VQVAEConfig(
             resolution=160,
             channels=128,
-            multipliers=(1, 2, 4, 4),
+            multipliers=(1, 2, 4),
             encoder_blocks=2,
             codes=20000,
             code_width=256,
             groups=32,
             mean=(0.79093, 0.76271, 0.75340),
             std=(0.30379, 0.32279, 0.32800),
+            rates=(4, 8, 16),
+            rate=8,
+            attended=(4,),
         ),
     ),
     # for tests: made in a second

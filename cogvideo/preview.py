@@ -45,7 +45,7 @@ def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch
 
 
 def _samples(folder: ModelFolder, parts: dict[str, Any], prompts: list[str]) -> np.ndarray:
-    pipe = CogVideo(folder, next(parts["base"].parameters()).device)
+    pipe = CogVideo(folder, next(parts["base"].parameters()).device, dtype="float32")
     pipe.__dict__.update({name: parts[name] for name in ("vqvae", "base") if name in parts})
     for stage in ("stage1", "stage2"):
         if stage in parts:

@@ -6,10 +6,13 @@ that
   nobody chooses are revived from encoder outputs of the batch. It is filled from encoder outputs as well,
   after some steps without quantisation: a codebook started from random numbers collapses.
 - Frames are independent: a clip is encoded and decoded as a batch of pictures.
+- `HierarchicalVQVAE` is the image tokenizer of the released CogVideo: one encoder and one codebook for
+  several rates, a decoder for each.
 
 Shapes: B pictures, R resolution in pixels, N = grid * grid codes, C channels.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +34,15 @@ class VQVAEConfig:
     groups: int = 16  # of every GroupNorm
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # pixels in [0, 1] are normalised by these
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    # of a HierarchicalVQVAE
+    rates: tuple[int, ...] = ()  # pixels a side that one code stands for, each twice the one before
+    rate: int = 0  # the one of `rates` that is meant when none is named
+    attended: tuple[int, ...] = ()  # levels in which attention follows every residual block
 
     @property
     def grid(self) -> int:
         """Codes a side of the picture."""
-        return self.resolution // 2 ** (len(self.multipliers) - 1)
+        return self.resolution // (self.rate or 2 ** (len(self.multipliers) - 1))
 
 
 class ResidualBlock(nn.Module):
@@ -78,6 +85,13 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # pads right and below only
 
 
+class ResidualDownsample(Downsample):
+    """The strided convolution beside an average."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2) + super().forward(x)
+
+
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
@@ -96,15 +110,25 @@ def _middle(channels: int, config: VQVAEConfig) -> list[nn.Module]:
     ]
 
 
+def _level(width: int, outputs: int, blocks: int, attended: bool, groups: int) -> list[nn.Module]:
+    """The residual blocks of one level, from `width` channels to `outputs`."""
+    parts: list[nn.Module] = []
+    for number in range(blocks):
+        parts.append(ResidualBlock(outputs if number else width, outputs, groups))
+        if attended:
+            parts.append(AttentionBlock(outputs, groups))
+    return parts
+
+
 def _encoder(config: VQVAEConfig) -> nn.Sequential:
     width = config.channels * config.multipliers[0]
     parts: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
     for level, multiplier in enumerate(config.multipliers):
         if level > 0:
             parts.append(Downsample(width))
-        for _ in range(config.encoder_blocks):
-            parts.append(ResidualBlock(width, config.channels * multiplier, config.groups))
-            width = config.channels * multiplier
+        outputs = config.channels * multiplier
+        parts += _level(width, outputs, config.encoder_blocks, level in config.attended, config.groups)
+        width = outputs
     parts += _middle(width, config)
     parts += [
         nn.GroupNorm(config.groups, width, eps=1e-6),
@@ -114,13 +138,13 @@ def _encoder(config: VQVAEConfig) -> nn.Sequential:
     return nn.Sequential(*parts)
 
 
-def _decoder(config: VQVAEConfig) -> nn.Sequential:
-    width = config.channels * config.multipliers[-1]
+def _decoder(config: VQVAEConfig, multipliers: tuple[int, ...]) -> nn.Sequential:
+    width = config.channels * multipliers[-1]
     parts: list[nn.Module] = [nn.Conv2d(config.code_width, width, 3, padding=1), *_middle(width, config)]
-    for level, multiplier in reversed(list(enumerate(config.multipliers))):
-        for _ in range(config.decoder_blocks):
-            parts.append(ResidualBlock(width, config.channels * multiplier, config.groups))
-            width = config.channels * multiplier
+    for level, multiplier in reversed(list(enumerate(multipliers))):
+        outputs = config.channels * multiplier
+        parts += _level(width, outputs, config.decoder_blocks, level in config.attended, config.groups)
+        width = outputs
         if level > 0:
             parts.append(Upsample(width))
     parts += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1)]
@@ -185,7 +209,7 @@ class VQVAE(nn.Module):
         self.config = config
         self.encoder = _encoder(config)
         self.codebook = Codebook(config.codes, config.code_width)
-        self.decoder = _decoder(config)
+        self.decoder = _decoder(config, config.multipliers)
 
     def _normalise(self, pictures: Tensor) -> Tensor:
         mean, std = (pictures.new_tensor(v).view(3, 1, 1) for v in (self.config.mean, self.config.std))
@@ -199,6 +223,10 @@ class VQVAE(nn.Module):
         """[B, 3, R, R] to encoder outputs before quantisation [B, C, grid, grid]."""
         return self.encoder(self._normalise(pictures))
 
+    def rebuild(self, z: Tensor) -> Tensor:
+        """Vectors [B, C, grid, grid] to pictures [B, 3, R, R], not clamped."""
+        return self._denormalise(self.decoder(z).float())
+
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """[B, 3, R, R] in [0, 1] to ids [B, N], raster order."""
@@ -210,7 +238,7 @@ class VQVAE(nn.Module):
         """ids [B, N] to pictures [B, 3, R, R], clamped to [0, 1]."""
         grid = self.config.grid
         z = self.codebook.vectors[ids].view(len(ids), grid, grid, -1).permute(0, 3, 1, 2)
-        return self._denormalise(self.decoder(z.to(self.dtype)).float()).clamp(0, 1)
+        return self.rebuild(z.to(self.dtype)).clamp(0, 1)
 
     def forward(
         self, pictures: Tensor, generator: torch.Generator | None = None
@@ -232,11 +260,63 @@ class VQVAE(nn.Module):
             quantised = z + (target - z).detach()
             if self.training:
                 self.codebook.follow(flat.detach(), ids, generator)
-        return self._denormalise(self.decoder(quantised).float()), loss, ids
+        return self.rebuild(quantised), loss, ids
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.decoder.parameters()).dtype
+        return next(self.parameters()).dtype
+
+
+class HierarchicalVQVAE(VQVAE):
+    """The image tokenizer of icetk (SPEC C.10): the same codes at several rates, 4, 8 and 16 in the original.
+
+    The encoder brings a picture to the first rate; each further rate halves the map once more. A code of rate
+    r stands for r x r pixels; pictures may have any size that the rate divides. `rate` 0 is the configured one.
+    """
+
+    def __init__(self, config: VQVAEConfig):
+        nn.Module.__init__(self)
+        self.config = config
+        self.encoder = _encoder(config)
+        self.halves = nn.ModuleList(ResidualDownsample(config.code_width) for _ in config.rates[1:])
+        self.project = nn.Conv2d(config.code_width, config.code_width, 1)
+        self.codebook = Codebook(config.codes, config.code_width)
+        # the finest levels have as many channels as the first, so that a decoder reaches all pixels
+        self.decoders = nn.ModuleList(
+            _decoder(config, (1,) * number + config.multipliers) for number in range(len(config.rates))
+        )
+
+    def _number(self, rate: int) -> int:
+        rate = rate or self.config.rate
+        if rate not in self.config.rates:
+            raise ValueError(f"no rate {rate}; choose one of {', '.join(map(str, self.config.rates))}")
+        return self.config.rates.index(rate)
+
+    def latents(self, pictures: Tensor, rate: int = 0) -> Tensor:
+        """[B, 3, H, W] to vectors before quantisation [B, C, H / rate, W / rate]."""
+        z = self.encoder(self._normalise(pictures))
+        for halve in self.halves[: self._number(rate)]:
+            z = halve(z)
+        return self.project(z)
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor, rate: int = 0) -> Tensor:
+        """[B, 3, H, W] in [0, 1] to ids [B, N], raster order."""
+        z = self.latents(pictures.to(self.dtype), rate).float().permute(0, 2, 3, 1)  # [B, h, w, C]
+        return self.codebook.nearest(z.flatten(0, 2)).view(len(z), -1)
+
+    def rebuild(self, z: Tensor, rate: int = 0) -> Tensor:
+        """Vectors [B, C, h, w] to pictures [B, 3, h * rate, w * rate], not clamped."""
+        return self._denormalise(self.decoders[self._number(rate)](z).float())
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, rate: int = 0) -> Tensor:
+        """ids [B, N] of square maps, of any size, to pictures [B, 3, R, R], clamped to [0, 1]."""
+        side = math.isqrt(ids.shape[1])
+        assert side * side == ids.shape[1], f"{ids.shape[1]} codes are no square map"
+        z = self.codebook.vectors[ids].unflatten(1, (side, side)).permute(0, 3, 1, 2).to(self.dtype)
+        # one by one: the widest maps of a large picture take much memory
+        return torch.cat([self.rebuild(one, rate) for one in z.split(1)]).clamp(0, 1)
 
 
 def to_pictures(frames: np.ndarray) -> Tensor:

@@ -11,7 +11,7 @@ LEVELS = [
     {"layout", "text", "vqvae", "video", "sampling"},
     {"model", "data", "eval"},
     {"weights", "generate", "presets"},
-    {"train", "pipeline"},
+    {"train", "pipeline", "convert"},
     {"preview"},
     {"cli"},
     {"__main__"},

@@ -12,7 +12,7 @@ from typing import Any
 
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel
-from cogvideo.vqvae import VQVAE, VQVAEConfig
+from cogvideo.vqvae import VQVAE, HierarchicalVQVAE, VQVAEConfig
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class System:
     def build(self, part: str) -> Any:
         """A part with fresh weights, a module of the class that the part is."""
         if part == "vqvae":
-            return VQVAE(self.vqvae)
+            return HierarchicalVQVAE(self.vqvae) if self.vqvae.rates else VQVAE(self.vqvae)
         if part == "base":
             return Base(self.model)
         if part == "stage1":

@@ -1,4 +1,5 @@
-"""Save and resume a phase. A run that is killed goes on from its last save as if nothing had happened.
+"""Save and resume a phase, and take parts out of it. A run that is killed goes on from its last save as if
+nothing had happened.
 
 A checkpoint holds the step, the parts that learn, and the optimizers' state. The data needs nothing: sample k
 is a function of the seed and k, and so is the randomness of step k. Shards are put together before they are
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from cogvideo.model.system import System
 from cogvideo.train.parallel import Machine, whole
 from cogvideo.weights import replacing
 
@@ -70,3 +72,19 @@ def _like(value: Tensor, mine: Tensor) -> Tensor:
     if not isinstance(mine, DTensor) or value.ndim == 0:
         return value
     return distribute_tensor(value, mine.device_mesh, mine.placements, src_data_rank=None)
+
+
+def unshard(parts: dict[str, nn.Module], machine: Machine, system: System) -> dict[str, nn.Module]:
+    """Parts that can be used and exported without the other processes: on the first process, whole copies of
+    sharded ones; on the others none. All processes call this."""
+    if machine.mesh is None:
+        return dict(parts)
+    found = {}
+    for name, part in parts.items():
+        state = {key: whole(value.detach()) for key, value in part.state_dict().items()}
+        if machine.first:
+            with torch.device("meta"):
+                found[name] = system.build(name)
+            found[name].load_state_dict(state, assign=True)
+            found[name].eval().requires_grad_(False)
+    return found

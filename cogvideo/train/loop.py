@@ -9,6 +9,7 @@ first one writes; what needs the shards of all is called by all.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ def run_phase(
     parts |= learning
     for part in learning.values():
         part.requires_grad_(True).train()
-    model = parallel.Step(parts, phase.objective(parts, text, phase))
+    model = parallel.Step(parts, partial(phase.objective, parts, text, phase))
     parallel.place(model, machine, phase.precision)
     container = nn.ModuleDict(learning)
     optims = optimizers(container, phase.optimizer, phase.weight_decay, phase.betas)
@@ -170,13 +171,13 @@ def run_phase(
                 draw_curve(out / "log.jsonl", out / "loss.png")
         if probe is not None and (done or (step + 1) % probe_every == 0):
             container.eval()
-            shown = parallel.unshard(parts, machine, folder.system())
+            shown = checkpoint.unshard(parts, machine, folder.system())
             if machine.first:
                 (out / "strips").mkdir(exist_ok=True)
                 probe(folder, shown, phase, batch, out / "strips" / f"{step + 1:07d}.png")
             container.train()
 
-    for name, part in parallel.unshard(learning, machine, folder.system()).items():
+    for name, part in checkpoint.unshard(learning, machine, folder.system()).items():
         folder.save(name, part)
     if machine.first:
         config = folder.config

@@ -7,10 +7,11 @@ the steps that one process would take:
   together when its forward or backward comes and let go again. What is left (embeddings, positions, norms,
   gates) is there for the whole step: `Step` is the module around everything, so that models may use their
   tables as they like.
-- The tokenizer's codebook follows the vectors of all processes (`_follow_together`).
+- The tokenizer's codebook follows the vectors of all processes.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,6 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils.checkpoint import checkpoint
 
 from cogvideo.data.loader import Batch
-from cogvideo.model.system import System
 from cogvideo.model.transformer import Block
 from cogvideo.train.objectives import Result
 from cogvideo.train.objectives import Step as Objective
@@ -74,7 +74,7 @@ class Machine:
 def start(device: torch.device | str, recompute: bool = False, compile: bool = False) -> Machine:
     """Join the processes that torchrun started, each with a device of its own; alone when there are none."""
     device = torch.device(device)
-    if "WORLD_SIZE" not in os.environ:
+    if "RANK" not in os.environ:
         return Machine(device, recompute=recompute, compile=compile)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"several processes train on cpu or cuda, not on {device.type}")
@@ -92,14 +92,20 @@ def stop(machine: Machine) -> None:
 
 
 class Step(nn.Module):
-    """An objective and the parts that it uses, as one module: `forward` is a whole step up to the loss."""
+    """An objective and the parts that it uses, as one module: `forward` is a whole step up to the loss.
 
-    def __init__(self, parts: dict[str, nn.Module], objective: Objective):
+    The objective is made in the first forward, when all but the matrices is whole: models keep the tensors
+    that they find in their parts.
+    """
+
+    def __init__(self, parts: dict[str, nn.Module], make: Callable[[], Objective]):
         super().__init__()
         self.parts = nn.ModuleDict(parts)
-        self.objective = objective
+        self.make = make
+        self.objective: Objective | None = None
 
     def forward(self, batch: Batch, number: int, generator: torch.Generator) -> Result:
+        self.objective = self.objective or self.make()
         return self.objective(batch, number, generator)
 
 
@@ -107,7 +113,7 @@ def place(step: Step, machine: Machine, precision: str) -> None:
     """Bring all parts of a step to the machine: on its device, or in shards over its mesh.
 
     Recomputing goes inside compiling, compiling inside sharding. With bfloat16 on cuda the shards travel as
-    bfloat16 and gradients are summed in float32; autocast decides what is computed in which, as without shards.
+    bfloat16 and gradients are summed in float32; autocast decides what is computed in which, as ever.
     """
     for block in (m for m in step.modules() if isinstance(m, Block)):
         if machine.recompute:  # a Block is entered by its `mlp`, the largest of its activations
@@ -117,9 +123,8 @@ def place(step: Step, machine: Machine, precision: str) -> None:
     if machine.mesh is None:
         step.to(machine.device)
         return
-    half = machine.device.type == "cuda" and precision == "bfloat16"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = policy if half else MixedPrecisionPolicy()
+    half = torch.bfloat16 if machine.device.type == "cuda" and precision == "bfloat16" else None
+    policy = MixedPrecisionPolicy(half, half and torch.float32, cast_forward_inputs=False)
     for module in list(step.modules()):
         if isinstance(module, nn.Linear):
             fully_shard(module, mesh=machine.mesh, mp_policy=policy)
@@ -133,22 +138,21 @@ def _follow_together(book: Codebook, machine: Machine) -> None:
     """Let a codebook change by what all processes saw: the first one does so as if the whole batch were its
     own, and hands the others the outcome. So all hold the same codes, and revive the same."""
 
-    def together(change: Any, *arguments: Any) -> None:
-        whole = [_gather(a) if isinstance(a, Tensor) else a for a in arguments]
+    def gather(rows: Tensor) -> Tensor:  # [M, ...] of every process, in their order
+        rows = rows.contiguous()
+        found = [torch.empty_like(rows) for _ in range(machine.ranks)]
+        dist.all_gather(found, rows)
+        return torch.cat(found)
+
+    def together(change: Callable[..., None], *arguments: Any) -> None:
+        arguments = tuple(gather(a) if isinstance(a, Tensor) else a for a in arguments)
         if machine.first:
-            change(*whole)
+            change(*arguments)
         for buffer in book.buffers():
             dist.broadcast(buffer, 0)
 
     book.follow = partial(together, book.follow)  # type: ignore[method-assign]
     book.fill = partial(together, book.fill)  # type: ignore[method-assign]
-
-
-def _gather(rows: Tensor) -> Tensor:
-    """Rows [M, ...] of every process, in their order: [ranks * M, ...]."""
-    whole = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(whole, rows.contiguous())
-    return whole
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -159,7 +163,8 @@ def whole(tensor: Tensor) -> Tensor:
 def gather_for_muon(optimizers: list[torch.optim.Optimizer]) -> None:
     """Let Muon see whole gradients of sharded matrices: what it makes of a matrix is no matter of its rows.
 
-    `torch.optim.Muon` takes shards too, but then gathers in each of its iterations, and rounds otherwise.
+    `torch.optim.Muon` takes shards as well, but then gathers in each of its iterations, and rounds otherwise.
+    Between steps its momentum is whole too: 4 bytes a hidden weight on every device.
     """
 
     def gather(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -172,19 +177,3 @@ def gather_for_muon(optimizers: list[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
         if type(optimizer).__name__ == "Muon":
             optimizer.register_step_pre_hook(gather)
-
-
-def unshard(parts: dict[str, nn.Module], machine: Machine, system: System) -> dict[str, nn.Module]:
-    """Parts that can be used and saved without the other processes: on the first process, whole copies of
-    sharded ones; on the others none. All processes call this."""
-    if machine.mesh is None:
-        return dict(parts)
-    found = {}
-    for name, part in parts.items():
-        state = {key: whole(value.detach()) for key, value in part.state_dict().items()}
-        if machine.first:
-            with torch.device("meta"):
-                found[name] = system.build(name)
-            found[name].load_state_dict(state, assign=True)
-            found[name].eval().requires_grad_(False)
-    return found
