@@ -14,8 +14,9 @@ only ever see
 Ids: image codes first, [0, codes), then text. Legend: B batch, T text_len, S frame tokens, D width, V codes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -64,6 +65,12 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.dropout = config.dropout
+
+    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """[B, S, D] to the same; `attend` is the attention of this layer over all its channels. A layer is a
+        whole here, so that it can be sharded, recomputed or compiled."""
+        x = x + self.norm3(attend(self.norm1(x)))
+        return x + self.norm4(self.mlp(self.norm2(x)))
 
     def mlp(self, x: Tensor) -> Tensor:
         return F.dropout(self.down(F.gelu(self.up(x), approximate="tanh")), self.dropout, self.training)
@@ -167,8 +174,7 @@ class DualChannelTransformer(nn.Module):
         bias = self.text_bias(tokens[:, :text_len])
         x = self._embed(tokens, layout)  # [B, T + S, D]
         for layer, block in enumerate(self.base.blocks):
-            x = x + block.norm3(self._attend(layer, block.norm1(x), layout, bias, cache))
-            x = x + block.norm4(block.mlp(block.norm2(x)))
+            x = block(x, partial(self._attend, layer, layout=layout, bias=bias, cache=cache))
         if cache is not None:
             cache.positions = self._frame_positions(layout)
             longest = max(k.shape[2] for channel in cache.channels for k in channel.keys)
@@ -235,11 +241,14 @@ class DualChannelTransformer(nn.Module):
     def _step(self, tokens: Tensor, cache: Cache, places: Sequence[int]) -> Tensor:
         x = self.base.embed(tokens) + cache.positions[places]  # [B, m, D]
         for layer, block in enumerate(self.base.blocks):
-            qkvs = self.channels[layer].project(block.norm1(x))  # each [B, H, m, d]
-            seen = [attend_step(*qkv, c, layer, places, cache.bias) for qkv, c in zip(qkvs, cache.channels)]
-            x = x + block.norm3(self.channels[layer].merge(seen))
-            x = x + block.norm4(block.mlp(block.norm2(x)))
+            x = block(x, partial(self._attend_step, layer, cache=cache, places=places))
         return self.base.norm(x)
+
+    def _attend_step(self, layer: int, x: Tensor, cache: Cache, places: Sequence[int]) -> Tensor:
+        """Attention of one layer for m new tokens a row: [B, m, D] to the same."""
+        qkvs = self.channels[layer].project(x)  # each [B, H, m, d]
+        seen = [attend_step(*qkv, c, layer, places, cache.bias) for qkv, c in zip(qkvs, cache.channels)]
+        return self.channels[layer].merge(seen)
 
 
 def _init_normal(module: nn.Module, generator: torch.Generator | None) -> None:

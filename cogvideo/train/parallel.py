@@ -3,10 +3,10 @@
 `torchrun --nproc-per-node N -m cogvideo train ...` starts N processes, each with a device. Together they take
 the steps that one process would take:
 - A batch is shared out, N-th parts in order; losses and gradients are averaged over the processes.
-- Weights, gradients and optimizer states are cut into N shards (FSDP2, `fully_shard`). A matrix is put
-  together when its forward or backward comes and let go again. What is left (embeddings, positions, norms,
-  gates) is there for the whole step: `Step` is the module around everything, so that models may use their
-  tables as they like.
+- Weights, gradients and optimizer states are cut into N shards (FSDP2, `fully_shard`). A block, or a
+  matrix of a temporal channel, is put together when it is needed and let go again. What is left (embeddings,
+  positions, norms, gates) is there for the whole step: `Step` is the module around everything, so that models
+  may use their tables as they like.
 - The tokenizer's codebook follows the vectors of all processes.
 """
 
@@ -115,19 +115,21 @@ def place(step: Step, machine: Machine, precision: str) -> None:
     Recomputing goes inside compiling, compiling inside sharding. With bfloat16 on cuda the shards travel as
     bfloat16 and gradients are summed in float32; autocast decides what is computed in which, as ever.
     """
-    for block in (m for m in step.modules() if isinstance(m, Block)):
-        if machine.recompute:  # a Block is entered by its `mlp`, the largest of its activations
-            block.mlp = partial(checkpoint, block.mlp, use_reentrant=False)  # type: ignore[method-assign]
+    blocks = [m for m in step.modules() if isinstance(m, Block)]
+    for block in blocks:
+        if machine.recompute:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore
         if machine.compile:
-            block.mlp = torch.compile(block.mlp)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward)  # type: ignore
     if machine.mesh is None:
         step.to(machine.device)
         return
     half = torch.bfloat16 if machine.device.type == "cuda" and precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(half, half and torch.float32, cast_forward_inputs=False)
-    for module in list(step.modules()):
-        if isinstance(module, nn.Linear):
-            fully_shard(module, mesh=machine.mesh, mp_policy=policy)
+    within = {m for block in blocks for m in block.modules()}
+    matrices = [m for m in step.modules() if isinstance(m, nn.Linear) and m not in within]
+    for module in blocks + matrices:
+        fully_shard(module, mesh=machine.mesh, mp_policy=policy)
     fully_shard(step, mesh=machine.mesh, mp_policy=policy)
     for module in step.modules():
         if isinstance(module, Codebook):
