@@ -93,7 +93,8 @@ def encode_clips(vqvae: VQVAE, clips: Tensor) -> Tensor:
 
 
 def tokenizer(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    vqvae, hierarchical = parts["vqvae"], HierarchicalLoss(phase.loss)
+    vqvae = parts["vqvae"]
+    hierarchical = HierarchicalLoss(phase.loss).to(next(vqvae.parameters()).device)
 
     def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
         if number >= UNQUANTISED and not vqvae.codebook.filled:
@@ -135,7 +136,7 @@ def _tokens(
 
 
 def refiner(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    hierarchical = HierarchicalLoss(phase.loss)
+    hierarchical = HierarchicalLoss(phase.loss).to(next(parts["refiner"].parameters()).device)
 
     def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
         codes = encode_clips(parts["vqvae"], batch.frames[0])
