@@ -1,9 +1,10 @@
-"""The command line: `cogvideo generate | train | models`.
+"""The command line: `cogvideo generate | train | convert | models`.
 
 Each command imports what it needs inside, so that `--help` answers at once. What a user can get wrong raises
 ValueError or OSError somewhere below and ends here as one line and exit code 2.
 """
 
+import os
 import re
 import sys
 from dataclasses import fields, replace
@@ -93,6 +94,8 @@ def train(
     out: Path | None = None,
     phases: tuple[str, ...] = (),
     device: str = "cpu",
+    recompute: bool = False,
+    compile: bool = False,
     workers: int = 0,
     threads: int | None = None,
     save_every: int = 250,
@@ -102,6 +105,8 @@ def train(
     """Train a model by a recipe, phase after phase; goes on where it stopped.
 
     A field of a phase is set by --PHASE.FIELD VALUE, as in --image.steps 20000 --stage1.batch 16.
+    On several devices: torchrun --nproc-per-node N -m cogvideo train ...; the N processes share each batch of
+    a phase, so N must divide --PHASE.batch, and each holds one N-th of the weights.
 
     Args:
         recipe: A row of the table in cogvideo/train/recipes.py.
@@ -109,12 +114,16 @@ def train(
         out: The folder of the run. Default: runs/RECIPE.
         phases: Only these phases, in the order of the recipe. Default: all.
         device: Where to compute: cpu, cuda, mps.
-        workers: Processes that read data.
+        recompute: Compute activations of the transformer again in the backward pass, to save memory.
+        compile: Compile the transformer's blocks.
+        workers: Processes that read data, for each device.
         threads: CPU threads. Default: torch's own choice.
         save_every: Steps between saves to resume from.
         log_every: Steps between lines of the log.
         probe_every: Steps between sample strips.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve each other
+
     import torch
 
     from cogvideo import presets
@@ -136,13 +145,16 @@ def train(
         presets.find(chosen.preset),
         [p for p in chosen.phases if not phases or p.name in phases],
         device=device,
+        recompute=recompute,
+        compile=compile,
         workers=workers,
         save_every=save_every,
         log_every=log_every,
         probe_every=probe_every,
         probe=probe,
     )
-    print(f"model folder: {folder.path}")
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
+        print(f"model folder: {folder.path}")
 
 
 def models(model: Positional[str | None] = None, /) -> None:
@@ -173,7 +185,35 @@ def models(model: Positional[str | None] = None, /) -> None:
         print(f"words         {' '.join(config['words'])}")
 
 
-COMMANDS: dict[str, Any] = {"generate": generate, "train": train, "models": models}
+def convert(
+    kind: Positional[Literal["sat", "icetk"]],
+    paths: Positional[tuple[Path, ...]],
+    /,
+    codes: int | None = None,
+) -> None:
+    """Make a model folder of the files of the original CogVideo.
+
+    cogvideo convert sat COGVIDEO-STAGE1 COGVIDEO-STAGE2 OUT; then, into the same folder:
+    cogvideo convert icetk ICETK_MODELS OUT.
+
+    Args:
+        kind: sat for checkpoint folders or the zips as downloaded, icetk for ice_text.model and ice_image.pt.
+        paths: Folders or zips to read, and last the model folder to make or to add to.
+        codes: How many of the checkpoint's ids are image codes. Default: 20000, as icetk has.
+    """
+    from cogvideo.convert import convert_icetk, convert_sat
+
+    *sources, out = paths or (Path("."),)
+    if not sources or (kind == "icetk" and len(sources) > 1):
+        raise ValueError(f"give what to read and then the folder to make: cogvideo convert {kind} SOURCE OUT")
+    if kind == "sat":
+        convert_sat(sources, out, codes)
+    else:
+        convert_icetk(sources[0], out)
+    print(f"model folder: {out}")
+
+
+COMMANDS: dict[str, Any] = {"generate": generate, "train": train, "convert": convert, "models": models}
 OVERRIDES: dict[
     str, str
 ] = {}  # "--image.steps 100" as {"image.steps": "100"}, taken off the command line before parsing

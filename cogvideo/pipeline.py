@@ -92,7 +92,7 @@ class CogVideo:
 
     @cached_property
     def image_model(self) -> DualChannelTransformer:
-        return DualChannelTransformer(self.base)
+        return DualChannelTransformer(self.base).eval()
 
     @cached_property
     def stage1(self) -> DualChannelTransformer:
@@ -103,7 +103,7 @@ class CogVideo:
         return self._stage("stage2")
 
     def _stage(self, name: str) -> DualChannelTransformer:
-        model = DualChannelTransformer(self.base, self._transformer_part(name))
+        model = DualChannelTransformer(self.base, self._transformer_part(name)).eval()
         return join(model) if self.dtype == "int8" else model
 
     def _transformer_part(self, name: str) -> Any:

@@ -271,8 +271,7 @@ class HierarchicalVQVAE(VQVAE):
     """The image tokenizer of icetk (SPEC C.10): the same codes at several rates, 4, 8 and 16 in the original.
 
     The encoder brings a picture to the first rate; each further rate halves the map once more. A code of rate
-    r stands for r x r pixels; pictures may have any size that the rate divides. `rate` 0 is the configured
-    one.
+    r stands for r x r pixels; pictures may have any size that it divides. `rate` 0 is the configured one.
     """
 
     def __init__(self, config: VQVAEConfig):

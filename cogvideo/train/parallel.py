@@ -115,7 +115,7 @@ def place(step: Step, machine: Machine, precision: str) -> None:
     Recomputing goes inside compiling, compiling inside sharding. With bfloat16 on cuda the shards travel as
     bfloat16 and gradients are summed in float32; autocast decides what is computed in which, as ever.
     """
-    blocks = [m for m in step.modules() if isinstance(m, Block)]
+    blocks: list[Any] = [m for m in step.modules() if isinstance(m, Block)]
     for block in blocks:
         if machine.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore

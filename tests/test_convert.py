@@ -1,0 +1,518 @@
+"""The original's checkpoints become our model folders and compute what the original computed."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data.goldens import DATA, digest, read
+
+from cogvideo import convert
+from cogvideo.layout import Layout
+from cogvideo.model.transformer import DualChannelTransformer, TemporalChannel
+from cogvideo.text import TextTokenizer, train_text
+from cogvideo.train.objectives import token_loss
+from cogvideo.weights import ModelFolder
+
+FILE = "mp_rank_00_model_states.pt"
+STAGE1 = DATA / "cogvideo-stage1-tiny.zip"
+DESCRIBED = json.loads(zipfile.ZipFile(STAGE1).read("cogvideo-stage1-tiny/model_config.json"))
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def sat(folder: Path, states: list[dict], **described: object) -> Path:
+    """A checkpoint folder as SAT writes it, with the states of every rank."""
+    (folder / "7").mkdir(parents=True)
+    (folder / "latest").write_text("7")
+    settings = {**DESCRIBED, "model_parallel_size": len(states), **described}
+    (folder / "model_config.json").write_text(json.dumps(settings))
+    for rank, state in enumerate(states):
+        torch.save({"module": state, "iteration": 7}, folder / "7" / f"mp_rank_{rank:02d}_model_states.pt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory) -> Path:
+    """The folder of stage 1 that SAT itself wrote, and one of stage 2."""
+    folder = tmp_path_factory.mktemp("sat")
+    zipfile.ZipFile(STAGE1).extractall(folder)
+    sat(folder / "stage2", [read("weights_stage2")], cogvideo_stage=2, window_size=10)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(original, tmp_path_factory) -> dict[str, ModelFolder]:
+    made = tmp_path_factory.mktemp("made")
+    convert.convert_sat([STAGE1], made / "stage1", 256, quiet)
+    convert.convert_sat([original / "stage2"], made / "stage2", 256, quiet)
+    return {name: ModelFolder(made / name) for name in ("stage1", "stage2")}
+
+
+def small(tmp_path: Path, name: str = "small", **described: object) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint of sizes of its own, with random weights that are the same every time."""
+    settings = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 40,
+                "max_sequence_length": 600, "additional_seqlen": 20, "layout": [6, 10, 18]} | described
+    generator, width, states = torch.Generator().manual_seed(0), settings["hidden_size"], {}
+    sizes = {"query_key_value": (3 * width, width), "dense": (width, width),
+             "dense_h_to_4h": (4 * width, width), "dense_4h_to_h": (width, 4 * width),
+             "word_embeddings": (settings["vocab_size"], width)}
+    for key, _, _ in convert._expand(convert.BASE + convert.TEMPORAL, settings["num_layers"]):
+        kind = next((part for part in key.split(".") if part in sizes), "")
+        shape = sizes.get(kind, (width, width))
+        if key.endswith("position_embeddings.weight"):
+            shape = (settings["additional_seqlen" if "mixins" in key else "max_sequence_length"], width)
+        if key.endswith("bias") or "norm" in key or "distribution" in key:
+            shape = shape[:1]
+        states[key] = torch.randn(shape, generator=generator)
+    return sat(tmp_path / name, [states], **settings), states
+
+
+CASES = {
+    "stage1_train_full": ("stage1", 0, Layout.keyframes(64, 20, 5)),
+    "stage1_train_window": ("stage2", 10, Layout.keyframes(64, 20, 5)),  # with the weights of stage 2
+    "stage2_train_window": ("stage2", 10, Layout.interpolation(64, 20, 5)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_and_gradients_are_the_original_ones(folders, case):
+    part, window, layout = CASES[case]
+    golden, folder = read(case), folders[part]
+    config = folder.system().model
+    temporal = TemporalChannel(config, window)
+    temporal.load_state_dict(folder.load(part).state_dict())
+    model = DualChannelTransformer(folder.load("base"), temporal).eval()
+    tokens, labels = golden["in.tokens"].long(), golden["in.labels"].long()
+    assert int(tokens[0, 64]) == config.start and int(tokens[0, 0]) == config.pad
+    codes = labels[:, 64:].unflatten(1, (5, 400))
+    logits: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
+    loss, numbers = token_loss(model, layout, tokens[:, :64], codes)
+    made = layout.unlay(logits[0].unflatten(1, (5, 400))).flatten(1, 2)
+    expected = golden["out.logits"][..., : config.codes]
+    assert (made[:, ::199] - expected).abs().max() < 1e-5 * 3 * expected.std()
+    each = torch.nn.functional.cross_entropy(made.flatten(0, 1), labels[:, 64:].flatten(), reduction="none")
+    assert (each - golden["out.losses_per_token"].flatten()).abs().max() < 1e-4
+    assert abs(float(loss.detach()) - float(golden["out.loss"])) < 1e-5
+    for key, value in golden.items():
+        if key.startswith("out.log."):
+            assert abs(numbers[f"frame{key[-6]}"] - float(value)) < 1e-5, key
+    loss.backward()
+    gradients = {ours: parameter.grad for ours, parameter in temporal.named_parameters()}
+    for theirs, ours, _ in convert._expand(convert.TEMPORAL, config.layers):
+        norm = float(golden[f"gradnorm.{theirs}"])
+        assert abs(float(gradients[ours].norm()) - norm) < 1e-4 * norm + 1e-8, theirs
+        if f"grad.{theirs}" in golden:
+            assert (gradients[ours] - golden[f"grad.{theirs}"]).abs().max() < 1e-4 * norm
+    total = torch.stack([g.norm() for g in gradients.values()]).norm()
+    assert abs(float(total / golden["out.grad_total_norm_trainable"]) - 1) < 1e-5
+
+
+def split(states: dict[str, torch.Tensor], ranks: int) -> list[dict[str, torch.Tensor]]:
+    """As SAT's model parallelism does (SPEC A.7)."""
+    rules = {theirs: how for theirs, _, how in convert._expand(convert.BASE + convert.TEMPORAL, 4)}
+    cut: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
+    for key, value in states.items():
+        if rules[key] == "thirds":
+            thirds = [third.chunk(ranks) for third in value.chunk(3)]
+            pieces = [torch.cat([third[rank] for third in thirds]) for rank in range(ranks)]
+        elif rules[key] == "rows" or (rules[key] == "columns" and value.ndim == 2):
+            pieces = list(value.chunk(ranks, 0 if rules[key] == "rows" else 1))
+        else:
+            pieces = [value] * ranks
+        for rank, piece in enumerate(pieces):
+            cut[rank][key] = piece.clone()
+    return cut
+
+
+def test_ranks_are_put_together(original, folders, tmp_path):
+    states = convert.read_states(original / "cogvideo-stage1-tiny" / "1000" / FILE)
+    ranks = split({key: value.half() for key, value in states.items()}, 2)
+    kept = json.loads((DATA / "cogvideo-stage1-tiny-mp2.json").read_text())  # of the original's own two files
+    assert [{key: digest(value) for key, value in rank.items()} for rank in ranks] == [kept["0"], kept["1"]]
+    convert.convert_sat([sat(tmp_path / "mp2", ranks)], tmp_path / "out", 256, quiet)
+    for part in ("base", "stage1"):
+        whole = folders["stage1"].load(part).state_dict()
+        merged = ModelFolder(tmp_path / "out").load(part).state_dict()
+        assert all(torch.equal(whole[key].half().float(), value) for key, value in merged.items())
+
+
+def test_a_folder_of_checkpoints_shares_one_base(tmp_path):
+    source, states = small(tmp_path / "home", "a")
+    other = {key: value + 1 if key.startswith("mixins") else value for key, value in states.items()}
+    described = json.loads((source / "model_config.json").read_text())
+    sat(tmp_path / "home" / "b", [other], **{**described, "cogvideo_stage": 2, "window_size": 1})
+    told: list[str] = []
+    convert.convert_sat([tmp_path / "home"], tmp_path / "out", 20, told.append)
+    assert any("stored once" in line for line in told)
+    folder = ModelFolder(tmp_path / "out")
+    assert sorted(p.name for p in folder.path.iterdir()) == [
+        "base.safetensors", "config.json", "stage1.safetensors", "stage2.safetensors"]
+    assert torch.equal(folder.load("stage1").gate[1] + 1, folder.load("stage2").gate[1])
+    model = folder.system().model
+    assert (model.window, model.layers, model.frames, model.grid, model.text_len) == (1, 2, 3, 2, 6)
+    # the same, one after the other
+    convert.convert_sat([tmp_path / "home" / "b"], tmp_path / "slowly", 20, quiet)
+    convert.convert_sat([source], tmp_path / "slowly", say=quiet)
+    for file in folder.path.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "slowly" / file.name).read_bytes()
+    assert ModelFolder(tmp_path / "slowly").system() == folder.system()
+    with pytest.raises(ValueError, match="a is that already"):
+        convert.convert_sat([source], tmp_path / "slowly", say=quiet)
+
+
+def test_another_base_is_refused(tmp_path):
+    first, states = small(tmp_path, "a")
+    described = json.loads((first / "model_config.json").read_text())
+    states["transformer.final_layernorm.bias"] += 1
+    second = sat(tmp_path / "b", [states], **{**described, "cogvideo_stage": 2, "window_size": 1})
+    with pytest.raises(ValueError, match="b has another base than a: 1 of .* norm.bias is the first"):
+        convert.convert_sat([first, second], tmp_path / "out", 20, quiet)
+    assert not (tmp_path / "out").exists()
+
+
+# -- what is wrong is said, and nothing is left behind
+
+
+def reconfigure(**values):
+    def harm(folder: Path) -> None:
+        file = folder / "model_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return harm
+
+
+def with_states(change):
+    def harm(folder: Path) -> None:
+        saved = torch.load(folder / "7" / FILE)
+        change(saved["module"])
+        torch.save(saved, folder / "7" / FILE)
+
+    return harm
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / "7" / FILE).read_bytes()
+    (folder / "7" / FILE).write_bytes(data[: len(data) // 2])
+
+
+def add_rank(folder: Path) -> None:
+    shutil.copy(folder / "7" / FILE, folder / "7" / "mp_rank_01_model_states.pt")
+
+
+def exaggerate(folder: Path) -> None:
+    """A tensor of terabytes over a storage of four bytes."""
+    torch.save({"module": {"a": torch.zeros(1).expand(1 << 40)}}, folder / "7" / FILE)
+
+
+def shorten(folder: Path) -> None:
+    """A well-formed file with a record that is shorter than its tensor."""
+    with zipfile.ZipFile(folder / "7" / FILE) as old, zipfile.ZipFile(folder / "new", "w") as new:
+        for name in old.namelist():
+            longest = name == max(old.namelist(), key=lambda n: old.getinfo(n).file_size)
+            new.writestr(name, bytes(8) if longest else old.read(name))
+    (folder / "new").replace(folder / "7" / FILE)
+
+
+def compress(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "7" / FILE) as old, zipfile.ZipFile(folder / "new", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED)
+    (folder / "new").replace(folder / "7" / FILE)
+
+
+LAST = "transformer.final_layernorm.bias"
+HARMS = [
+    (lambda f: (f / "latest").unlink(), "latest is missing"),
+    (lambda f: (f / "latest").write_text("../../etc"), "where a number or 'release' belongs"),
+    (lambda f: (f / "model_config.json").unlink(), "no model_config.json"),
+    (lambda f: (f / "model_config.json").write_text("{"), "model_config.json is damaged"),
+    (lambda f: (f / "model_config.json").write_text("[1]"), "model_config.json is damaged"),
+    (lambda f: (f / "7" / FILE).unlink(), "the files are: none"),
+    (reconfigure(model_parallel_size=2), "should be 2 rank"),
+    (reconfigure(model_parallel_size="x"), "should be x rank"),
+    (add_rank, "should be 1 rank"),
+    (truncate, "damaged"),
+    (compress, "compressed inside"),
+    (shorten, "larger than what it holds|no checkpoint"),
+    (exaggerate, "larger than what it holds"),
+    (reconfigure(model_class="CogView3"), "is CogView3 of stage 1; what can be converted"),
+    (reconfigure(model_class=["CogVideoModel"]), "what can be converted"),
+    (reconfigure(cogvideo_stage=3), "of stage 3; what can be converted"),
+    (reconfigure(cogvideo_stage=2), "window_size -1 does not divide 2"),
+    (reconfigure(window_size=2), "window_size 2 is not for stage 1"),
+    (reconfigure(num_layers=3), "layers.2.attention.dense.bias is missing"),
+    (reconfigure(num_layers=1), "layers.1.attention.dense.bias is unknown"),
+    (reconfigure(num_layers=10**12), "is missing"),
+    (reconfigure(num_layers="2"), "num_layers"),
+    (reconfigure(hidden_size=16), r"word_embeddings.weight is \[40, 8\]"),
+    (reconfigure(hidden_size=2 * 10**15), "sizes|does not make"),
+    (reconfigure(num_attention_heads=3), "3 heads do not make 8"),
+    (reconfigure(vocab_size=41), r"word_embeddings.weight is \[40, 8\]"),
+    (reconfigure(layout=[6, 11, 21]), "whole square frames"),
+    (reconfigure(layout=[6, 10, 50]), "too few positions"),
+    (reconfigure(layernorm_order="pre"), "not sandwich"),
+    (with_states(lambda s: s.pop("mixins.attention_plus.dense.1.bias")), "plus.dense.1.bias is missing"),
+    (with_states(lambda s: s.update({"transformer.extra": torch.zeros(2)})), "transformer.extra is unknown"),
+    (with_states(lambda s: s.update({LAST: torch.zeros(9)})), r"\[9\]"),
+    (with_states(lambda s: s.update({LAST: "x"})), "not plain tensors"),
+    (with_states(lambda s: s.update({LAST: torch.zeros(8).int()})), "not plain"),
+]
+
+
+@pytest.mark.parametrize("harm, message", HARMS, ids=[message[:40] for _, message in HARMS])
+def test_bad_checkpoints_are_refused(tmp_path, harm, message):
+    source, _ = small(tmp_path)
+    harm(source)
+    with pytest.raises(ValueError, match=message):
+        convert.convert_sat([source], tmp_path / "out", 20, quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (Evil.place,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_runs_code_is_refused(tmp_path, legacy):
+    source, states = small(tmp_path)
+    Evil.place = str(tmp_path / "pwned")
+    evil = {"module": states, "x": Evil()}
+    torch.save(evil, source / "7" / FILE, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match="is refused, .* holds more than tensors: .*mkdir"):
+        convert.convert_sat([source], tmp_path / "out", 20, quiet)
+    (source / "7" / FILE).write_bytes(pickle.dumps(Evil(), protocol=2))
+    with pytest.raises(ValueError):
+        convert.convert_sat([source], tmp_path / "out", 20, quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_numpy_in_a_pickle_is_not_even_built(tmp_path):
+    """A forged numpy dtype could point anywhere; what stands for numpy keeps nothing."""
+    saved = {"module": {"a": torch.ones(3)}, "np_rng_state": np.random.get_state(), "loss": np.float32(3),
+             "random_rng_state": random.getstate(), "many": {1, 2}, "torch_rng_state": torch.get_rng_state()}
+    torch.save(saved, tmp_path / "a.pt")
+    assert torch.equal(convert.read_states(tmp_path / "a.pt")["a"], torch.ones(3))
+    with torch.serialization.safe_globals(convert.IGNORED):
+        loaded = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert isinstance(loaded["np_rng_state"][1], convert.Ignored) and not vars(loaded["loss"])
+
+
+def test_files_of_old_torch_are_read(tmp_path):
+    source, states = small(tmp_path)
+    torch.save({"module": states}, source / "7" / FILE, _use_new_zipfile_serialization=False)
+    convert.convert_sat([source], tmp_path / "out", 20, quiet)
+    embedded = ModelFolder(tmp_path / "out").load("base").embed.weight
+    assert torch.equal(embedded, states["transformer.word_embeddings.weight"])
+
+
+# -- zips
+
+
+def zipped(folder: Path, change=lambda archive: None) -> Path:
+    file = folder.with_suffix(".zip")
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder.parent))
+        change(archive)
+    return file
+
+
+def link(archive: zipfile.ZipFile) -> None:
+    entry = zipfile.ZipInfo("small/latest")
+    entry.external_attr = 0o120777 << 16
+    archive.writestr(entry, "/etc/passwd")
+
+
+def rot(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 255
+    file.write_bytes(data)
+
+
+def test_a_zip_is_as_good_as_its_folder(tmp_path):
+    source, _ = small(tmp_path)
+    convert.convert_sat([source], tmp_path / "a", 20, quiet)
+    convert.convert_sat([zipped(source)], tmp_path / "b", 20, quiet)
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a.writestr("../../evil/latest", "7"), "leads out of the folder"),
+        (lambda a: a.writestr("/evil", "7"), "leads out of the folder"),
+        (lambda a: a.writestr("C:\\evil", "7"), "leads out of the folder"),
+        (lambda a: a.writestr("a\\..\\..\\evil", "7"), "leads out of the folder"),
+        (link, "leads out of the folder"),
+        (lambda a: a.writestr("small/8/mp_rank_00_model_states.pt", bytes(50_000_000)), "zip bomb"),
+        (lambda a: a.writestr("other/model_config.json", "{}"), "holds 2 SAT checkpoints"),
+    ],
+)
+def test_bad_zips_are_refused(tmp_path, change, message):
+    source, _ = small(tmp_path / "work")
+    file = zipped(source, change)
+    with pytest.raises(ValueError, match=message):
+        convert.convert_sat([file], tmp_path / "out", 20, quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+
+
+def test_a_damaged_zip_is_refused(tmp_path):
+    file = zipped(small(tmp_path)[0])
+    rot(file)
+    with pytest.raises(ValueError, match="damaged"):
+        convert.convert_sat([file], tmp_path / "out", 20, quiet)
+
+
+# -- the place of the output
+
+
+def test_too_little_disk_is_said_first(tmp_path, monkeypatch):
+    source, _ = small(tmp_path)
+    usage = namedtuple("usage", "total used free")(10, 9, 1)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage)
+    for one in (source, zipped(source)):
+        with pytest.raises(ValueError, match="GB are free"):
+            convert.convert_sat([one], tmp_path / "out", 20, quiet)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "small.zip"]
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    source, _ = small(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no conversion made it"):
+        convert.convert_sat([source], tmp_path / "out", 20, quiet)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_killed_conversion_can_be_started_again(tmp_path):
+    source, _ = small(tmp_path)
+    left = tmp_path / ".out.converting"
+    left.mkdir()
+    (left / "base.safetensors").write_bytes(b"half")
+    convert.convert_sat([source], tmp_path / "out", 20, quiet)
+    ModelFolder(tmp_path / "out").load("base")
+    assert not left.exists()
+
+
+def test_parts_are_written_tensor_by_tensor(tmp_path):
+    """While one is made, those before it are on the disk already and in memory no more."""
+    alive: list[int] = []
+
+    def make() -> torch.Tensor:
+        tensor = torch.zeros(1000)
+        alive.append(tensor.data_ptr())
+        return tensor
+
+    pieces = {f"t{i}": convert.Piece(torch.Size([1000]), torch.float32, make) for i in range(50)}
+    convert.write_part(tmp_path / "a.safetensors", pieces)
+    assert len(alive) == 50 and len(set(alive)) < 10  # the same memory again and again
+    data = (tmp_path / "a.safetensors").read_bytes()
+    assert len(data) == 8 + struct.unpack("<Q", data[:8])[0] + 50 * 4000
+
+
+# -- icetk
+
+
+@pytest.fixture(scope="module")
+def icetk(tmp_path_factory) -> Path:
+    """A folder as icetk keeps it: the golden image tokenizer, and a text model of the same construction."""
+    folder = tmp_path_factory.mktemp("icetk")
+    torch.save({"module": read("weights_vqvae_tiny")}, folder / "ice_image.pt")
+    things, ways = ("dog", "cat", "boat"), ("left", "right")
+    captions = [f"a {thing} runs to the {way} 一只狗在跑" for thing in things for way in ways]
+    model = train_text(captions * 20, 400)
+    # as icetk's: <pad> is piece 3, start-of-image is not in it
+    (folder / "ice_text.model").write_bytes(model.replace(b"<start_of_image>", b"<start_of_nobody"))
+    np.save(folder / "cluster_label2.npy", np.arange(128) % 7)
+    return folder
+
+
+def test_icetk_becomes_text_and_tokenizer(icetk, tmp_path):
+    convert.convert_icetk(icetk, tmp_path / "out", quiet)
+    folder = ModelFolder(tmp_path / "out")
+    text, before = folder.text(), TextTokenizer((icetk / "ice_text.model").read_bytes(), 128)
+    model = folder.system().model
+    assert len(text) == len(before) + 3 and text.pad == 128 + 3 == model.pad
+    assert text.start == 128 + len(before) == model.start  # the first id behind icetk's pieces
+    for caption in ("a dog runs", "4.0秒<n>一只猫", "never seen words!"):
+        assert text.encode(caption) == before.encode(caption)
+    assert np.array_equal(np.load(folder.path / "cluster_labels.npy"), np.arange(128) % 7)
+    golden = read("vqvae_tiny")
+    ids = folder.load("vqvae").encode(golden["in.image01"])
+    assert torch.equal(ids, golden["out.ids_compress8"].flatten(1))
+
+
+@pytest.mark.parametrize("icetk_first", [True, False])
+def test_icetk_and_checkpoints_meet_in_one_folder(icetk, tmp_path, icetk_first):
+    source, _ = small(tmp_path, vocab_size=700)
+    steps = [lambda: convert.convert_icetk(icetk, tmp_path / "out", quiet),
+             lambda: convert.convert_sat([source], tmp_path / "out", None if icetk_first else 128, quiet)]
+    for step in steps if icetk_first else steps[::-1]:
+        step()
+    folder = ModelFolder(tmp_path / "out")
+    system, text = folder.system(), folder.text()
+    assert (system.model.vocab, system.model.codes, system.model.start) == (700, 128, text.start)
+    assert system.vqvae.grid == system.model.grid == 2
+    assert all(folder.load(part) is not None for part in ("vqvae", "base", "stage1"))
+
+
+def test_icetk_of_another_model_is_refused(icetk, tmp_path):
+    source, _ = small(tmp_path)
+    convert.convert_sat([source], tmp_path / "out", 20, quiet)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(ValueError, match="icetk has 128 image codes"):
+        convert.convert_icetk(icetk, tmp_path / "out", quiet)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda f: (f / "ice_text.model").unlink(), "ice_text.model is missing"),
+        (lambda f: (f / "ice_image.pt").unlink(), "ice_image.pt is missing"),
+        (lambda f: (f / "ice_text.model").write_bytes(b"nothing"), "ice_text.model is missing, damaged"),
+        (lambda f: (f / "cluster_label2.npy").write_bytes(b"nothing"), "cluster_label2.npy is damaged"),
+        (lambda f: np.save(f / "cluster_label2.npy", np.arange(5)), "to each of 128 codes"),
+        (lambda f: torch.save({"module": {}}, f / "ice_image.pt"), "no image tokenizer"),
+    ],
+)
+def test_bad_icetk_files_are_refused(icetk, tmp_path, harm, message):
+    folder = shutil.copytree(icetk, tmp_path / "icetk")
+    harm(folder)
+    with pytest.raises(ValueError, match=message):
+        convert.convert_icetk(folder, tmp_path / "out", quiet)
+    assert [path.name for path in tmp_path.iterdir()] == ["icetk"]
+
+
+def test_the_command_line(tmp_path):
+    small(tmp_path)
+    command = [sys.executable, "-m", "cogvideo", "convert"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment
+        )
+
+    assert run("sat", "small", "out", "--codes", "20").returncode == 0
+    for arguments in (["sat", "small"], ["sat", "nowhere", "out2"], ["icetk", "small", "small", "out2"]):
+        done = run(*arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("cogvideo: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
