@@ -154,6 +154,7 @@ class Layout:
         cut = places.unfold(1, window, window).unfold(2, window, window)  # [F, rows, columns, w, w]
         return cut.permute(1, 2, 0, 3, 4).reshape(-1, self.frames * window * window)
 
+    @lru_cache(maxsize=32)
     def segments(self, channel: str, window: int = 0, shifted: bool = False) -> tuple[list[int], list[int]]:
         """Where keys lie in a cache so that what a token sees is one slice: (start, slot) of every laid
         place.
@@ -179,6 +180,7 @@ class Layout:
 
     # -- which tokens can be made at the same time
 
+    @lru_cache(maxsize=32)
     def lag(self, window: int) -> int:
         """Tokens by which a frame must be behind the frame laid before it, to be made at the same time.
 
