@@ -38,6 +38,7 @@ def _join(rank: int, ranks: int, port: int, work, arguments: tuple) -> None:
     os.environ.update({key: str(value) for key, value in where.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     work(*arguments)
+    os._exit(0)  # gloo's threads outlive their group, and may abort a Python that is shutting down
 
 
 def nano_phase(name: str, **changes) -> recipes.Phase:

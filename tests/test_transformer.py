@@ -5,6 +5,7 @@ import torch
 from conftest import loosen
 
 from cogvideo.layout import Layout
+from cogvideo.model import attention
 from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig, TemporalChannel
 
 CONFIG = ModelConfig(
@@ -50,9 +51,13 @@ def test_cached_stepping_equals_the_full_forward(name):
             assert difference < 1e-5, f"{known} frames known: {difference}"
 
 
+@pytest.mark.parametrize("rows", [5, 192])
 @pytest.mark.parametrize("name", STAGES)
-def test_grouped_attention_equals_dense_masked_attention(name):
-    """One layer's attention against softmax over one big score matrix with the drawn mask."""
+def test_grouped_attention_equals_dense_masked_attention(name, rows, monkeypatch):
+    """One layer's attention against softmax over one big score matrix with the drawn mask; queries a few at
+    a time and all together."""
+    monkeypatch.setattr(attention, "ROWS", rows)
+    attention.groups_of.cache_clear()
     window, layout = STAGES[name]
     model = make(window)
     x = torch.randn(2, 6 + layout.tokens, 32, generator=torch.Generator().manual_seed(2))
@@ -64,14 +69,14 @@ def test_grouped_attention_equals_dense_masked_attention(name):
             sees = layout.sees("temporal", window, bool(window) and layer == 1)
             channels.append((model.temporal.attention[layer], sees))
         outputs = []
-        for attention, sees in channels:
+        for channel, sees in channels:
             mask = torch.zeros(2, 6 + layout.tokens, 6 + layout.tokens)
             mask[:, :6, 6:] = float("-inf")  # text is blind to frames
             mask[:, 6:, 6:].masked_fill_(~sees, float("-inf"))
             mask[:, :, :6] += bias[:, None]
-            q, k, v = attention.project(x)
+            q, k, v = channel.project(x)
             weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask[:, None]).softmax(-1)
-            outputs.append(attention.out((weights @ v).transpose(1, 2).flatten(2)))
+            outputs.append(channel.out((weights @ v).transpose(1, 2).flatten(2)))
         expected = outputs[0].clone()
         if window is not None:
             gate = model.temporal.gate[layer].sigmoid()

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from cogvideo.layout import Layout
 from cogvideo.model.cache import ChannelCache
 
+ROWS = 192  # queries that attend together: enough to fill a matrix, few enough to leave out what none sees
+
 
 class Attention(nn.Module):
     """Projections of one channel: queries, keys and values as thirds [q | k | v] of one matrix, and the way
@@ -66,6 +68,7 @@ class Groups:
     index: Tensor  # [G * n] laid places, group by group
     back: Tensor  # [S] the inverse permutation
     mask: Tensor  # [G, 1, n, n] 0 or -inf
+    rows: tuple[tuple[int, int, int], ...]  # queries from, up to; keys up to the last that one of them sees
     whole: bool  # index is the identity: nothing need be moved
 
 
@@ -79,7 +82,9 @@ def groups_of(
     mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf")).unsqueeze(1)
     flat = index.flatten()
     whole = bool((flat == torch.arange(len(flat))).all())
-    return Groups(flat.to(device), flat.argsort().to(device), mask.to(device), whole)
+    seen = [int(part.any(1).any(0).nonzero().max()) + 1 for part in sees.split(ROWS, 1)]
+    rows = tuple((i * ROWS, min((i + 1) * ROWS, sees.shape[1]), last) for i, last in enumerate(seen))
+    return Groups(flat.to(device), flat.argsort().to(device), mask.to(device), rows, whole)
 
 
 def attend_text(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
@@ -108,12 +113,17 @@ def attend_groups(
         x.reshape(b, h, count, n, d).transpose(1, 2).flatten(0, 1) for x in (q, k, v)
     )  # [B*G, H, n, d]
     tk, tv = (x.repeat_interleave(count, 0) if count > 1 else x for x in text)  # [B*G, H, T, d]
+    k, v, t = torch.cat((tk, k), 2), torch.cat((tv, v), 2), tk.shape[2]
     mask = torch.cat(
         (bias[:, None, None, None, :].expand(b, count, 1, n, -1), groups.mask.expand(b, count, 1, n, n)), -1
     ).flatten(0, 1)  # [B*G, 1, n, T+n]
-    y = F.scaled_dot_product_attention(
-        q, torch.cat((tk, k), 2), torch.cat((tv, v), 2), attn_mask=mask, dropout_p=dropout
-    )
+    parts = [
+        F.scaled_dot_product_attention(
+            q[:, :, i:j], k[:, :, : t + seen], v[:, :, : t + seen], mask[:, :, i:j, : t + seen], dropout
+        )
+        for i, j, seen in groups.rows
+    ]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, 2)  # [B*G, H, n, d]
     y = y.unflatten(0, (b, count)).transpose(2, 3).reshape(b, s, h * d)  # group order
     return y if groups.whole else y[:, groups.back]
 

@@ -142,7 +142,6 @@ def run_phase(
         source, phase.cut, mine, seed=seed, step=first, rank=rank, ranks=machine.ranks, workers=workers
     )
     report = Report(out, phase.name, phase.steps, phase.batch, log_every, quiet)
-    kind = machine.device.type
     weights = [p for p in container.parameters() if p.requires_grad]
 
     for step in range(first, phase.steps):
@@ -153,9 +152,9 @@ def run_phase(
         torch.rand(rank * mine, generator=generator)  # a number a clip: go to those of this process
         rate = learning_rate(step, phase.steps, phase.rate, phase.warmup, phase.decay)
         set_rate(optims, rate)
-        with torch.autocast(kind, torch.bfloat16, enabled=phase.precision == "bfloat16"):
+        with machine.arithmetic(phase.precision):
             loss, numbers = model(batch, step, generator)
-        loss.backward()
+            loss.backward()
         norm = parallel.whole(nn.utils.clip_grad_norm_(weights, phase.clip))
         if torch.isfinite(norm):  # a step whose gradients overflow is skipped
             for optimizer in optims:

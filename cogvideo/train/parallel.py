@@ -12,6 +12,7 @@ the steps that one process would take:
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from cogvideo.data.loader import Batch
@@ -64,6 +66,16 @@ class Machine:
         values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(values)
         return dict(zip(numbers, (values / self.ranks).tolist()))
+
+    def arithmetic(self, precision: str) -> ExitStack:
+        """A context for a step: matrix products in `precision`. On a CPU, the fused attention of short rows
+        takes three times as long as plain matrix products in bfloat16, above all on the way back."""
+        stack = ExitStack()
+        stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"))
+        if self.device.type == "cpu" and precision == "bfloat16":
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of any device, despite its name
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        return stack
 
     def wait(self) -> None:
         """Until all processes are here."""
