@@ -240,7 +240,7 @@ class CogVideo:
         """Frames to tokens: a draft of the user's own frames. All clips must have as many frames and the same
         rate."""
         size = self.system.vqvae.resolution
-        codes = [self.vqvae.encode(_fit(to_pictures(clip.frames).to(self.device), size)) for clip in clips]
+        codes = [self.vqvae.encode(to_pictures(clip.square(size).frames).to(self.device)) for clip in clips]
         return Draft(torch.stack(codes), clips[0].fps, tuple(prompts), tuple(seeds))
 
     # -- helpers
@@ -280,19 +280,6 @@ class CogVideo:
             places = [len(clip.frames) - 1 - round(b) for b in back if round(b) < len(clip.frames)]
             clip = Clip(clip.frames[places], fps)
         return self.encode([clip] * len(prompts), prompts, seeds)
-
-
-def _fit(pictures: Tensor, size: int) -> Tensor:
-    """Centre-crop [F, 3, H, W] to a square and resize it to `size`."""
-    h, w = pictures.shape[-2:]
-    side = min(h, w)
-    top, left = (h - side) // 2, (w - side) // 2
-    square = pictures[..., top : top + side, left : left + side]
-    if side == size:
-        return square
-    return torch.nn.functional.interpolate(
-        square, size=(size, size), mode="area" if side > size else "bicubic"
-    ).clamp(0, 1)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -33,6 +33,11 @@ class Clip:
     def __post_init__(self):
         kind, shape = self.frames.dtype, self.frames.shape
         assert kind == np.uint8 and len(shape) == 4 and shape[0] and shape[3] == 3, f"{kind} {shape}"
+
+    def square(self, size: int) -> "Clip":
+        """The middle squares of the frames at size x size."""
+        frames = [np.asarray(_square(Image.fromarray(frame), size)) for frame in self.frames]
+        return replace(self, frames=np.stack(frames))
 
     def save(self, path: str | Path) -> None:
         """Write the kind of file that the extension says; raises ValueError where `check_output` does.
