@@ -31,6 +31,8 @@ def generate(
     video: Path | None = None,
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16", "int8"] | None = None,
+    reference_quirks: bool = False,
+    ignore_memory: bool = False,
     quiet: bool = False,
 ) -> None:
     """Make videos from a sentence.
@@ -48,6 +50,8 @@ def generate(
         video: A video to go on from.
         device: Where to compute: cpu, cuda, mps.
         dtype: Numbers to compute with. Default: what is fastest on the device.
+        reference_quirks: Repeat what the original's inference does otherwise than its training.
+        ignore_memory: Try even if the model does not seem to fit.
         quiet: Print nothing but errors.
     """
     from cogvideo.video import check_output
@@ -63,11 +67,13 @@ def generate(
     from cogvideo.pipeline import CogVideo
     from cogvideo.sampling import pick_seeds
 
-    pipe = CogVideo.from_pretrained(model, device=device, dtype=dtype)
-    for line in lines:
-        for word, near in pipe.unknown_words(line).items():
-            nearest = f"; near it are: {', '.join(near)}" if near else ""
-            print(f"hint: the model never saw the word {word!r}{nearest}", file=sys.stderr)
+    pipe = CogVideo.from_pretrained(model, device, dtype, reference_quirks)
+    estimate = pipe.estimate(len(lines) * num_videos)
+    if not estimate.fits and not ignore_memory:
+        print(estimate.table(), file=sys.stderr)
+        raise ValueError(f"{model} needs more memory than there is; --ignore-memory tries nevertheless")
+    for hint in pipe.hints(lines):
+        print(f"hint: {hint}", file=sys.stderr)
     seed = pick_seeds(seed, len(lines) * max(num_videos, 1))[0]
     clips = pipe(
         lines,
@@ -157,6 +163,30 @@ def train(
         print(f"model folder: {folder.path}")
 
 
+def estimate(
+    model: Positional[str] = "tiny",
+    /,
+    dtype: Literal["float32", "bfloat16", "int8"] = "int8",
+    num_videos: int = 1,
+) -> None:
+    """Tell what generation costs, without loading anything: memory, steps, bytes to read, time here.
+
+    Args:
+        model: A shipped model, a model folder, a hub id, or a row of the table in cogvideo/presets.py.
+        dtype: Numbers to compute with.
+        num_videos: Videos at a time.
+    """
+    from cogvideo import presets
+    from cogvideo.estimate import Estimate, Speed
+    from cogvideo.sampling import stages
+    from cogvideo.weights import ModelFolder, find_model, shipped
+
+    folder = None if model in presets.PRESETS and model not in shipped() else ModelFolder(find_model(model))
+    system = folder.system() if folder else presets.find(model)
+    chosen = folder.config.get("sampling", {}) if folder else {}
+    print(Estimate.of(system, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
+
+
 def models(model: Positional[str | None] = None, /) -> None:
     """List the shipped models, or tell what a model knows: sizes, words, measured numbers."""
     from cogvideo.weights import ModelFolder, find_model, shipped
@@ -186,18 +216,20 @@ def models(model: Positional[str | None] = None, /) -> None:
 
 
 def convert(
-    kind: Positional[Literal["sat", "icetk"]],
+    kind: Positional[Literal["sat", "cogview2-dsr", "cogview2-itersr", "icetk"]],
     paths: Positional[tuple[Path, ...]],
     /,
     codes: int | None = None,
 ) -> None:
     """Make a model folder of the files of the original CogVideo.
 
-    cogvideo convert sat COGVIDEO-STAGE1 COGVIDEO-STAGE2 OUT; then, into the same folder:
+    cogvideo convert sat COGVIDEO-STAGE1 COGVIDEO-STAGE2 COGVIEW2-DSR OUT; then, into the same folder:
     cogvideo convert icetk ICETK_MODELS OUT.
 
     Args:
-        kind: sat for checkpoint folders or the zips as downloaded, icetk for ice_text.model and ice_image.pt.
+        kind: sat for checkpoint folders or the zips as downloaded, of any of the models; cogview2-dsr and
+            cogview2-itersr for those of CogView2's direct and iterative super-resolution, even without a
+            model_config.json; icetk for ice_text.model and ice_image.pt.
         paths: Folders or zips to read, and last the model folder to make or to add to.
         codes: How many of the checkpoint's ids are image codes. Default: 20000, as icetk has.
     """
@@ -206,14 +238,16 @@ def convert(
     *sources, out = paths or (Path("."),)
     if not sources or (kind == "icetk" and len(sources) > 1):
         raise ValueError(f"give what to read and then the folder to make: cogvideo convert {kind} SOURCE OUT")
-    if kind == "sat":
-        convert_sat(sources, out, codes)
-    else:
+    if kind == "icetk":
         convert_icetk(sources[0], out)
+    else:
+        models = {"cogview2-dsr": "DsrModel", "cogview2-itersr": "ItersrModel"}
+        convert_sat(sources, out, codes, model=models.get(kind))
     print(f"model folder: {out}")
 
 
-COMMANDS: dict[str, Any] = {"generate": generate, "train": train, "convert": convert, "models": models}
+COMMANDS: dict[str, Any] = {"generate": generate, "train": train, "convert": convert, "estimate": estimate,
+                            "models": models}
 OVERRIDES: dict[
     str, str
 ] = {}  # "--image.steps 100" as {"image.steps": "100"}, taken off the command line before parsing

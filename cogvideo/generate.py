@@ -37,14 +37,16 @@ def fill(
     sampling: Sampling,
     uniform: Tensor,
     plain: Tensor | None = None,
+    last: Sampling | None = None,
 ) -> Iterator[Filled]:
     """Make the frames of `layout` that are not known; yields after every row of the grid, the last one
     complete.
 
     text [B, T]; known [B, k, N]: the first k frames in laid order; uniform [B, tokens to make]: random
-    numbers; plain [B, T]: the text without the prompt, needed if sampling.guidance_scale is over 1.
+    numbers; plain [B, T]: the text without the prompt, needed if sampling.guidance_scale is over 1; last: how
+    the very last token is drawn, if otherwise.
     """
-    guided = sampling.guidance_scale > 1
+    guided = sampling.guided
     if guided and plain is None:
         raise ValueError("guidance needs the text without the prompt")
     size, count = layout.frame_len, known.shape[1]
@@ -53,7 +55,8 @@ def fill(
     frames[:, :count] = known
     inputs = layout.inputs(known, model.config.start)
     cache = model.new_cache(layout, len(rows))
-    model.body(torch.cat((rows, inputs.repeat(2, 1) if guided else inputs), 1), layout, cache)
+    prompt = torch.cat((rows, inputs.repeat(2, 1) if guided else inputs), 1)
+    model.body(prompt, layout, cache, boost=0.0 if guided else sampling.text_boost)
     first, total, done = count * size, (layout.frames - count) * size, 0
     flat = frames.view(len(text), -1)
     for places in layout.waves(count, model.window):
@@ -64,6 +67,8 @@ def fill(
         if guided:
             logits = guide(logits, sampling.guidance_scale)
         made = [place - first for place in places]
+        if last is not None and made[-1] == total - 1:
+            sampling = last
         flat[:, places] = pick(logits.flatten(0, 1), sampling, uniform[:, made].flatten()).view_as(entering)
         done += len(places)
         if done // layout.grid > (done - len(places)) // layout.grid:

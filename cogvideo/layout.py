@@ -36,7 +36,7 @@ side by side, in laid order.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -50,6 +50,7 @@ class Layout:
     frames: int = 1
     order: tuple[int, ...] = (0,)  # frames, by their place in time, as they are laid
     given: tuple[int, ...] = ()  # known frames that see each other; laid first
+    reference: bool = False  # the prompt as in the original's inference: given frames see around the border
 
     def __post_init__(self) -> None:
         if sorted(self.order) != list(range(self.frames)):
@@ -72,9 +73,8 @@ class Layout:
 
     def first(self, count: int) -> "Layout":
         """The first `count` laid frames alone, renumbered: the same masks, cut off."""
-        return Layout(
-            self.text_len, self.grid, count, tuple(range(count)), tuple(range(min(count, len(self.given))))
-        )
+        order = tuple(range(count))
+        return replace(self, frames=count, order=order, given=order[: len(self.given)])
 
     @property
     def frame_len(self) -> int:
@@ -123,13 +123,16 @@ class Layout:
 
     # -- who sees whom
 
-    def tiles(self, window: int, shifted: bool) -> Tensor:
-        """[N] the tile of each place of the map; one tile of everything if window is 0."""
+    def tiles(self, window: int, shifted: bool, rolled: bool = False) -> Tensor:
+        """[N] the tile of each place of the map; one tile of everything if window is 0. On a rolled map the
+        half tiles of opposite borders are one."""
         if window == 0:
             return torch.zeros(self.frame_len, dtype=torch.long)
         if self.grid % window:
             raise ValueError(f"windows of {window} do not divide a grid of {self.grid}")
         band = (torch.arange(self.grid) + (window // 2 if shifted else 0)) // window
+        if rolled:
+            band %= self.grid // window
         return (band[:, None] * self.grid + band[None, :]).flatten()
 
     def sees(self, channel: str, window: int = 0, shifted: bool = False) -> Tensor:
@@ -137,9 +140,13 @@ class Layout:
         place = torch.arange(self.tokens)
         frame, raster = place // self.frame_len, place % self.frame_len
         given = frame < len(self.given)
-        before = (place[None, :] <= place[:, None]) | (given[:, None] & given[None, :])
-        near = frame if channel == "spatial" else self.tiles(window, shifted)[raster]
-        return before & (near[:, None] == near[None, :])
+        both = given[:, None] & given[None, :]
+        tile = frame if channel == "spatial" else self.tiles(window, shifted)[raster]
+        near = tile[:, None] == tile[None, :]
+        if self.reference and channel == "temporal":
+            tile = self.tiles(window, shifted, rolled=True)[raster]
+            near |= both & (tile[:, None] == tile[None, :])
+        return ((place[None, :] <= place[:, None]) | both) & near
 
     def groups(self, channel: str, window: int = 0, shifted: bool = False) -> Tensor:
         """[G, n] laid places that attend together (before the mask): frames, rolled windows, or

@@ -4,7 +4,7 @@ then larger pixels.
     draft = pipe.keyframes(["a dog runs to the right"], seeds=[7])     5 frames, 1 frame a second
     while draft.fps < 8:
         draft = pipe.interpolate(draft)                               9, 17, 33 frames
-    clips = pipe.upscale(pipe.decode(draft))
+    clips = pipe.upscale(pipe.decode(pipe.enlarge(draft)))
 
 Every verb takes a value and returns one, so any step can be saved, shown, repeated or skipped: the first
 frame of a user's (image to video), the last seconds of a clip (continuation) or a few frames to fill between
@@ -12,6 +12,7 @@ frame of a user's (image to video), the last seconds of a clip (continuation) or
 """
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,18 +24,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogvideo.estimate import Estimate, cache_bytes, free_memory
 from cogvideo.generate import fill
 from cogvideo.layout import Layout
 from cogvideo.model.int8 import join, to_int8
 from cogvideo.model.refiner import Refiner
+from cogvideo.model.superres import SuperRes
 from cogvideo.model.transformer import Base, DualChannelTransformer
-from cogvideo.sampling import Sampling, pick_seeds, uniforms
-from cogvideo.text import split_words
+from cogvideo.sampling import STAGES, Sampling, pick, pick_seeds, stages, uniforms
+from cogvideo.text import TEMPLATE, split_words
 from cogvideo.video import Clip, read_image
 from cogvideo.vqvae import VQVAE, to_frames, to_pictures
 from cogvideo.weights import ModelFolder, find_model
 
 DTYPES = ("float32", "bfloat16", "int8")
+ROWS = 400  # of logits at a time
+MOST = 256  # samples that are filled together
 SECONDS = 4.0  # that a window of key frames spans at one frame a second
 
 # what is told while work goes on: (what is being made, done, total)
@@ -57,24 +62,28 @@ class Draft:
 class CogVideo:
     """A loaded model. Parts are read from the folder when they are first needed."""
 
-    def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu", dtype: str | None = None):
-        self.folder, self.device = folder, torch.device(device)
+    def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu", dtype: str | None = None,
+                 reference_quirks: bool = False):
+        self.folder, self.device, self.reference_quirks = folder, torch.device(device), reference_quirks
         self.dtype = dtype or ("int8" if self.device.type == "cpu" else "bfloat16")
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
         self.config, self.system, self.text = folder.config, folder.system(), folder.text()
-        chosen = self.config.get("sampling", {})
-        self.sampling = {stage: Sampling(**chosen.get(stage, {})) for stage in ("image", "stage1", "stage2")}
+        chosen, file = self.config.get("sampling", {}), folder.path / "cluster_labels.npy"
+        clusters = torch.from_numpy(np.load(file)).to(self.device) if file.exists() else None
+        self.sampling = stages(chosen, clusters)
+        self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.get("prompts", {})
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", device: torch.device | str = "cpu",
-                        dtype: str | None = None) -> "CogVideo":
+                        dtype: str | None = None, reference_quirks: bool = False) -> "CogVideo":
         """Open a model: a shipped name, a folder, or a hub id.
 
         dtype: what the transformer computes with, one of `DTYPES`; by default what is fastest, int8 weights
-        on a CPU and bfloat16 elsewhere.
+        on a CPU and bfloat16 elsewhere. reference_quirks: also repeat what the original's inference does
+        otherwise than its training (docs/original-weights.md).
         """
-        return cls(ModelFolder(find_model(model)), device, dtype)
+        return cls(ModelFolder(find_model(model)), device, dtype, reference_quirks)
 
     # -- parts, loaded once and shared
 
@@ -101,6 +110,12 @@ class CogVideo:
     @cached_property
     def stage2(self) -> DualChannelTransformer:
         return self._stage("stage2")
+
+    @cached_property
+    def superres(self) -> SuperRes:
+        own = "superres_base" in self.system.parts
+        base = self._transformer_part("superres_base") if own else self.base
+        return SuperRes(base, self._transformer_part("superres")).eval()
 
     def _stage(self, name: str) -> DualChannelTransformer:
         model = DualChannelTransformer(self.base, self._transformer_part(name)).eval()
@@ -154,7 +169,7 @@ class CogVideo:
             draft = self.keyframes(prompts, seeds, begin=begin, guidance_scale=guidance_scale, progress=told)
             while draft.fps < fps:
                 draft = self.interpolate(draft, progress=told)
-            return self.upscale(self.decode(draft), progress=told)
+            return self.upscale(self.decode(self.enlarge(draft, progress=told)), progress=told)
 
     # -- the verbs
 
@@ -163,8 +178,9 @@ class CogVideo:
         """The first picture of every clip, by the image model alone."""
         c = self.system.model
         known = torch.empty(len(prompts), 0, c.frame_len, dtype=torch.long, device=self.device)
+        last = self.sampling["stage1"] if self.reference_quirks else None
         codes = self._fill("image", Layout.image(c.text_len, c.grid), prompts, SECONDS, known,
-                           uniforms(seeds, c.frame_len, 0), guidance_scale, "first frame", progress)
+                           uniforms(seeds, c.frame_len, 0), guidance_scale, "first frame", progress, last)
         return Draft(codes, self._keyframe_rate, tuple(prompts), tuple(seeds))
 
     def keyframes(self, prompts: Sequence[str], seeds: Sequence[int], *, begin: Draft | None = None,
@@ -202,17 +218,50 @@ class CogVideo:
         return replace(draft, codes=torch.cat((made, draft.codes[:, -1:]), 1), fps=2 * draft.fps)
 
     def _fill(self, stage: str, layout: Layout, prompts: Sequence[str], seconds: float, known: Tensor,
-              uniform: Tensor, guidance_scale: float | None, what: str, progress: Progress | None) -> Tensor:
+              uniform: Tensor, guidance_scale: float | None, what: str, progress: Progress | None,
+              last: Sampling | None = None) -> Tensor:
         """Fill in a layout by the model of a stage: codes [B, F, N]."""
         model = self.image_model if stage == "image" else getattr(self, stage)
         sampling = self.sampling[stage]
         if guidance_scale is not None:
             sampling = replace(sampling, guidance_scale=guidance_scale)
-        text, plain = self._text(prompts, seconds), self._text([""] * len(prompts), seconds)
-        for state in fill(model, layout, text, known, sampling, uniform.to(self.device), plain):
+        text, plain = (self._text(stage, p, seconds) for p in (prompts, [""] * len(prompts)))
+        layout = replace(layout, reference=self.reference_quirks)
+        count, filled = self._at_once(layout, model.window, 1 + sampling.guided), []
+        groups = list(zip(*(x.split(count) for x in (text, known, uniform.to(self.device), plain))))
+        for number, (t, k, u, p) in enumerate(groups):
+            for state in fill(model, layout, t, k, sampling, u, p, last):
+                if progress is not None:
+                    progress(what, number * state.total + state.done, len(groups) * state.total)
+            filled.append(state.frames)
+        return torch.cat(filled)
+
+    def _at_once(self, layout: Layout, window: int, rows: int) -> int:
+        """Samples of so many rows that are filled together: as many as half of the free memory holds."""
+        free = free_memory(self.device)
+        if free is None:
+            return MOST
+        held = rows * cache_bytes(self.system.model, layout, window, self.dtype)
+        return int(min(max(free / 2 // held, 1), MOST))
+
+    @torch.inference_mode()
+    def enlarge(self, draft: Draft, *, progress: Progress | None = None) -> Draft:
+        """Super-resolution of tokens, frame by frame, to as many codes more a side as the model's scale;
+        without such a part in the model folder a draft stays as it is."""
+        if self.system.superres is None or not self.folder.has("superres"):
+            return draft
+        c, (count, frames, _) = self.system.superres, draft.codes.shape
+        numbers = uniforms(draft.seeds, frames * c.side**2, 2).to(self.device).view(count, frames, -1)
+        texts, sampling, made = self._text("superres", draft.prompts, SECONDS), self.sampling["superres"], []
+        for i, (text, frame, uniform) in enumerate(zip(
+            texts.repeat_interleave(frames, 0), draft.codes.flatten(0, 1), numbers.flatten(0, 1)
+        )):
+            hidden = self.superres.body(text[None], frame[None])[0]  # [S, D]
+            rows = zip(hidden.split(ROWS), uniform.split(ROWS))
+            made.append(torch.cat([pick(self.superres.head(h), sampling, u) for h, u in rows]))
             if progress is not None:
-                progress(what, state.done, state.total)
-        return state.frames
+                progress("larger frames", i + 1, count * frames)
+        return replace(draft, codes=torch.stack(made).unflatten(0, (count, frames)))
 
     @torch.inference_mode()
     def decode(self, draft: Draft) -> list[Clip]:
@@ -251,7 +300,12 @@ class CogVideo:
             raise ValueError(
                 "the prompt is empty; write a sentence such as 'a dog runs to the right across a green field'"
             )
-        self.text.pad_left(self.text.prompt(prompt, SECONDS), self.system.model.text_len)
+        for stage in STAGES:
+            self._text(stage, [prompt], SECONDS)
+
+    def estimate(self, videos: int = 1) -> Estimate:
+        """What making so many videos costs; nothing is loaded for it."""
+        return Estimate.of(self.system, self.sampling, self.dtype, videos, self.device)
 
     def unknown_words(self, prompt: str) -> dict[str, list[str]]:
         """Words of a prompt that were in no caption of the training, each with the nearest words that
@@ -260,11 +314,26 @@ class CogVideo:
         found = dict.fromkeys(split_words(prompt)) if known else ()
         return {word: difflib.get_close_matches(word, known, 3, 0.6) for word in found if word not in known}
 
-    def _text(self, prompts: Sequence[str], duration: float) -> Tensor:
-        rows = [
-            self.text.pad_left(self.text.prompt(p, duration), self.system.model.text_len) for p in prompts
-        ]
-        return torch.tensor(rows, device=self.device)
+    def hints(self, prompts: Sequence[str]) -> list[str]:
+        """What a user should know before waiting for these prompts."""
+        found = []
+        for word, near in {w: n for one in prompts for w, n in self.unknown_words(one).items()}.items():
+            nearest = f"; near it are: {', '.join(near)}" if near else ""
+            found.append(f"the model never saw the word {word!r}{nearest}")
+        chinese = all(re.search("[\u4e00-\u9fff]", one) for one in prompts)
+        if self.config.get("languages") == ["zh"] and not chinese:
+            found.append("the model was trained on Chinese captions alone; write the prompt in Chinese")
+        if any(one.token_temperature != 1 and one.clusters is None for one in self.sampling.values()):
+            found.append("there is no cluster_labels.npy in the model folder, so plain top-k is used")
+        return found
+
+    def _text(self, stage: str, prompts: Sequence[str], duration: float) -> Tensor:
+        """Ids [B, T] of the prompts as a stage has them, padded."""
+        pad, length = self.text.pad, self.system.model.text_len
+        if stage == "superres" and self.system.superres:
+            pad, length = self.system.superres.pad, self.system.superres.text_len
+        rows = [self.text.prompt(one, duration, self.templates[stage]) for one in prompts]
+        return torch.tensor([self.text.pad_left(row, length, pad) for row in rows], device=self.device)
 
     def _beginning(self, image, video, prompts: Sequence[str], seeds: Sequence[int]) -> Draft | None:
         """The frames a clip has to begin with, as a draft at the rate of key frames."""

@@ -2,6 +2,7 @@
 CogVideo."""
 
 from cogvideo.model.refiner import RefinerConfig
+from cogvideo.model.superres import SuperResConfig
 from cogvideo.model.system import System
 from cogvideo.model.transformer import ModelConfig
 from cogvideo.vqvae import VQVAEConfig
@@ -54,6 +55,7 @@ PRESETS = {
             rate=8,
             attended=(4,),
         ),
+        superres=SuperResConfig(grid=20, scale=3, text_len=96, pad=0, window=(9, 5), cross=(5, 5)),
     ),
     # for tests: made in a second
     "nano": System(

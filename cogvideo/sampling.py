@@ -5,28 +5,45 @@ Shapes: B samples, V codes.
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+STAGES = ("image", "stage1", "stage2", "superres")
 MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `top_k` 0 keeps all; `guidance_scale` 1 is no guidance."""
+    """How tokens are drawn. `top_k` 0 keeps all; `guidance_scale` 1 is no guidance.
+
+    With `clusters`, codes that look alike: one of the `top_k` likeliest clusters is drawn, then one of its
+    codes, at `temperature` times `token_temperature` (SPEC C.7).
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     guidance_scale: float = 1.0
+    text_boost: float = 0.0  # added to the scores of frames towards text where there is no guidance
+    token_temperature: float = 1.0
+    clusters: Tensor | None = field(default=None, repr=False, compare=False)  # [V] the cluster of each code
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or self.guidance_scale < 1:
+        if min(self.temperature, self.top_k) < 0 or self.token_temperature <= 0 or self.guidance_scale < 1:
             raise ValueError(
-                "temperature and top_k must be 0 or more, guidance_scale 1 or more; "
-                f"got {self.temperature}, {self.top_k}, {self.guidance_scale}"
+                "temperature and top_k must be 0 or more, token_temperature more than 0, guidance_scale 1 or "
+                f"more; got {self}"
             )
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+
+def stages(chosen: dict[str, dict], clusters: Tensor | None = None) -> dict[str, Sampling]:
+    """How each stage draws its tokens, by the options that a model folder gives."""
+    return {stage: Sampling(**chosen.get(stage, {}), clusters=clusters) for stage in STAGES}
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:
@@ -41,12 +58,29 @@ def pick(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     the likeliest."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
+    scores, left = logits / sampling.temperature, uniform
+    if sampling.clusters is not None:
+        labels = sampling.clusters.expand_as(scores)
+        shares = torch.softmax(scores, -1)
+        mass = shares.new_zeros(len(shares), int(labels.max()) + 1).scatter_add_(-1, labels, shares)
+        cluster, left = _draw(mass, sampling.top_k, left)
+        scores = scores.masked_fill(labels != cluster[:, None], float("-inf")) / sampling.token_temperature
+        return _draw(torch.softmax(scores, -1), 0, left)[0]
+    return _draw(torch.softmax(scores, -1), sampling.top_k, left)[0]
+
+
+def _draw(mass: Tensor, top_k: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """An index for each row of weights [B, n], of the `top_k` largest if that is not 0. Returns it [B], and
+    what is left of the uniform number: again uniform [B], for the next draw."""
     ids = None
-    if 0 < sampling.top_k < logits.shape[-1]:
-        logits, ids = logits.topk(sampling.top_k, -1)  # [B, k]
-    mass = torch.softmax(logits / sampling.temperature, -1).cumsum(-1)
-    rank = (mass < uniform[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
-    return (rank if ids is None else ids.gather(-1, rank)).squeeze(-1)
+    if 0 < top_k < mass.shape[-1]:
+        mass, ids = mass.topk(top_k, -1)  # [B, k]
+    upto = mass.cumsum(-1)
+    place = uniform[:, None] * upto[:, -1:]
+    rank = (upto <= place).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+    width = mass.gather(-1, rank)
+    left = (place - upto.gather(-1, rank) + width) / width
+    return (rank if ids is None else ids.gather(-1, rank)).squeeze(-1), left.squeeze(-1).clamp(0, 1 - 1e-6)
 
 
 def uniforms(seeds: Sequence[int], count: int, stream: int) -> Tensor:

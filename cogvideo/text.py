@@ -13,6 +13,7 @@ from pathlib import Path
 import sentencepiece
 
 PAD, START, NEWLINE = "<pad>", "<start_of_image>", "<n>"
+TEMPLATE = "{seconds:.1f}秒<n>{prompt}"  # what the models are trained with
 DURATIONS = (4.0, 2.0, 1.0, 0.5)
 
 
@@ -39,18 +40,25 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.pieces.decode([i - self.first_id for i in ids if i not in (self.pad, self.start)])
 
-    def prompt(self, caption: str, duration: float) -> list[int]:
-        """Ids of the duration prompt and the caption; an empty caption is the unconditional prompt."""
-        newline = self.first_id + self.pieces.piece_to_id(NEWLINE)
-        return [*self.encode(f"{duration:.1f}秒"), newline, *(self.encode(caption) if caption else ())]
+    def prompt(self, caption: str, duration: float, template: str = TEMPLATE) -> list[int]:
+        """Ids of the duration prompt (seconds) and the caption; an empty caption is the unconditional prompt.
 
-    def pad_left(self, ids: list[int], length: int) -> list[int]:
+        What stands before and after the template's <n> is encoded apart, as in the original.
+        """
+        newline = self.first_id + self.pieces.piece_to_id(NEWLINE)
+        first, *rest = template.format(seconds=duration, prompt=caption).split(NEWLINE)
+        ids = self.encode(first.strip())
+        for part in rest:
+            ids += [newline, *self.encode(part.strip())]
+        return ids
+
+    def pad_left(self, ids: list[int], length: int, pad: int | None = None) -> list[int]:
         """`ids` with padding in front; they must not be longer than `length`."""
         if len(ids) > length:
             raise ValueError(
                 f"the text has {len(ids)} tokens, {len(ids) - length} more than the {length} that fit"
             )
-        return [self.pad] * (length - len(ids)) + ids
+        return [self.pad if pad is None else pad] * (length - len(ids)) + ids
 
 
 def train_text(captions: Iterable[str], pieces: int) -> bytes:

@@ -2,26 +2,31 @@
 
 Nothing is unpickled from a model folder. Parts are built without memory on the meta device and filled
 strictly: a missing, unknown or misshapen tensor is an error that names it. Files are written beside their
-place and renamed, so a folder never holds half a file.
+place and renamed, so a folder never holds half a file. A part that is larger than memory is written and
+compared piece by piece.
 """
 
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cogvideo.foreign import Piece
 from cogvideo.model.system import System
 from cogvideo.text import TextTokenizer
 
 SHIPPED = Path(__file__).parent / "models"
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+         torch.bool: "BOOL"}  # what safetensors calls them
 
 
 class ModelError(ValueError):
@@ -102,6 +107,35 @@ class ModelFolder:
         with replacing(self.file(part)) as file:
             save_file(state, file)
 
+    def write(self, part: str, pieces: dict[str, Piece]) -> int:
+        """Write a part, each tensor made when its turn comes. Returns the bytes of all tensors."""
+        order = sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name))  # keeps them aligned
+        table, end = {}, 0
+        for name in order:
+            shape, dtype, _ = pieces[name]
+            begin, end = end, end + shape.numel() * dtype.itemsize
+            table[name] = {"dtype": TYPES[dtype], "shape": [*shape], "data_offsets": [begin, end]}
+        if end > (free := shutil.disk_usage(self.path).free):
+            raise ModelError(f"{part} needs {end / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
+        header = json.dumps(table).encode()
+        header += b" " * (-len(header) % 8)
+        with replacing(self.file(part)) as file, file.open("wb") as stream:
+            stream.write(len(header).to_bytes(8, "little") + header)
+            for name in order:
+                flat = pieces[name].make().detach().contiguous().flatten()
+                stream.write(flat.view(torch.uint8).numpy().data)
+        return end
+
+    def differing(self, part: str, pieces: dict[str, Piece]) -> Iterator[str]:
+        """Names of the tensors whose numbers are not those of the part on disk."""
+        try:
+            with safe_open(self.file(part), "pt") as stored:
+                for name, piece in pieces.items():
+                    if not torch.equal(stored.get_tensor(name), piece.make()):
+                        yield name
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{self.file(part)} is damaged: {error}") from None
+
 
 def shipped() -> list[str]:
     """Names of the models inside the package."""
@@ -150,3 +184,22 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to, beside `path`. When all went well its files go there, over what had their names,
+    config.json last; when not, they are removed, as is what a killed process left."""
+    path = path.expanduser().resolve()
+    work = path.with_name(f".{path.name}.part")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+        yield work
+        if not path.exists() or not any(path.iterdir()):
+            os.replace(work, path)
+        else:
+            for file in sorted(work.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, path / file.name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

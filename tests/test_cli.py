@@ -85,3 +85,27 @@ def test_models_tells_what_a_folder_knows(nano):
     done = cogvideo("models", nano)
     assert done.returncode == 0
     assert "64 codes" in done.stdout and "refiner" in done.stdout and "dog" in done.stdout
+
+
+def test_estimate_tells_the_cost_without_any_weights():
+    done = cogvideo("estimate", "cogvideo-9b")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("  ")[0]: line.split()[-4:] for line in done.stdout.splitlines()}
+    assert rows["key frames"][:2] == ["1600", "1600"] and rows["to 2 fps"][1] == "1600"
+    assert all(float(rows[name][-1]) > 0 for name in ("first frame", "larger frames", "decode", "all"))
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_table(nano, tmp_path, monkeypatch, capsys):
+    from cogvideo import cli, estimate
+
+    monkeypatch.setattr(estimate, "free_memory", lambda device="cpu": 1000.0)
+    arguments = ["generate", "a dog", "-o", str(tmp_path / "a.gif"), "--model", str(nano), "--quiet"]
+    monkeypatch.setattr(sys, "argv", ["cogvideo", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    told = capsys.readouterr().err
+    assert exit.value.code == 2 and "--ignore-memory" in told and "caches" in told
+    assert not (tmp_path / "a.gif").exists()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--ignore-memory", "--num-frames", "5"])
+    cli.main()
+    assert (tmp_path / "a.gif").exists()

@@ -8,9 +8,9 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "cogvideo"
 LEVELS = [
-    {"layout", "text", "vqvae", "video", "sampling"},
+    {"layout", "text", "vqvae", "video", "sampling", "foreign"},
     {"model", "data", "eval"},
-    {"weights", "generate", "presets"},
+    {"weights", "generate", "presets", "estimate"},
     {"train", "pipeline", "convert"},
     {"preview"},
     {"cli"},

@@ -6,6 +6,7 @@ import torch
 
 from cogvideo import Clip, CogVideo
 from cogvideo.pipeline import Draft
+from cogvideo.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,13 @@ def test_unknown_words_come_with_the_nearest_known(pipe):
     assert pipe.unknown_words("a dog runs") == {}
     hints = pipe.unknown_words("a dogg runs 龘")
     assert "dog" in hints["dogg"] and "龘" in hints
+
+
+def test_hints_are_given_before_the_work(nano):
+    pipe = CogVideo.from_pretrained(nano)
+    assert pipe.hints(["a dog runs"]) == []
+    pipe.config |= {"languages": ["zh"], "words": []}
+    pipe.sampling |= {"stage1": Sampling(1.05, 12, token_temperature=0.89)}
+    (chinese, plain) = pipe.hints(["a dog runs"])
+    assert "in Chinese" in chinese and "cluster_labels.npy" in plain
+    assert pipe.hints(["一只小狗"]) == [plain]

@@ -3,8 +3,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from cogvideo.weights import ModelError, ModelFolder, find_model, replacing
+from cogvideo.foreign import Piece
+from cogvideo.weights import ModelError, ModelFolder, find_model, replacing, replacing_folder
 
 
 @pytest.fixture
@@ -44,8 +46,11 @@ def break_layers(folder):
 
 
 def truncate(folder):
-    data = (folder / "base.safetensors").read_bytes()
-    (folder / "base.safetensors").write_bytes(data[: len(data) // 2])
+    truncate_part(folder / "base.safetensors")
+
+
+def truncate_part(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 @pytest.mark.parametrize(
@@ -77,3 +82,66 @@ def test_nothing_half_written_stays(tmp_path):
         file.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
+
+
+# -- parts that are larger than memory
+
+
+def pieces(tensors: dict[str, torch.Tensor]) -> dict[str, Piece]:
+    return {name: Piece(t.shape, t.dtype, lambda t=t: t) for name, t in tensors.items()}
+
+
+def test_a_part_written_in_pieces_is_the_part(copy):
+    state = copy.load("vqvae").state_dict()
+    state |= {"half": torch.randn(3, 5).T.bfloat16(), "none": torch.zeros(0, 2)}
+    size = copy.write("vqvae", pieces(state))
+    assert size == sum(t.nbytes for t in state.values())
+    loaded = load_file(copy.file("vqvae"))
+    assert loaded.keys() == state.keys() and all(torch.equal(state[key], loaded[key]) for key in state)
+    changed = {**state, "half": state["half"] + 1, "codebook.filled": ~state["codebook.filled"]}
+    assert list(copy.differing("vqvae", pieces(state))) == []
+    assert set(copy.differing("vqvae", pieces(changed))) == {"half", "codebook.filled"}
+    truncate_part(copy.file("vqvae"))
+    with pytest.raises(ModelError, match="vqvae.safetensors is damaged"):
+        list(copy.differing("vqvae", pieces(state)))
+
+
+def test_pieces_are_made_one_by_one(tmp_path):
+    """While one is made, those before it are on the disk already and in memory no more."""
+    places: list[int] = []
+
+    def make() -> torch.Tensor:
+        tensor = torch.zeros(1000)
+        places.append(tensor.data_ptr())
+        return tensor
+
+    piece = Piece(torch.Size([1000]), torch.float32, make)
+    ModelFolder(tmp_path).write("a", {f"t{i}": piece for i in range(50)})
+    assert len(places) == 50 and len(set(places)) < 10  # the same memory again and again
+
+
+def test_too_large_a_part_is_not_begun(tmp_path):
+    piece = Piece(torch.Size([1 << 50]), torch.float32, lambda: torch.zeros(1))
+    with pytest.raises(ModelError, match="a needs .* GB, but"):
+        ModelFolder(tmp_path).write("a", {"t": piece})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("before", [None, {}, {"a": "old", "c": "old"}])
+def test_a_folder_is_replaced_at_the_end(tmp_path, before):
+    target = tmp_path / "folder"
+    if before is not None:
+        target.mkdir()
+        for name, text in before.items():
+            (target / name).write_text(text)
+    there = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(RuntimeError), replacing_folder(target) as work:
+        (work / "a").write_text("new")
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == there
+    with replacing_folder(target) as work:
+        (work / "a").write_text("new")
+        assert sorted(path.name for path in target.rglob("*")) == sorted(before or ())
+    expected = {**(before or {}), "a": "new"}
+    assert {path.name: path.read_text() for path in target.iterdir()} == expected
+    assert list(tmp_path.iterdir()) == [target]

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.model.attention import Attention
-from cogvideo.model.transformer import Base, ModelConfig, _init_normal
+from cogvideo.model.transformer import Base, ModelConfig, init_normal
 
 TILE = 12  # queries a side, about: speed only
 
@@ -145,7 +145,7 @@ class SuperResChannel(nn.Module):
         self.attention = cast("list[Attention]", attention)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        _init_normal(self, generator)
+        init_normal(self, generator)
 
     @torch.no_grad()
     def inherit(self, base: Base) -> None:

@@ -99,7 +99,7 @@ class Base(nn.Module):
         self.head = TiedHead(self.embed, config.codes)
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        _init_normal(self, generator)
+        init_normal(self, generator)
         scale = (2 * self.config.layers) ** -0.5
         with torch.no_grad():
             for block in self.blocks:
@@ -120,7 +120,7 @@ class TemporalChannel(nn.Module):
         self.gate = nn.ParameterList(torch.zeros(config.width) for _ in range(config.layers))
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        _init_normal(self, generator)
+        init_normal(self, generator)
         for gate in self.gate:
             nn.init.zeros_(gate)
 
@@ -150,31 +150,42 @@ class DualChannelTransformer(nn.Module):
             self.channels = [Channels([block.attention, plus], gate) for block, plus, gate in layers]
 
     def forward(
-        self, tokens: Tensor, layout: Layout, cache: Cache | None = None, places: Sequence[int] | None = None
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        cache: Cache | None = None,
+        places: Sequence[int] | None = None,
+        boost: float = 0.0,
     ) -> Tensor:
         """Logits of the next image code at every frame slot, float32 [B, S, V].
 
         tokens: [B, T + S], text (left-padded) and S tokens of the first whole laid frames. With a cache these
         are the prompt, and after it come steps: [B, m] tokens at the m laid `places`, one or several that do
-        not depend on each other.
+        not depend on each other. boost: added to the scores of frames towards text (SPEC C.3, C.4); steps go
+        on with that of their prompt.
         """
-        return self.head(self.body(tokens, layout, cache, places))
+        return self.head(self.body(tokens, layout, cache, places, boost))
 
     def head(self, hidden: Tensor) -> Tensor:
         """[B, S, D] to float32 logits [B, S, V]; tied to the embedding of the image codes."""
         return self.base.head(hidden).float()
 
     def body(
-        self, tokens: Tensor, layout: Layout, cache: Cache | None = None, places: Sequence[int] | None = None
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        cache: Cache | None = None,
+        places: Sequence[int] | None = None,
+        boost: float = 0.0,
     ) -> Tensor:
         """Like `forward`, up to the last norm: [B, S, D]."""
         if cache is not None and places is not None:
             return self._step(tokens, cache, places)
         text_len = layout.text_len
-        bias = self.text_bias(tokens[:, :text_len])
+        bias = self.text_bias(tokens[:, :text_len]) + boost
         x = self._embed(tokens, layout)  # [B, T + S, D]
         for layer, block in enumerate(self.base.blocks):
-            x = block(x, partial(self._attend, layer, layout=layout, bias=bias, cache=cache))
+            x = block(x, partial(self._attend, layer, layout=layout, bias=bias, cache=cache, boost=boost))
         if cache is not None:
             cache.positions = self._frame_positions(layout)
             longest = max(k.shape[2] for channel in cache.channels for k in channel.keys)
@@ -215,7 +226,9 @@ class DualChannelTransformer(nn.Module):
             table = torch.cat((table, self.temporal.positions.weight))
         return table[layout.positions(table.device)]
 
-    def _attend(self, layer: int, x: Tensor, layout: Layout, bias: Tensor, cache: Cache | None) -> Tensor:
+    def _attend(
+        self, layer: int, x: Tensor, layout: Layout, bias: Tensor, cache: Cache | None, boost: float = 0.0
+    ) -> Tensor:
         """Attention of one layer over text and whole frames: [B, T + S, D] to the same."""
         text_len, dropout = layout.text_len, self.config.dropout if self.training else 0.0
         if x.shape[1] - text_len < layout.tokens:  # a prompt: the first frames of the layout
@@ -232,7 +245,9 @@ class DualChannelTransformer(nn.Module):
                 text_seen = attend_text(text_q, text_k, text_v, bias, dropout)
             if layout.frames:
                 groups = groups_of(layout, kind, self.window, shifted, x.device, x.dtype)
-                seen.append(attend_groups((q, k, v), (text_k, text_v), groups, bias, dropout))
+                forgotten = layout.reference and kind == "temporal"  # the original boosts steps alone there
+                towards = bias - boost if forgotten else bias
+                seen.append(attend_groups((q, k, v), (text_k, text_v), groups, towards, dropout))
         text_out = self.base.blocks[layer].attention.out(text_seen)
         return torch.cat((text_out, self.channels[layer].merge(seen)), 1) if seen else text_out
 
@@ -251,7 +266,7 @@ class DualChannelTransformer(nn.Module):
         return self.channels[layer].merge(seen)
 
 
-def _init_normal(module: nn.Module, generator: torch.Generator | None) -> None:
+def init_normal(module: nn.Module, generator: torch.Generator | None) -> None:
     """N(0, 0.02) for matrices, 0 for biases, 1 and 0 for norms (SPEC A.3: the paper's initialisation)."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):

@@ -20,6 +20,11 @@ from torch import Tensor
 DATA = Path(__file__).parent
 
 
+# what was computed step by step: one step of so many is kept
+INFERENCE = {"stage1_infer_cached": 9, "stage1_infer_guidance": 6, "stage1_infer_first_frame": 5,
+             "stage1_infer_boost": 5, "stage2_infer_cached": 16, "stage2_infer_cached_noboost": 16}
+
+
 def read(name: str) -> dict[str, Tensor]:
     with lzma.open(DATA / f"{name}.npz.xz") as file, np.load(io.BytesIO(file.read())) as arrays:
         return {key.removeprefix("planes:"): _read(key, arrays[key]) for key in arrays.files}
@@ -72,6 +77,31 @@ def _copy(source: Path) -> None:
         named = ("out.loss", "out.log.", "out.grad", "gradnorm.", "grad.mixins.attention_plus.attn")
         kept |= {key: value for key, value in tensors.items() if key.startswith(named)}
         write(case, kept)
+    for case, every in INFERENCE.items():
+        tensors = load_file(source / f"{case}.safetensors")
+        steps = tensors.get("in.kept_steps")
+        steps = torch.arange(tensors["out.step_logits"].shape[1]) if steps is None else steps
+        kept = {"kept": steps[::every].short()}
+        for length, row in (("text_len", "in.seq"), ("guider_len", "in.guider_seq")):
+            if row in tensors:
+                kept[length] = (tensors[row][0] == 317).nonzero()[0, 0]  # start of image
+        for key in ("in.teacher_tokens", "in.guider_seq"):
+            if key in tensors:
+                kept[key] = tensors[key].short()
+        for key in ("out.step_logits", "out.guider_logits", "out.guided_logits"):
+            if key in tensors:
+                kept[key] = tensors[key][:, ::every]
+        for key in ("out.prompt_logits", "out.prompt_logits_row0"):
+            if key in tensors:
+                kept["out.prompt_logits"] = tensors[key][:1, int(kept["text_len"]) :][:, ::19]
+        write(case, kept)
+    tensors = load_file(source / "sampling.safetensors")
+    named = ("topk_normalised", "topk_clusters", "selected_cluster", "token_probs")
+    kept = {key: value for key, value in tensors.items() if key.endswith(named)}
+    kept["dsr.selected_cluster"] = tensors["in.cluster_labels"][tensors["dsr.token_drawn"]]
+    write("sampling", kept | {"logits": tensors["in.logits"], "labels": tensors["in.cluster_labels"].short()})
+    tensors = load_file(source / "pipeline_trace.safetensors")
+    write("pipeline_trace", {k: v for k, v in tensors.items() if k.startswith(("fill", "dsr.image"))})
     write("weights_vqvae_tiny", load_file(source / "weights_vqvae_tiny.safetensors"))
     tensors = load_file(source / "vqvae_tiny.safetensors")
     named = ("in.image01", "out.ids", "out.decoded01")

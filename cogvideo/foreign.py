@@ -1,0 +1,215 @@
+"""Weights as others store them: pickled tensors, SAT checkpoint folders (SPEC A.7), the zips they come in;
+and key rules, by which their tensors become those of a part.
+
+None of it is trusted, all of it may be larger than memory:
+- A pickle is read by torch's restricted unpickler; numpy's names stand for `Ignored`: no code of the file or
+  of numpy runs. Tensors are mapped, not read, and made when they are wanted.
+- Of a zip only the files of a checkpoint are taken out, if it is neither a bomb nor leads out of its folder.
+- Key rules name every tensor, on both sides: one too many or too few is an error that names it.
+"""
+
+import json
+import re
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+States = dict[str, Tensor]
+Shapes = dict[str, torch.Size]
+# names of theirs, {l} a layer, {p} weight and bias; our name; how tensors of these names are joined
+Rule = tuple[str, str, str | int]
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WANTED = re.compile(r"(.*/)?(latest|model_config\.json|mp_rank_\d+_model_states\.pt)")
+CLIMBS = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
+
+
+class Ignored:
+    """Stands for whatever of numpy is in a checkpoint (states of random generators). It keeps nothing."""
+
+    def __init__(self, *_: object):
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+NUMPY = [f"{c}.multiarray.{f}" for c in ("numpy.core", "numpy._core") for f in ("_reconstruct", "scalar")]
+IGNORED = [(Ignored, name) for name in (*NUMPY, "numpy.ndarray", "numpy.dtype", "_codecs.encode")]
+
+
+def read_states(file: Path) -> States:
+    """The tensors under `module` of a pickled file. Raises ValueError if it is damaged or runs code."""
+    if not file.exists():
+        raise ValueError(f"{file} is missing")
+    try:  # what torch wrote before 2020 is no zip, and cannot be mapped
+        entries = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
+        with torch.serialization.safe_globals(IGNORED):  # type: ignore[arg-type]
+            loaded = torch.load(file, map_location="cpu", mmap=bool(entries), weights_only=True)
+    except Exception as error:  # whatever the reader trips over; it says a lot, and how to allow all
+        why = re.search(r"(?i)unsupported .*?(?=\. |\.?\n|$)", str(error)) or re.match(r"[^.\n]*", str(error))
+        said = why[0] if why else ""
+        raise ValueError(f"{file} is refused, it is damaged or holds more than tensors: {said}") from None
+    states = loaded.get("module") if isinstance(loaded, dict) else None
+    if not isinstance(states, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.layout == torch.strided
+        and value.dtype in FLOATS and value.device.type == "cpu" for key, value in states.items()
+    ):
+        raise ValueError(f"{file} is no checkpoint: what is under 'module' are not plain tensors")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # mapped, it would be noise
+        raise ValueError(f"{file} is refused: it is compressed inside, which torch never does")
+    held = sum(entry.file_size for entry in entries) or file.stat().st_size
+    if sum(value.numel() * value.itemsize for value in states.values()) > held:
+        raise ValueError(f"{file} is refused: its tensors claim to be larger than what it holds")
+    return states
+
+
+# -- SAT
+
+
+class Checkpoint(NamedTuple):
+    name: str
+    described: dict[str, Any]  # model_config.json; empty if it is missing
+    ranks: list[States]  # the states of every model-parallel rank
+
+
+def find_checkpoints(sources: Sequence[Path]) -> list[Path]:
+    """Checkpoint folders and zips, out of those and of folders of them."""
+    found: list[Path] = []
+    for source in sources:
+        inside = sorted([*source.glob("*.zip"), *(file.parent for file in source.glob("*/latest"))])
+        if source.is_file() or (source / "latest").exists():
+            inside = [source]
+        if not inside:
+            raise ValueError(f"{source} holds no SAT checkpoint: there is no file named latest")
+        found += inside
+    return found
+
+
+@contextmanager
+def opened(source: Path, place: Path) -> Iterator[Checkpoint]:
+    """A checkpoint folder, or the one in a zip, which is at `place` as long as it is open."""
+    folder = source if source.is_dir() else _unpack(source, place)
+    try:
+        described = {**json.loads((folder / "model_config.json").read_bytes())}
+    except FileNotFoundError:
+        described = {}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / 'model_config.json'} is damaged: {error}") from None
+    files = _rank_files(folder, described.get("model_parallel_size", 1))
+    checkpoint = Checkpoint(source.name, described, [read_states(file) for file in files])
+    yield checkpoint
+    checkpoint.ranks.clear()  # a mapped file would stay on the disk
+    if folder is not source:
+        shutil.rmtree(place)
+
+
+def _rank_files(folder: Path, count: int) -> list[Path]:
+    """The files of all model-parallel ranks of the iteration that `latest` names."""
+    latest = (folder / "latest").read_text(errors="replace").strip()
+    if latest != "release" and not latest.isdecimal():
+        raise ValueError(f"{folder / 'latest'} says {latest[:99]!r}, where a number or 'release' belongs")
+    files = sorted((folder / latest).glob("mp_rank_*_model_states.pt"))
+    found = [file.name for file in files]
+    due = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(files))]
+    if not files or count != len(files) or found != due:
+        raise ValueError(f"{folder / latest} is not complete: there should be {count} rank(s), by "
+                         f"model_config.json, but the files are: {', '.join(found) or 'none'}")
+    return files
+
+
+def _unpack(source: Path, place: Path) -> Path:
+    """The folder of the one checkpoint of a zip, unpacked at `place`."""
+    try:
+        with zipfile.ZipFile(source) as archive:
+            if climbing := next(filter(CLIMBS.match, archive.namelist()), None):
+                raise ValueError(f"{source} is refused: {climbing!r} leads out of the folder")
+            entries = [entry for entry in archive.infolist() if WANTED.fullmatch(entry.filename)]
+            packed, size = source.stat().st_size, sum(entry.file_size for entry in entries)
+            free = shutil.disk_usage(place.parent).free
+            if size > 20 * packed + 1_000_000:  # weights hardly shrink
+                raise ValueError(f"{source} is refused as a zip bomb: its {packed} bytes would become {size}")
+            if 2 * size > free:  # as it is, and converted
+                raise ValueError(f"{source} needs {2 * size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
+            archive.extractall(place, entries)
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+        raise ValueError(f"{source} is damaged or no zip: {error}") from None
+    roots = [file.parent for file in place.rglob("latest")]
+    if len(roots) != 1:
+        raise ValueError(f"{source} holds {len(roots)} SAT checkpoints, where one belongs")
+    return roots[0]
+
+
+# -- key rules
+
+
+class Piece(NamedTuple):
+    """A tensor of a part, before it is made."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+def expand(rules: Iterable[Rule], layers: int) -> list[Rule]:
+    """The rules, written out for every layer, weight and bias."""
+    return [(theirs.format(l=layer, p=p), ours.format(l=layer, p=p), how)
+            for theirs, ours, how in rules
+            for layer in range(layers if "{l}" in theirs else 1)
+            for p in (("weight", "bias") if "{p}" in theirs else ("",))]
+
+
+def pick(name: str, ranks: list[States], rules: dict[str, list[Rule]], shapes: Callable[[str], Shapes]
+         ) -> dict[str, dict[str, Piece]]:
+    """Every tensor of the parts that have these rules and are to have these shapes, out of all ranks."""
+    named = {key for rows in rules.values() for theirs, _, _ in rows for key in theirs.split()}
+    for states in ranks:
+        _check_names(named, states, name)
+    picked: dict[str, dict[str, Piece]] = {}
+    for part, rows in rules.items():
+        due = shapes(part)
+        _check_names(due, {ours for _, ours, _ in rows}, part)
+        for theirs, ours, how in rows:
+            shards = [states[key] for states in ranks for key in theirs.split()]
+            picked.setdefault(part, {})[ours] = _piece(shards, how, due[ours], theirs)
+    return picked
+
+
+def _check_names(expected: Iterable[str], found: Iterable[str], name: str) -> None:
+    wrong = [f"{key} is missing" for key in sorted({*expected} - {*found})]
+    wrong += [f"{key} is unknown" for key in sorted({*found} - {*expected})]
+    if wrong:
+        more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError(f"{name} is not the expected model: {', '.join(wrong[:20])}{more}")
+
+
+def _piece(shards: list[Tensor], how: str | int, shape: torch.Size, name: str) -> Piece:
+    try:
+        fits = join([shard.to("meta") for shard in shards], how, shape[0]).shape == shape
+    except (RuntimeError, IndexError):
+        fits = False
+    if not fits or len({shard.dtype for shard in shards}) > 1:
+        found = " and ".join(f"{list(shard.shape)} {shard.dtype}" for shard in shards)
+        raise ValueError(f"{name} is {found}, which does not make the {list(shape)} of the configuration")
+    return Piece(shape, shards[0].dtype, partial(join, shards, how, shape[0]))
+
+
+def join(shards: Sequence[Tensor], how: str | int, rows: int) -> Tensor:
+    """One tensor out of those of all model-parallel ranks (SPEC A.7). They are the "same"; or cut into
+    "rows"; or into "columns", but for a bias, which is the same; or into "thirds": some heads of the queries,
+    of the keys and of the values. A number is the first of `rows` of a table that is the same in all."""
+    if isinstance(how, int):
+        return shards[0][how : how + rows]
+    if how == "same" or len(shards) == 1 or (how == "columns" and shards[0].ndim == 1):
+        return shards[0]
+    if how == "thirds":
+        return torch.cat([third for thirds in zip(*(shard.chunk(3) for shard in shards)) for third in thirds])
+    return torch.cat(list(shards), 1 if how == "columns" else 0)
