@@ -98,8 +98,8 @@ def to_small(frames: np.ndarray) -> np.ndarray:
     return to_frames(torch.nn.functional.interpolate(to_pictures(frames), size=(SIZE, SIZE), mode="area"))
 
 
-def generate(pipe: "CogVideo", split: Split, seed: int, batch: int, out: Path) -> np.ndarray:
-    """A clip for every prompt, uint8 [B, 33, 48, 48, 3]; sample i has seed + i.
+def generate(pipe: "CogVideo", split: Split, seed: int, batch: int, frames: int, out: Path) -> np.ndarray:
+    """A clip for every prompt, uint8 [B, frames, 48, 48, 3]; sample i has seed + i.
 
     What is in `out` already is not made again. Raises ValueError if `out` holds clips of other prompts.
     """
@@ -113,7 +113,7 @@ def generate(pipe: "CogVideo", split: Split, seed: int, batch: int, out: Path) -
                     raise ValueError(f"{file} holds clips of other prompts; choose another --out")
                 clips.append(kept["clips"])
             continue
-        made_now = pipe(prompts, seed=seed + start, progress=False)
+        made_now = pipe(prompts, seed=seed + start, num_frames=frames, progress=False)
         clips.append(np.stack([to_small(clip.frames) for clip in made_now]))
         with replacing(file) as part:
             np.savez_compressed(part, clips=clips[-1], prompts=np.array(prompts))
@@ -127,16 +127,17 @@ def generate(pipe: "CogVideo", split: Split, seed: int, batch: int, out: Path) -
     return np.concatenate(clips)
 
 
-def claim(out: Path, folder: Path, seed: int, batch: int) -> None:
+def claim(out: Path, folder: Path, seed: int, batch: int, frames: int) -> None:
     """Mark `out` as the place of this model's clips; ValueError if it is that of other weights or seeds."""
     weights = {
         f.name: [f.stat().st_size, int(f.stat().st_mtime)] for f in sorted(folder.glob("*.safetensors"))
     }
-    run = {"model": str(folder.resolve()), "weights": weights, "seed": seed, "batch": batch}
+    run = {"model": str(folder.resolve()), "weights": weights, "seed": seed}
+    run |= {"batch": batch, "frames": frames}
     claimed = json.dumps(run, indent=2)
     file = out / "run.json"
     if file.exists() and file.read_text() != claimed:
-        what = "clips of other weights, another --seed or another --batch"
+        what = "clips of other weights, another --seed, --batch or --frames"
         raise ValueError(f"{out} holds {what} (see {file}); choose another --out")
     with replacing(file) as part:
         part.write_text(claimed)
@@ -255,6 +256,8 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512, help="English prompts: held-out, and as many seen")
     parser.add_argument("--chinese", type=int, default=256, help="Chinese prompts, held-out")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--frames", type=int, default=33, choices=(9, 17, 33),
+                        help="9: only the rounds that make what the judge sees, 2 frames a second")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--sprites", type=int, help="default: as many as the model was trained on")
     parser.add_argument("--reconstructions", action="store_true", help="only the bounds, nothing generated")
@@ -276,7 +279,7 @@ def main() -> None:
         "held-out zh": (args.chinese, args.seed, True, "zh"),  # only the language differs
     }
     if not args.reconstructions:
-        claim(args.out, folder.path, args.seed, args.batch)
+        claim(args.out, folder.path, args.seed, args.batch, args.frames)
         pipe = CogVideo(folder)
     judged = {}
     for name, (count, seed, held_out, language) in kinds.items():
@@ -287,7 +290,7 @@ def main() -> None:
         if args.reconstructions:
             judged[name] = judge_split(net, split, others, tokenized=through_tokenizer(folder, split.scenes))
         else:
-            clips = generate(pipe, split, seed, args.batch, args.out)
+            clips = generate(pipe, split, seed, args.batch, args.frames, args.out)
             judged[name] = judge_split(net, split, others, generated=clips)
     text = report(f"{args.model}: adherence, {len(names)} sprites", judged)
     print(text)

@@ -16,13 +16,11 @@ CARD = """# {name}
 
 {about}
 
-- **Method**: CogVideo (Hong et al., 2022) in miniature: a text-to-image transformer with a frozen base, a
-temporal channel for
-  key frames and one for interpolation, a VQ-VAE, a refiner.
+- **Method**: CogVideo (Hong et al., 2022) in miniature: a text-to-image transformer as frozen base, a
+  temporal channel for key frames and one for interpolation, a VQ-VAE, a refiner.
 - **Data**: the tiny world of this project, rendered from a seed: {sprites} animated sprites (Microsoft Fluent
-Emoji, MIT),
-  12 motions, 10 places, captions in English and Chinese. One in eight (sprite, motion, place) triples was
-  held out of all training.
+  Emoji, MIT), 12 motions, 10 places, captions in English and Chinese. One in eight (sprite, motion, place)
+  triples was held out of all training.
 - **Recipe**: `cogvideo train {recipe}`, seed {seed}, on two CPU cores.
 - **Licence**: Apache-2.0. **Limits**: it knows this world and nothing else.
 

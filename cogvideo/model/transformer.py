@@ -3,13 +3,10 @@
 A text-to-image transformer (`Base`: CogView2 in the paper, our `image` phase in the tiny family) gains a
 second attention channel in every block (`TemporalChannel`), mixed in by one gate a dimension. Notable:
 - Without a temporal channel the class is the text-to-image model itself; with one it is stage 1 or stage 2.
-Both stages share one
-  `Base` object and bring a channel of their own.
-- One `forward` for training and for stepping: with a cache, whole frames first, then one token a row at a
-time.
+  Both stages share one `Base` object and bring a channel of their own.
+- One `forward` for training and for stepping: with a cache, whole frames first, then a token a row, or a few.
 - Sandwich layer norm, tanh GELU, a head tied to the image rows of the embedding. The loss and the samplers
-only ever see
-  logits of image codes.
+  only ever see logits of image codes.
 
 Ids: image codes first, [0, codes), then text. Legend: B batch, T text_len, S frame tokens, D width, V codes.
 """

@@ -3,9 +3,9 @@ and its schedule.
 
     tokenizer   frames to codes: three neighbouring frames, hierarchical loss
     image       text to the first frame of a clip; what it learns becomes the frozen base
-    stage1      the temporal channel for key frames at 1, 2 and 4 frames a second, told apart by the duration
-    prompt stage2      the temporal channel that fills in frames between given ones, at 2, 4 and 8 frames a
-    second refiner     what the tokenizer makes of a clip, to the same clip at four times the size
+    stage1      the temporal channel for key frames, 1, 2 or 4 a second, told apart by the duration prompt
+    stage2      the temporal channel that fills in frames between given ones, at 2, 4 and 8 a second
+    refiner     what the tokenizer makes of a clip, to the same clip at four times the size
 """
 
 from collections.abc import Callable
@@ -64,11 +64,11 @@ RECIPES = {
         Phase("tokenizer", objectives.tokenizer, trains=("vqvae",), uses=(),
               cut=Cut(3, (8,)), steps=2750, batch=8, rate=1e-3, optimizer="adamw", weight_decay=0.0),
         Phase("image", objectives.image, trains=("base",), uses=("vqvae",),
-              cut=Cut(5, (1, 1, 2, 4, 8), keep=1), steps=12000, batch=32, rate=2e-3),
+              cut=Cut(5, (1, 1, 2, 4, 8), keep=1), steps=6500, batch=32, rate=2e-3),
         Phase("stage1", objectives.stage1, trains=("stage1",), uses=("vqvae", "base"),
-              cut=Cut(5, (1, 1, 2, 4)), steps=8000, batch=8, rate=2e-3, inherits="base"),
+              cut=Cut(5, (1, 1, 2, 4)), steps=4000, batch=8, rate=2e-3, inherits="base"),
         Phase("stage2", objectives.stage2, trains=("stage2",), uses=("vqvae", "base"),
-              cut=Cut(5, (2, 4, 8)), steps=5000, batch=8, rate=2e-3, inherits="stage1"),
+              cut=Cut(5, (2, 4, 8)), steps=1300, batch=8, rate=2e-3, inherits="stage1"),
         Phase("refiner", objectives.refiner, trains=("refiner",), uses=("vqvae",),
               cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, rate=5e-4, optimizer="adamw",
               weight_decay=0.0, loss=LossWeights(perceptual=0.02, temporal=0.02)),
