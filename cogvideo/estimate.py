@@ -197,8 +197,9 @@ def memory(system: System, dtype: str, rows: int) -> dict[str, float]:
         linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
         rest = sum(p.numel() for p in part.state_dict().values()) - linear
         kind = dtype if name not in ("vqvae", "refiner") else "float32"
-        if name.endswith("base"):
-            linear += system.model.codes * system.model.width if kind == "int8" else 0  # the head
+        if name.endswith("base") and kind == "int8":  # the head is a copy; the embedding is mapped, not read
+            linear += system.model.codes * system.model.width
+            rest -= system.model.vocab * system.model.width
         held[name] = linear * BYTES[kind] + rest * (2 if kind == "bfloat16" else 4)
     c = system.model
     keyframes = cache_bytes(c, Layout.keyframes(c.text_len, c.grid, c.frames), 0, dtype)

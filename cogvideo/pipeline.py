@@ -119,12 +119,13 @@ class CogVideo:
 
     def _stage(self, name: str) -> DualChannelTransformer:
         model = DualChannelTransformer(self.base, self._transformer_part(name)).eval()
-        return join(model) if self.dtype == "int8" else model
+        small = self.system.model.width <= 1024  # then calls cost more than a second copy of the weights
+        return join(model) if self.dtype == "int8" and small else model
 
     def _transformer_part(self, name: str) -> Any:
-        dtype = torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
-        part = self.folder.load(name, self.device, dtype)
-        return to_int8(part) if self.dtype == "int8" else part
+        if self.dtype == "int8":  # layer by layer, out of the mapped file
+            return to_int8(self.folder.load(name, self.device, None))
+        return self.folder.load(name, self.device, getattr(torch, self.dtype))
 
     @property
     def frame_counts(self) -> dict[int, float]:

@@ -62,9 +62,10 @@ class ModelFolder:
         return self.path / f"{part}.safetensors"
 
     def load(
-        self, part: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self, part: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
     ) -> Any:
-        """Build a part and fill it from its file; floating-point weights become `dtype`."""
+        """Build a part and fill it from its file; floating-point weights become `dtype`. With None they stay
+        what they are, on a CPU as views of the mapped file, which is read when they are."""
         with torch.device("meta"):
             module = self.system().build(part)
         try:
@@ -73,7 +74,8 @@ class ModelFolder:
             raise ModelError(f"{self.path} is incomplete: {self.file(part).name} is missing") from None
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.file(part)} is damaged: {error}") from None
-        state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+        if dtype is not None:
+            state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
         try:
             module.load_state_dict(state, strict=True, assign=True)
         except RuntimeError as error:

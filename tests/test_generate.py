@@ -110,6 +110,25 @@ def test_guidance_changes_what_is_made(nano):
     assert not torch.equal(guided, free)
 
 
+def test_int8_of_stored_halves_is_that_of_floats(nano, tmp_path):
+    """Out of the mapped file, layer by layer, as out of a part that was read as float32."""
+    folder, halves = ModelFolder(nano), ModelFolder(tmp_path)
+    halves.write_config(folder.config)
+    for name in ("base", "stage1"):
+        halves.save(name, folder.load(name), torch.float16)
+    made = []
+    for dtype in (None, torch.float32):
+        base, stage1 = (to_int8(halves.load(name, dtype=dtype)) for name in ("base", "stage1"))
+        assert base.embed.weight.dtype == (torch.float16 if dtype is None else torch.float32)
+        assert base.norm.weight.dtype == stage1.positions.weight.dtype == torch.float32
+        model = join(DualChannelTransformer(base, stage1))
+        c = model.config
+        layout = Layout.keyframes(c.text_len, c.grid, c.frames)
+        tokens = torch.arange(c.text_len + layout.tokens)[None] % c.codes
+        made.append(model(tokens, layout))
+    assert torch.equal(*made)
+
+
 def test_int8_stays_near_float32(nano):
     """Rounded weights move logits by a few per cent of their spread and keep their order in the main."""
     model, text, plain, known = setup(nano)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.model.attention import Attention, Channels
-from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
+from cogvideo.model.transformer import Base, DualChannelTransformer
 
 
 class Int8Linear(nn.Module):
@@ -22,14 +22,14 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        weight = F.pad(weight.detach(), (0, 2))  # two more inputs, see `forward`
+        weight = F.pad(weight.detach().float(), (0, 2))  # two more inputs, see `forward`
         scales = weight.abs().amax(1).clamp_min(1e-8) / 127
         zeros = torch.zeros_like(scales, dtype=torch.long)
         with warnings.catch_warnings():  # deprecated, but there in all versions of torch that we take
             warnings.simplefilter("ignore")
             rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         self.packed = torch.ops.quantized.linear_prepack(rounded, None)
-        self.bias = torch.zeros(len(weight)) if bias is None else bias.detach()
+        self.bias = torch.zeros(len(weight)) if bias is None else bias.detach().float()
         self.ends = torch.tensor([1.0, -1.0])
         # without VNNI two products could overflow the 16 bits they are summed in, so inputs give up one bit
         self.reduce_range = not torch.cpu._is_vnni_supported()
@@ -50,14 +50,19 @@ def unpack(linear: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.dequantize()[:, :-2], linear.bias
 
 
-def to_int8(part: Base | TemporalChannel) -> Base | TemporalChannel:
-    """Replace every linear layer of a loaded part, and the head of a base, in place."""
+def to_int8(part: nn.Module) -> nn.Module:
+    """Replace every linear layer of a loaded part, and the head of a base, in place. The rest becomes float32
+    but for the embedding: its rows do when they meet their positions, so that most of a mapped vocabulary is
+    never read."""
     for module in list(part.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child.weight, child.bias))
     if isinstance(part, Base):
         part.head = Int8Linear(part.embed.weight[: part.config.codes], None)  # type: ignore[assignment]
+    for name, parameter in part.named_parameters():
+        if name != "embed.weight":
+            parameter.data = parameter.data.float()
     return part
 
 

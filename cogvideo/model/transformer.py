@@ -191,14 +191,14 @@ class DualChannelTransformer(nn.Module):
 
     def new_cache(self, layout: Layout, batch: int) -> Cache:
         """An empty cache for `batch` rows of this layout."""
-        c, like = self.config, self.base.embed.weight
+        c, like = self.config, self.base.norm.weight
         sizes = (c.layers, batch, c.heads, c.width // c.heads)
         channels = [ChannelCache(layout, kind, self.window, sizes, like) for kind in self.kinds]
         return Cache(channels)
 
     def text_bias(self, text: Tensor) -> Tensor:
         """What is added to scores towards text [B, T]: 0 on text, -inf on padding."""
-        bias = torch.zeros(text.shape, dtype=self.base.embed.weight.dtype, device=text.device)
+        bias = torch.zeros(text.shape, dtype=self.base.norm.weight.dtype, device=text.device)
         return bias.masked_fill(text == self.config.pad, float("-inf"))
 
     # -- one layer of whole sequences
