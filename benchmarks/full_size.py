@@ -1,0 +1,131 @@
+"""Does the released system run here at its real size?
+
+    python -m benchmarks.full_size --out runs/full_size
+
+Writes a model folder of random weights at the exact released shapes (23 GB of float16: one base, both
+temporal channels, super-resolution, the tokenizer), then makes one video of noise with it: first frame, four
+key frames with guidance, three rounds of interpolation, super-resolution, 33 frames of 480 x 480 as an mp4.
+Prints the time of every verb beside what `cogvideo estimate` predicts, and the most memory that was not file
+cache. Tokens are kept in --out after every verb: a killed run goes on.
+"""
+
+import argparse
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cogvideo import CogVideo, presets
+from cogvideo.convert import PROMPTS, SAMPLING
+from cogvideo.data.loader import read_captions
+from cogvideo.data.tinyworld import TinyWorld, sprites
+from cogvideo.estimate import Speed, plan
+from cogvideo.foreign import Piece
+from cogvideo.pipeline import Draft
+from cogvideo.text import train_text
+from cogvideo.weights import ModelFolder, replacing
+
+PROMPT = "一只小狗在草地上向右跑"
+
+
+def write_random(path: Path, preset: str) -> ModelFolder:
+    """The parts that are not there yet, tensor by tensor; matrices small enough to keep activations alive."""
+    folder, system = ModelFolder(path), presets.find(preset)
+    path.mkdir(parents=True, exist_ok=True)
+    pieces = min(1280, system.model.vocab - system.model.codes)  # icetk's text model cannot be had here
+    text = train_text(read_captions(TinyWorld(sprites(32), 1), 20_000, 1), pieces)
+    folder.write_text(text)
+    config = {"family": "cogvideo", "preset": preset, "prompts": PROMPTS, "sampling": SAMPLING}
+    folder.write_config(config | system.to_dict())
+    ids = folder.text()
+    model = replace(system.model, pad=ids.pad, start=ids.start)
+    folder.write_config(config | replace(system, model=model).to_dict())
+
+    def make(shape: torch.Size, name: str) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.full(shape, float("norm" in name and name.endswith("weight"))).half()
+        return (0.02 * torch.randn(shape)).half()
+
+    for part in system.parts:
+        if folder.has(part):
+            continue
+        if part == "vqvae":  # a tenth of a billion weights, with a codebook that must be filled
+            vqvae = system.build(part)
+            vectors = torch.randn(system.vqvae.codes, system.vqvae.code_width)
+            vqvae.codebook.fill(vectors, torch.Generator().manual_seed(0))
+            folder.save(part, vqvae, torch.float16)
+            continue
+        pieces = {name: Piece(shape, torch.float16, lambda shape=shape, name=name: make(shape, name))
+                  for name, shape in system.shapes(part).items()}
+        print(f"{part}: {folder.write(part, pieces) / 1e9:.1f} GB", flush=True)
+    return folder
+
+
+class Peak(threading.Thread):
+    """The most anonymous memory that this process held, in bytes, looked at ten times a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most = 0
+
+    def run(self) -> None:
+        while True:
+            status = Path("/proc/self/status").read_text()
+            held = next(line for line in status.splitlines() if line.startswith("RssAnon"))
+            self.most = max(self.most, int(held.split()[1]) * 1024)
+            time.sleep(0.1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/full_size"))
+    parser.add_argument("--dtype", default="int8")
+    parser.add_argument("--preset", default="cogvideo-9b", help="a smaller one tries this program out")
+    arguments = parser.parse_args()
+    folder = write_random(arguments.out / "model", arguments.preset)
+    speed = Speed.measure(arguments.dtype)
+    peak = Peak()
+    peak.start()
+    begin = time.perf_counter()
+    pipe = CogVideo.from_pretrained(folder.path, dtype=arguments.dtype)
+    print(f"opened in {time.perf_counter() - begin:.1f} s, {torch.get_num_threads()} threads", flush=True)
+    verbs = {
+        "first frame": lambda d: pipe.first_frames([PROMPT], [1]),
+        "key frames": lambda d: pipe.keyframes([PROMPT], [1], begin=d),
+        "to 2 fps": pipe.interpolate,
+        "to 4 fps": pipe.interpolate,
+        "to 8 fps": pipe.interpolate,
+        "larger frames": pipe.enlarge,
+    }
+    predicted = {one.name: one.seconds(speed) for one in plan(pipe.system, pipe.sampling)}
+    draft, total = None, 0.0
+    print(f"{'verb':<16}{'seconds':>10}{'predicted':>11}{'peak GB':>9}")
+    for name, verb in verbs.items():
+        file = arguments.out / f"{name.replace(' ', '-')}.pt"
+        if file.exists():
+            kept = torch.load(file, weights_only=True)
+            draft = Draft(kept["codes"], kept["fps"], (PROMPT,), (1,))
+            seconds, most = kept["seconds"], kept["peak"]
+        else:
+            begin = time.perf_counter()
+            draft = verb(draft)
+            seconds, most = time.perf_counter() - begin, peak.most
+            with replacing(file) as part:
+                torch.save({"codes": draft.codes, "fps": draft.fps, "seconds": seconds, "peak": most}, part)
+        total += seconds if name != "larger frames" else 0
+        print(f"{name:<16}{seconds:>10.1f}{predicted.get(name, 0.0):>11.1f}{most / 1e9:>9.1f}", flush=True)
+    begin = time.perf_counter()
+    clip = pipe.decode(draft)[0]
+    seconds = time.perf_counter() - begin
+    print(f"{'decode':<16}{seconds:>10.1f}{predicted['decode']:>11.1f}{peak.most / 1e9:>9.1f}")
+    clip.save(arguments.out / "noise.mp4")
+    frames, height, width, _ = clip.frames.shape
+    print(f"{total / 60:.1f} minutes up to the {frames} frames of tokens; {width}x{height} pixels written")
+
+
+if __name__ == "__main__":
+    main()
