@@ -60,8 +60,8 @@ def main() -> None:
     if arguments.stage is None:
         print(f"{'':<8}{'seconds':>9}{'least':>8}{'most':>8}{'of original':>13}{'GB':>7}{'of original':>13}")
         for stage in ORIGINAL:
-            command = [sys.executable, "-m", "benchmarks.train_step", "--stage", stage]
-            subprocess.run([*command, f"--threads={arguments.threads}", f"--runs={arguments.runs}"], check=True)
+            options = ["--stage", stage, "--threads", arguments.threads, "--runs", arguments.runs]
+            subprocess.run([sys.executable, "-m", "benchmarks.train_step", *map(str, options)], check=True)
         return
     times = step(arguments.stage, arguments.runs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
