@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.generate import verbs
 from cogvideo import CogVideo, presets
 from cogvideo.convert import PROMPTS, SAMPLING
 from cogvideo.data.loader import read_captions
@@ -24,7 +25,7 @@ from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.estimate import Speed, plan
 from cogvideo.foreign import Piece
 from cogvideo.pipeline import Draft
-from cogvideo.text import train_text
+from cogvideo.text import TextTokenizer, train_text
 from cogvideo.weights import ModelFolder, replacing
 
 PROMPT = "一只小狗在草地上向右跑"
@@ -35,13 +36,11 @@ def write_random(path: Path, preset: str) -> ModelFolder:
     folder, system = ModelFolder(path), presets.find(preset)
     path.mkdir(parents=True, exist_ok=True)
     pieces = min(1280, system.model.vocab - system.model.codes)  # icetk's text model cannot be had here
-    text = train_text(read_captions(TinyWorld(sprites(32), 1), 20_000, 1), pieces)
-    folder.write_text(text)
+    folder.write_text(train_text(read_captions(TinyWorld(sprites(32), 1), 20_000, 1), pieces))
+    ids = TextTokenizer.load(path / "text.model", system.model.codes)
+    system = replace(system, model=replace(system.model, pad=ids.pad, start=ids.start))
     config = {"family": "cogvideo", "preset": preset, "prompts": PROMPTS, "sampling": SAMPLING}
     folder.write_config(config | system.to_dict())
-    ids = folder.text()
-    model = replace(system.model, pad=ids.pad, start=ids.start)
-    folder.write_config(config | replace(system, model=model).to_dict())
 
     def make(shape: torch.Size, name: str) -> torch.Tensor:
         if len(shape) == 1:
@@ -57,9 +56,9 @@ def write_random(path: Path, preset: str) -> ModelFolder:
             vqvae.codebook.fill(vectors, torch.Generator().manual_seed(0))
             folder.save(part, vqvae, torch.float16)
             continue
-        pieces = {name: Piece(shape, torch.float16, lambda shape=shape, name=name: make(shape, name))
-                  for name, shape in system.shapes(part).items()}
-        print(f"{part}: {folder.write(part, pieces) / 1e9:.1f} GB", flush=True)
+        fresh = {name: Piece(shape, torch.float16, lambda shape=shape, name=name: make(shape, name))
+                 for name, shape in system.shapes(part).items()}
+        print(f"{part}: {folder.write(part, fresh) / 1e9:.1f} GB", flush=True)
     return folder
 
 
@@ -93,18 +92,10 @@ def main() -> None:
     begin = time.perf_counter()
     pipe = CogVideo.from_pretrained(folder.path, dtype=arguments.dtype)
     print(f"opened in {time.perf_counter() - begin:.1f} s, {torch.get_num_threads()} threads", flush=True)
-    verbs = {
-        "first frame": lambda d: pipe.first_frames([PROMPT], [1]),
-        "key frames": lambda d: pipe.keyframes([PROMPT], [1], begin=d),
-        "to 2 fps": pipe.interpolate,
-        "to 4 fps": pipe.interpolate,
-        "to 8 fps": pipe.interpolate,
-        "larger frames": pipe.enlarge,
-    }
     predicted = {one.name: one.seconds(speed) for one in plan(pipe.system, pipe.sampling)}
     draft, total = None, 0.0
     print(f"{'verb':<16}{'seconds':>10}{'predicted':>11}{'peak GB':>9}")
-    for name, verb in verbs.items():
+    for name, verb in list(verbs(pipe, PROMPT, 1).items())[:-2]:
         file = arguments.out / f"{name.replace(' ', '-')}.pt"
         if file.exists():
             kept = torch.load(file, weights_only=True)

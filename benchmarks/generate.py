@@ -2,11 +2,11 @@
 
     python -m benchmarks.generate --model tiny
 
-Prints the time of each verb for one video (median of --runs, least to most), tokens a second, the bytes a
-step has to read (weights once for all rows, keys and values of every row), and what share of the machine's
-measured memory bandwidth that is. Weights that fit the caches of the processor can exceed a share of 1. At
-last the whole command, start of Python included. Measured against: the length of the video, since it should
-be made in less time than it plays.
+Prints the time of each verb for one video (median of --runs, least to most), tokens a second (those without
+the prompt too, where there is guidance), the bytes a step has to read (weights once for all rows, keys and
+values of every row), and what share of the machine's measured memory bandwidth that is. Weights that fit the
+caches of the processor can exceed a share of 1. At last the whole command, start of Python included. Measured
+against: the length of the video, since it should be made in less time than it plays.
 """
 
 import argparse
@@ -16,45 +16,31 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cogvideo import CogVideo
-from cogvideo.layout import Layout
-from cogvideo.model.transformer import DualChannelTransformer
+from cogvideo.estimate import Speed
 
 PROMPT = "a dog runs to the right across a green field"
 HEAD = f"{'seconds':>9}{'least':>8}{'most':>8}"
-BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
 
 
-def bandwidth(megabytes: int = 512, runs: int = 5) -> float:
-    """Bytes a second that this machine reads from memory, the best of some runs."""
-    block = torch.ones(megabytes * 2**20 // 4)
-    best = float("inf")
-    for _ in range(runs):
-        begin = time.perf_counter()
-        block.sum()
-        best = min(best, time.perf_counter() - begin)
-    return block.numel() * 4 / best
-
-
-def step_bytes(pipe: CogVideo, model: DualChannelTransformer, layout: Layout, known: int, rows: int) -> float:
-    """Bytes that a step of a fill reads on average: linear weights, head, and what the new token sees of the
-    caches."""
-    c = pipe.system.model
-    matrices = 12 * c.width**2 + (4 * c.width**2 if model.temporal is not None else 0)
-    weights = (c.layers * matrices + c.codes * c.width) * BYTES[pipe.dtype]
-    seen = 0
-    for kind in model.kinds:
-        for shifted in (False, True):
-            start, slot = layout.segments(kind, model.window, shifted)
-            lengths = [slot[p] + 1 - start[p] for p in range(known * c.frame_len, layout.tokens)]
-            seen += sum(lengths) / len(lengths) * c.layers / 2
-    return weights + rows * seen * 2 * c.width * (2 if pipe.dtype == "bfloat16" else 4)
+def verbs(pipe: CogVideo, prompt: str, seed: int) -> dict[str, Callable[[Any], Any]]:
+    """The verbs of a video in their order, each from what the one before it made; named as in
+    `cogvideo.estimate.plan`."""
+    rounds = [one.name for one in pipe.estimate().work if one.name.startswith("to ")]
+    return {
+        "first frame": lambda nothing: pipe.first_frames([prompt], [seed]),
+        "key frames": lambda draft: pipe.keyframes([prompt], [seed], begin=draft),
+        **dict.fromkeys(rounds, pipe.interpolate),
+        "larger frames": pipe.enlarge,
+        "decode": pipe.decode,
+        "upscale": pipe.upscale,
+    }
 
 
 def timed(action: Callable[[], Any], runs: int) -> tuple[Any, list[float]]:
@@ -83,46 +69,26 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     pipe = CogVideo.from_pretrained(arguments.model, dtype=arguments.dtype)
     pipe(PROMPT, seed=0, progress=False)  # warm: parts loaded, masks made
-    c, n = pipe.system.model, pipe.system.model.frame_len
-    peak = bandwidth()
-    print(f"{arguments.model}, {pipe.dtype}, {torch.get_num_threads()} threads, memory {peak / 1e9:.1f} GB/s")
+    memory = Speed.measure(pipe.dtype).bandwidth
+    threads = torch.get_num_threads()
+    print(f"{arguments.model}, {pipe.dtype}, {threads} threads, memory {memory / 1e9:.1f} GB/s")
     print(f"{'verb':<14}{HEAD}{'share':>8}{'tokens/s':>10}{'MB/step':>9}{'of memory':>11}")
 
-    guided = {name: 2 if s.guidance_scale > 1 else 1 for name, s in pipe.sampling.items()}
-    image = Layout.image(c.text_len, c.grid)
-    keyframes = Layout.keyframes(c.text_len, c.grid, c.frames)
-    between = Layout.interpolation(c.text_len, c.grid, c.frames)
-    rows: list[tuple[str, list[float], int, float]] = []
-
-    draft, times = timed(lambda: pipe.first_frames([PROMPT], [0]), arguments.runs)
-    rows.append(("first frame", times, n, n * step_bytes(pipe, pipe.image_model, image, 0, guided["image"])))
-    first = draft
-    draft, times = timed(lambda: pipe.keyframes([PROMPT], [0], begin=first), arguments.runs)
-    steps = (c.frames - 1) * n
-    rows.append(
-        ("key frames", times, steps, steps * step_bytes(pipe, pipe.stage1, keyframes, 1, guided["stage1"]))
-    )
-    while draft.fps < 8:
-        windows, known = (draft.codes.shape[1] - 1) // 2, draft
-        draft, times = timed(lambda known=known: pipe.interpolate(known), arguments.runs)  # type: ignore[misc]
-        read = 2 * n * step_bytes(pipe, pipe.stage2, between, 3, windows * guided["stage2"])
-        rows.append((f"to {draft.fps:g} fps", times, 2 * n * windows, read))
-    last = replace(draft)
-    clips, times = timed(lambda: pipe.decode(last), arguments.runs)
-    rows.append(("decode", times, 0, 0.0))
-    _, times = timed(lambda: pipe.upscale(clips), arguments.runs)
-    rows.append(("upscale", times, 0, 0.0))
-
-    total = sum(statistics.median(times) for _, times, _, _ in rows)
-    for name, times, tokens, read in rows:
-        middle = statistics.median(times)
-        line = f"{name:<14}{spread(times)}{middle / total:>8.0%}"
-        if tokens:
-            steps = {"first frame": n, "key frames": 4 * n}.get(name, 2 * n)
-            line += f"{tokens / middle:>10.0f}{read / steps / 1e6:>9.1f}{read / middle / peak:>11.2f}"
+    plan, value, taken = pipe.estimate().work, None, {}
+    for name, verb in verbs(pipe, PROMPT, 0).items():
+        value, taken[name] = timed(partial(verb, value), arguments.runs)
+    total = sum(map(statistics.median, taken.values()))
+    for work in plan:
+        middle = statistics.median(taken[work.name])
+        line = f"{work.name:<14}{spread(taken[work.name])}{middle / total:>8.0%}"
+        if work.steps:
+            read = work.read(pipe.dtype)
+            share = work.steps * read / middle / memory
+            line += f"{work.tokens / middle:>10.0f}{read / 1e6:>9.1f}{share:>11.2f}"
         print(line)
-    frames, height, width, _ = pipe.upscale(clips)[0].frames.shape
-    seconds = (frames - 1) / draft.fps
+    (clip,) = value
+    frames, height, width, _ = clip.frames.shape
+    seconds = (frames - 1) / clip.fps
     print(f"{'all':<14}{total:>9.2f}  for {frames} frames of {width}x{height}, {seconds:g} s of video")
 
     with tempfile.TemporaryDirectory() as folder:

@@ -184,7 +184,7 @@ def estimate(
     folder = None if model in presets.PRESETS and model not in shipped() else ModelFolder(find_model(model))
     system = folder.system() if folder else presets.find(model)
     chosen = folder.config.get("sampling", {}) if folder else {}
-    print(Estimate.of(system, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
+    print(Estimate(system, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
 
 
 def models(model: Positional[str | None] = None, /) -> None:

@@ -8,7 +8,7 @@ go through them, and the keys and values of every row.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -167,16 +167,13 @@ def _matrices(c: ModelConfig, temporal: bool) -> int:
 
 
 def _decode_flops(system: System, grid: int) -> float:
-    with torch.device("meta"):
-        vqvae = system.build("vqvae")
-        return _flops(lambda: vqvae.decode(torch.zeros(1, grid * grid, dtype=torch.long)))
+    vqvae, codes = system.outline("vqvae"), torch.zeros(1, grid * grid, dtype=torch.long, device="meta")
+    return _flops(lambda: vqvae.decode(codes))
 
 
 def _upscale_flops(system: System, frames: int) -> float:
-    size = system.vqvae.resolution
-    with torch.device("meta"):
-        refiner = system.build("refiner")
-        return _flops(lambda: refiner(torch.zeros(1, frames, 3, size, size)))
+    size, refiner = system.vqvae.resolution, system.outline("refiner")
+    return _flops(lambda: refiner(torch.zeros(1, frames, 3, size, size, device="meta")))
 
 
 def _flops(action: Callable[[], Tensor]) -> float:
@@ -192,8 +189,7 @@ def memory(system: System, dtype: str, rows: int) -> dict[str, float]:
     """Bytes of every part when it is loaded, and of keys and values: of `rows` key frames, or of a window."""
     held: dict[str, float] = {}
     for name in system.parts:
-        with torch.device("meta"):
-            part = system.build(name)
+        part = system.outline(name)
         linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
         rest = sum(p.numel() for p in part.state_dict().values()) - linear
         kind = dtype if name not in ("vqvae", "refiner") else "float32"
@@ -230,16 +226,24 @@ def free_memory(device: torch.device | str = "cpu") -> float | None:
 class Estimate:
     """All of it for one model, and as a table."""
 
+    system: System
+    sampling: dict[str, Sampling]
     dtype: str
-    work: list[Work]
-    held: dict[str, float]  # bytes of every part
-    free: float | None  # bytes
+    videos: int = 1
+    device: torch.device | str = "cpu"
 
-    @classmethod
-    def of(cls, system: System, sampling: dict[str, Sampling], dtype: str, videos: int = 1,
-           device: torch.device | str = "cpu") -> "Estimate":
-        rows = 1 + sampling["stage1"].guided  # of the one video at a time that must fit
-        return cls(dtype, plan(system, sampling, videos), memory(system, dtype, rows), free_memory(device))
+    @cached_property
+    def work(self) -> list[Work]:
+        return plan(self.system, self.sampling, self.videos)
+
+    @cached_property
+    def held(self) -> dict[str, float]:
+        """Bytes of every part, and of the caches of the one video at a time that must fit."""
+        return memory(self.system, self.dtype, 1 + self.sampling["stage1"].guided)
+
+    @cached_property
+    def free(self) -> float | None:
+        return free_memory(self.device)
 
     @property
     def fits(self) -> bool:

@@ -60,16 +60,15 @@ def fill(
     first, total, done = count * size, (layout.frames - count) * size, 0
     flat = frames.view(len(text), -1)
     for places in layout.waves(count, model.window):
-        before = flat[:, [place - 1 for place in places]]
-        starts = torch.tensor([place % size == 0 for place in places], device=text.device)
-        entering = before.masked_fill(starts, model.config.start)  # [B, m]
+        at = torch.tensor(places, device=text.device)
+        entering = flat[:, at - 1].masked_fill(at % size == 0, model.config.start)  # [B, m]
         logits = model(entering.repeat(2, 1) if guided else entering, layout, cache, places)
         if guided:
             logits = guide(logits, sampling.guidance_scale)
-        made = [place - first for place in places]
-        if last is not None and made[-1] == total - 1:
+        if last is not None and places[-1] == layout.tokens - 1:
             sampling = last
-        flat[:, places] = pick(logits.flatten(0, 1), sampling, uniform[:, made].flatten()).view_as(entering)
+        numbers = uniform[:, at - first].flatten()
+        flat[:, at] = pick(logits.flatten(0, 1), sampling, numbers).view_as(entering)
         done += len(places)
         if done // layout.grid > (done - len(places)) // layout.grid:
             yield Filled(layout.unlay(frames), done, total)

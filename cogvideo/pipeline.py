@@ -306,7 +306,7 @@ class CogVideo:
 
     def estimate(self, videos: int = 1) -> Estimate:
         """What making so many videos costs; nothing is loaded for it."""
-        return Estimate.of(self.system, self.sampling, self.dtype, videos, self.device)
+        return Estimate(self.system, self.sampling, self.dtype, videos, self.device)
 
     def unknown_words(self, prompt: str) -> dict[str, list[str]]:
         """Words of a prompt that were in no caption of the training, each with the nearest words that

@@ -66,8 +66,7 @@ class ModelFolder:
     ) -> Any:
         """Build a part and fill it from its file; floating-point weights become `dtype`. With None they stay
         what they are, on a CPU as views of the mapped file, which is read when they are."""
-        with torch.device("meta"):
-            module = self.system().build(part)
+        module = self.system().outline(part)
         try:
             state = load_file(self.file(part), device=str(device))
         except FileNotFoundError:

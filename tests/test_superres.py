@@ -112,10 +112,12 @@ def read_out(golden: dict[str, torch.Tensor], case: str, config: SuperResConfig)
     tiles = tiles_of(config, *LIKE)
     if config.cross is None:
         none = torch.zeros(2, 1, 0, count)
-        return attend_tiles((wide[:, None], keys[:, None], ones), (none, none), tiles)
-    own = torch.zeros(2, 1, q.shape[1], count)
-    own[..., 3] = -1e6  # nobody looks at the large map
-    return attend_tiles((wide[:, None], own, torch.zeros_like(own)), (keys[:, None], ones), tiles)
+        own = torch.stack((wide[:, None], keys[:, None], ones))
+        return attend_tiles(own, torch.stack((none, none)), tiles)
+    unseen = torch.zeros(2, 1, q.shape[1], count)
+    unseen[..., 3] = -1e6  # nobody looks at the large map
+    own = torch.stack((wide[:, None], unseen, torch.zeros_like(unseen)))
+    return attend_tiles(own, torch.stack((keys[:, None], ones)), tiles)
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, S, D] to queries, keys, values, each [B, H, S, d]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
+    def project(self, x: Tensor) -> Tensor:
+        """[B, S, D] to queries, keys, values [3, B, H, S, d]."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class Channels:
@@ -48,8 +47,8 @@ class Channels:
     def __init__(self, attentions: list[Attention], gate: nn.Parameter | None):
         self.attentions, self.gate = attentions, gate
 
-    def project(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """[B, S, D] to queries, keys, values of every channel, each [B, H, S, d]."""
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        """[B, S, D] to queries, keys, values of every channel, each [3, B, H, S, d]."""
         return [attention.project(x) for attention in self.attentions]
 
     def merge(self, seen: list[Tensor]) -> Tensor:
@@ -87,33 +86,33 @@ def groups_of(
     return Groups(flat.to(device), flat.argsort().to(device), mask.to(device), rows, whole)
 
 
-def attend_text(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
-    """Text attends to text, in both directions: [B, H, T, d] to [B, T, D]. `bias` [B, T] is 0, or -inf on
+def attend_text(qkv: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
+    """Text attends to text, in both directions: [3, B, H, T, d] to [B, T, D]. `bias` [B, T] is 0, or -inf on
     padding."""
+    q, k, v = qkv
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None, :], dropout_p=dropout)
     return y.transpose(1, 2).flatten(2)
 
 
 def attend_groups(
-    frames: tuple[Tensor, Tensor, Tensor],
-    text: tuple[Tensor, Tensor],
+    frames: Tensor,
+    text: Tensor,
     groups: Groups,
     bias: Tensor,
     dropout: float = 0.0,
 ) -> Tensor:
     """Frame tokens attend to all text and to their group.
 
-    frames: queries, keys, values [B, H, S, d]; text: keys, values [B, H, T, d]; bias [B, T], added to scores
-    of text. Returns [B, S, D].
+    frames: queries, keys, values [3, B, H, S, d]; text: keys, values [2, B, H, T, d]; bias [B, T], added to
+    scores of text. Returns [B, S, D].
     """
     count, _, n, _ = groups.mask.shape
-    b, h, s, d = frames[0].shape
-    q, k, v = frames if groups.whole else (x[:, :, groups.index] for x in frames)
-    q, k, v = (
-        x.reshape(b, h, count, n, d).transpose(1, 2).flatten(0, 1) for x in (q, k, v)
-    )  # [B*G, H, n, d]
-    tk, tv = (x.repeat_interleave(count, 0) if count > 1 else x for x in text)  # [B*G, H, T, d]
-    k, v, t = torch.cat((tk, k), 2), torch.cat((tv, v), 2), tk.shape[2]
+    _, b, h, s, d = frames.shape
+    frames = frames if groups.whole else frames[:, :, :, groups.index]
+    frames = frames.unflatten(3, (count, n)).transpose(2, 3).flatten(1, 2)  # [3, B*G, H, n, d]
+    text = text.repeat_interleave(count, 1) if count > 1 else text  # [2, B*G, H, T, d]
+    q, t = frames[0], text.shape[3]
+    k, v = torch.cat((text, frames[1:]), 3)
     mask = torch.cat(
         (bias[:, None, None, None, :].expand(b, count, 1, n, -1), groups.mask.expand(b, count, 1, n, n)), -1
     ).flatten(0, 1)  # [B*G, 1, n, T+n]
@@ -129,16 +128,17 @@ def attend_groups(
 
 
 def attend_step(
-    q: Tensor, k: Tensor, v: Tensor, cache: ChannelCache, layer: int, places: Sequence[int], bias: Tensor
+    qkv: Tensor, cache: ChannelCache, layer: int, places: Sequence[int], bias: Tensor
 ) -> Tensor:
-    """New tokens at some laid places attend to what the cache holds for each: [B, H, m, d] to [B, m, D].
+    """New tokens at some laid places attend to what the cache holds for each: [3, B, H, m, d] to [B, m, D].
 
     bias [B, 1, 1, L]: added to the scores, text first, zeros after; cut to what is seen.
     """
     seen = []
     for i, place in enumerate(places):
-        keys, values = cache.append(layer, place, k[:, :, i : i + 1], v[:, :, i : i + 1])  # [B, H, seen, d]
-        mask = bias[..., : keys.shape[2]]
-        seen.append(F.scaled_dot_product_attention(q[:, :, i : i + 1], keys, values, attn_mask=mask))
+        one = qkv.narrow(3, i, 1)
+        keys, values = cache.append(layer, place, one[1:])  # [B, H, seen, d]
+        mask = bias.narrow(3, 0, keys.shape[2])
+        seen.append(F.scaled_dot_product_attention(one[0], keys, values, attn_mask=mask))
     y = seen[0] if len(seen) == 1 else torch.cat(seen, 2)
     return y.transpose(1, 2).flatten(2)

@@ -12,7 +12,7 @@ from cogvideo.layout import Layout
 
 
 class ChannelCache:
-    """Keys and values of one channel, [B, H, slots, d] for each layer; odd layers may use shifted windows.
+    """Keys and values of one channel, [2, B, H, slots, d] for each layer; odd layers may use shifted windows.
 
     sizes: layers, batch, heads, width of a head; `like` has the device and dtype of what is kept.
     """
@@ -23,30 +23,24 @@ class ChannelCache:
         self.places = [layout.segments(channel, window, shifted) for shifted in (False, True)]
         self.slots = [torch.tensor(slot, device=like.device) for _, slot in self.places]
         self.starts = [sorted(set(start)) for start, _ in self.places]
-        shapes = [(batch, heads, max(slot) + 1, width) for _, slot in self.places]
-        self.keys = [like.new_zeros(shapes[layer % 2]) for layer in range(layers)]
-        self.values = [like.new_zeros(shapes[layer % 2]) for layer in range(layers)]
+        shapes = [(2, batch, heads, max(slot) + 1, width) for _, slot in self.places]
+        self.kept = [like.new_zeros(shapes[layer % 2]) for layer in range(layers)]
 
-    def write_text(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k, v [B, H, T, d] to the front of every segment."""
+    def write_text(self, layer: int, kv: Tensor) -> None:
+        """Keys and values [2, B, H, T, d] to the front of every segment."""
         for start in self.starts[layer % 2]:
-            self.keys[layer][:, :, start : start + self.text_len] = k
-            self.values[layer][:, :, start : start + self.text_len] = v
+            self.kept[layer].narrow(3, start, self.text_len).copy_(kv)
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """k, v [B, H, S, d] of the first S laid places."""
-        slots = self.slots[layer % 2][: k.shape[2]]
-        self.keys[layer].index_copy_(2, slots, k)
-        self.values[layer].index_copy_(2, slots, v)
+    def write(self, layer: int, kv: Tensor) -> None:
+        """Keys and values [2, B, H, S, d] of the first S laid places."""
+        self.kept[layer].index_copy_(3, self.slots[layer % 2][: kv.shape[3]], kv)
 
-    def append(self, layer: int, place: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, H, 1, d] of one place and return all that this place sees, [B, H, seen, d]."""
+    def append(self, layer: int, place: int, kv: Tensor) -> Tensor:
+        """Write [2, B, H, 1, d] of one place and return all that this place sees, [2, B, H, seen, d]."""
         starts, slots = self.places[layer % 2]
         start, slot = starts[place], slots[place]
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, slot : slot + 1] = k
-        values[:, :, slot : slot + 1] = v
-        return keys[:, :, start : slot + 1], values[:, :, start : slot + 1]
+        self.kept[layer].narrow(3, slot, 1).copy_(kv)
+        return self.kept[layer].narrow(3, start, slot + 1 - start)
 
 
 class Cache:

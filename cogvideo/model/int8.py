@@ -7,6 +7,7 @@ float32.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from cogvideo.model.attention import Attention, Channels
 from cogvideo.model.transformer import Base, DualChannelTransformer
+
+ROWS = 256  # that are brought to range and back while they lie in the cache of the processor
 
 
 class Int8Linear(nn.Module):
@@ -37,6 +40,11 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The operator rounds by the least and the largest number of all rows. So each row is brought to
         -1..1 and gets these ends as two more inputs, which meet weights of zero."""
+        if x.numel() > ROWS * x.shape[-1]:
+            made = x.new_empty(*x.shape[:-1], len(self.bias))
+            for part, out in zip(x.flatten(0, -2).split(ROWS), made.flatten(0, -2).split(ROWS)):
+                out.copy_(self(part))
+            return made
         largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
         rows = torch.cat((x / largest, self.ends.expand(*x.shape[:-1], 2)), -1)
         y = torch.ops.quantized.linear_dynamic(rows, self.packed, self.reduce_range)
@@ -83,9 +91,8 @@ class JointChannels(Channels):
         weight = torch.cat([share[:, None] * w for share, w in zip(shares, weights)], 1)
         self.out = Int8Linear(weight, sum(share * b for share, b in zip(shares, biases)))
 
-    def project(self, x: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        both = self.qkv(x).unflatten(-1, (2, 3, self.heads, -1)).permute(2, 3, 0, 4, 1, 5)
-        return [tuple(channel) for channel in both]  # of [2, 3, B, H, S, d]
+    def project(self, x: Tensor) -> Sequence[Tensor]:
+        return self.qkv(x).unflatten(-1, (2, 3, self.heads, -1)).permute(2, 3, 0, 4, 1, 5).unbind()
 
     def merge(self, seen: list[Tensor]) -> Tensor:
         return self.out(torch.cat(seen, -1))

@@ -41,6 +41,7 @@ class Refiner(nn.Module):
             for d in range(-reach, reach + 1)
         ]
         x = torch.cat([clip[:, index] for index in around], 2).flatten(0, 1)  # [B*F, 3 * (2 reach + 1), h, w]
+        x = x.contiguous(memory_format=torch.channels_last)  # which convolutions are faster with
         x = h = self.enter(2 * x - 1)
         for first, second in zip(self.first, self.second):
             h = h + second(F.silu(first(h)))

@@ -104,17 +104,17 @@ def tiles_of(config: SuperResConfig, device: torch.device, dtype: torch.dtype) -
 
 
 def attend_tiles(
-    own: tuple[Tensor, Tensor, Tensor],
-    known: tuple[Tensor, Tensor],
+    own: Tensor,
+    known: Tensor,
     tiles: Tiles,
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Tokens of the large map attend to their windows, or to their window and all text.
 
-    own: queries, keys, values [B, H, S, d]; known: keys, values of the small map [B, H, N, d], or of text
-    [B, H, T, d] with a bias [B, T] that is added to its scores. Returns [B, S, D]. One row of the batch at a
-    time, for the sake of memory.
+    own: queries, keys, values [3, B, H, S, d]; known: keys, values of the small map [2, B, H, N, d], or of
+    text [2, B, H, T, d] with a bias [B, T] that is added to its scores. Returns [B, S, D]. One row of the
+    batch at a time, for the sake of memory.
     """
     count, _, n, m = tiles.mask.shape
     q, k, v = (x.transpose(1, 2) for x in own)
@@ -224,10 +224,9 @@ class SuperRes(nn.Module):
         base = self.base.blocks[layer].attention
         mine = self.channel.attention[layer] if bias is None else base
         first = self.config.text_len if bias is None else 0  # of the known tokens that the large map sees
-        q, k, v = base.project(x[:, :known])
+        q, k, v = qkv = base.project(x[:, :known])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, dropout_p=dropout)
-        part = k[:, :, first:], v[:, :, first:]
-        seen = attend_tiles(mine.project(x[:, known:]), part, tiles, bias, dropout)
+        seen = attend_tiles(mine.project(x[:, known:]), qkv[1:, :, :, first:], tiles, bias, dropout)
         return torch.cat((base.out(y.transpose(1, 2).flatten(2)), mine.out(seen)), 1)
 
 

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.superres import SuperResChannel, SuperResConfig
@@ -23,6 +25,14 @@ from cogvideo.vqvae import VQVAE, HierarchicalVQVAE, VQVAEConfig
 CONFIGS = {"model": ModelConfig, "vqvae": VQVAEConfig, "refiner": RefinerConfig, "superres": SuperResConfig,
            "itersr": SuperResConfig}
 BASES = ("base", "superres_base", "itersr_base")
+
+
+class _Unfilled(TorchFunctionMode):
+    """Nothing is drawn for new weights: what takes no memory has no numbers, and asking for them costs two
+    seconds of imports."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -57,10 +67,14 @@ class System:
             return SuperResChannel(self.model, self.itersr)
         raise ValueError(f"no part {part!r} in this model; its parts are {', '.join(self.parts)}")
 
+    def outline(self, part: str) -> Any:
+        """A part whose tensors take no memory (device "meta"): to be filled, or only measured."""
+        with torch.device("meta"), _Unfilled():
+            return self.build(part)
+
     def shapes(self, part: str) -> dict[str, torch.Size]:
-        """The shapes of all tensors of a part, by their names; takes no memory."""
-        with torch.device("meta"):
-            return {name: tensor.shape for name, tensor in self.build(part).state_dict().items()}
+        """The shapes of all tensors of a part, by their names."""
+        return {name: tensor.shape for name, tensor in self.outline(part).state_dict().items()}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -185,7 +185,7 @@ class DualChannelTransformer(nn.Module):
             x = block(x, partial(self._attend, layer, layout=layout, bias=bias, cache=cache, boost=boost))
         if cache is not None:
             cache.positions = self._frame_positions(layout)
-            longest = max(k.shape[2] for channel in cache.channels for k in channel.keys)
+            longest = max(kv.shape[3] for channel in cache.channels for kv in channel.kept)
             cache.bias = F.pad(bias, (0, longest - text_len))[:, None, None, :]
         return self.base.norm(x[:, text_len:])
 
@@ -233,18 +233,17 @@ class DualChannelTransformer(nn.Module):
         seen = []
         shifted = bool(self.window) and layer % 2 == 1
         for number, (qkv, kind) in enumerate(zip(self.channels[layer].project(x), self.kinds)):
-            text_q, text_k, text_v = (t[:, :, :text_len] for t in qkv)  # [B, H, T, d]
-            q, k, v = (t[:, :, text_len:] for t in qkv)  # [B, H, S, d]
+            text, frames = qkv.tensor_split((text_len,), 3)  # [3, B, H, T, d], [3, B, H, S, d]
             if cache is not None:
-                cache.channels[number].write_text(layer, text_k, text_v)
-                cache.channels[number].write(layer, k, v)
+                cache.channels[number].write_text(layer, text[1:])
+                cache.channels[number].write(layer, frames[1:])
             if kind == "spatial":  # text never looks over frames, so its temporal query goes unused
-                text_seen = attend_text(text_q, text_k, text_v, bias, dropout)
+                text_seen = attend_text(text, bias, dropout)
             if layout.frames:
                 groups = groups_of(layout, kind, self.window, shifted, x.device, x.dtype)
                 forgotten = layout.reference and kind == "temporal"  # the original boosts steps alone there
                 towards = bias - boost if forgotten else bias
-                seen.append(attend_groups((q, k, v), (text_k, text_v), groups, towards, dropout))
+                seen.append(attend_groups(frames, text[1:], groups, towards, dropout))
         text_out = self.base.blocks[layer].attention.out(text_seen)
         return torch.cat((text_out, self.channels[layer].merge(seen)), 1) if seen else text_out
 
@@ -258,8 +257,8 @@ class DualChannelTransformer(nn.Module):
 
     def _attend_step(self, layer: int, x: Tensor, cache: Cache, places: Sequence[int]) -> Tensor:
         """Attention of one layer for m new tokens a row: [B, m, D] to the same."""
-        qkvs = self.channels[layer].project(x)  # each [B, H, m, d]
-        seen = [attend_step(*qkv, c, layer, places, cache.bias) for qkv, c in zip(qkvs, cache.channels)]
+        qkvs = self.channels[layer].project(x)  # each [3, B, H, m, d]
+        seen = [attend_step(qkv, c, layer, places, cache.bias) for qkv, c in zip(qkvs, cache.channels)]
         return self.channels[layer].merge(seen)
 
 

@@ -83,8 +83,7 @@ def unshard(parts: dict[str, nn.Module], machine: Machine, system: System) -> di
     for name, part in parts.items():
         state = {key: whole(value.detach()) for key, value in part.state_dict().items()}
         if machine.first:
-            with torch.device("meta"):
-                found[name] = system.build(name)
+            found[name] = system.outline(name)
             found[name].load_state_dict(state, assign=True)
             found[name].eval().requires_grad_(False)
     return found
