@@ -127,17 +127,15 @@ def generate(pipe: "CogVideo", split: Split, seed: int, batch: int, frames: int,
     return np.concatenate(clips)
 
 
-def claim(out: Path, folder: Path, seed: int, batch: int, frames: int) -> None:
-    """Mark `out` as the place of this model's clips; ValueError if it is that of other weights or seeds."""
+def claim(out: Path, folder: Path, **options: object) -> None:
+    """Mark `out` as the place of this model's clips; ValueError if it is that of other weights or options."""
     weights = {
         f.name: [f.stat().st_size, int(f.stat().st_mtime)] for f in sorted(folder.glob("*.safetensors"))
     }
-    run = {"model": str(folder.resolve()), "weights": weights, "seed": seed}
-    run |= {"batch": batch, "frames": frames}
-    claimed = json.dumps(run, indent=2)
+    claimed = json.dumps({"model": str(folder.resolve()), "weights": weights, **options}, indent=2)
     file = out / "run.json"
     if file.exists() and file.read_text() != claimed:
-        what = "clips of other weights, another --seed, --batch or --frames"
+        what = f"clips of other weights, or another --{', --'.join(options)}"
         raise ValueError(f"{out} holds {what} (see {file}); choose another --out")
     with replacing(file) as part:
         part.write_text(claimed)
@@ -258,6 +256,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--frames", type=int, default=33, choices=(9, 17, 33),
                         help="9: only the rounds that make what the judge sees, 2 frames a second")
+    parser.add_argument("--dtype", help="numbers to compute with; default: as `cogvideo generate`")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--sprites", type=int, help="default: as many as the model was trained on")
     parser.add_argument("--reconstructions", action="store_true", help="only the bounds, nothing generated")
@@ -279,8 +278,8 @@ def main() -> None:
         "held-out zh": (args.chinese, args.seed, True, "zh"),  # only the language differs
     }
     if not args.reconstructions:
-        claim(args.out, folder.path, args.seed, args.batch, args.frames)
-        pipe = CogVideo(folder)
+        pipe = CogVideo(folder, dtype=args.dtype)
+        claim(args.out, folder.path, seed=args.seed, batch=args.batch, frames=args.frames, dtype=pipe.dtype)
     judged = {}
     for name, (count, seed, held_out, language) in kinds.items():
         if count < 2:

@@ -10,6 +10,7 @@ cache. Tokens are kept in --out after every verb: a killed run goes on.
 """
 
 import argparse
+import json
 import threading
 import time
 from dataclasses import replace
@@ -22,11 +23,11 @@ from cogvideo import CogVideo, presets
 from cogvideo.convert import PROMPTS, SAMPLING
 from cogvideo.data.loader import read_captions
 from cogvideo.data.tinyworld import TinyWorld, sprites
-from cogvideo.estimate import Speed, plan
+from cogvideo.estimate import Speed
 from cogvideo.foreign import Piece
 from cogvideo.pipeline import Draft
 from cogvideo.text import TextTokenizer, train_text
-from cogvideo.weights import ModelFolder, replacing
+from cogvideo.weights import ModelFolder
 
 PROMPT = "一只小狗在草地上向右跑"
 
@@ -92,29 +93,27 @@ def main() -> None:
     begin = time.perf_counter()
     pipe = CogVideo.from_pretrained(folder.path, dtype=arguments.dtype)
     print(f"opened in {time.perf_counter() - begin:.1f} s, {torch.get_num_threads()} threads", flush=True)
-    predicted = {one.name: one.seconds(speed) for one in plan(pipe.system, pipe.sampling)}
-    draft, total = None, 0.0
+    predicted = {one.name: one.seconds(speed) for one in pipe.estimate().work}
+    value, total = None, 0.0
     print(f"{'verb':<16}{'seconds':>10}{'predicted':>11}{'peak GB':>9}")
-    for name, verb in list(verbs(pipe, PROMPT, 1).items())[:-2]:
-        file = arguments.out / f"{name.replace(' ', '-')}.pt"
-        if file.exists():
-            kept = torch.load(file, weights_only=True)
-            draft = Draft(kept["codes"], kept["fps"], (PROMPT,), (1,))
-            seconds, most = kept["seconds"], kept["peak"]
+    for name, verb in verbs(pipe, PROMPT, 1).items():
+        tokens, told = arguments.out / f"{name}.npz", arguments.out / f"{name}.json"
+        if told.exists() and tokens.exists():
+            value, figures = Draft.load(tokens), json.loads(told.read_text())
         else:
             begin = time.perf_counter()
-            draft = verb(draft)
-            seconds, most = time.perf_counter() - begin, peak.most
-            with replacing(file) as part:
-                torch.save({"codes": draft.codes, "fps": draft.fps, "seconds": seconds, "peak": most}, part)
-        total += seconds if name != "larger frames" else 0
-        print(f"{name:<16}{seconds:>10.1f}{predicted.get(name, 0.0):>11.1f}{most / 1e9:>9.1f}", flush=True)
-    begin = time.perf_counter()
-    clip = pipe.decode(draft)[0]
-    seconds = time.perf_counter() - begin
-    print(f"{'decode':<16}{seconds:>10.1f}{predicted['decode']:>11.1f}{peak.most / 1e9:>9.1f}")
-    clip.save(arguments.out / "noise.mp4")
-    frames, height, width, _ = clip.frames.shape
+            value = verb(value)
+            figures = {"seconds": time.perf_counter() - begin, "peak": peak.most}
+            if isinstance(value, Draft):
+                value.save(tokens)
+                told.write_text(json.dumps(figures))
+        line = f"{name:<16}{figures['seconds']:>10.1f}{predicted.get(name, 0.0):>11.1f}"
+        print(f"{line}{figures['peak'] / 1e9:>9.1f}", flush=True)
+        if name.startswith("to "):
+            frames = value.codes.shape[1]
+        total += figures["seconds"] if name != "larger frames" and isinstance(value, Draft) else 0
+    value[0].save(arguments.out / "noise.mp4")
+    _, height, width, _ = value[0].frames.shape
     print(f"{total / 60:.1f} minutes up to the {frames} frames of tokens; {width}x{height} pixels written")
 
 

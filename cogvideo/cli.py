@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+TOGETHER = 16  # videos that are made at a time, and saved before the next
 Short = Annotated[Path, arg(aliases=["-o"])]
 
 
@@ -33,6 +34,7 @@ def generate(
     dtype: Literal["float32", "bfloat16", "int8"] | None = None,
     reference_quirks: bool = False,
     ignore_memory: bool = False,
+    keep: Path | None = None,
     quiet: bool = False,
 ) -> None:
     """Make videos from a sentence.
@@ -52,6 +54,7 @@ def generate(
         dtype: Numbers to compute with. Default: what is fastest on the device.
         reference_quirks: Repeat what the original's inference does otherwise than its training.
         ignore_memory: Try even if the model does not seem to fit.
+        keep: A folder for the tokens after every step: killed, the same command with the same seed goes on.
         quiet: Print nothing but errors.
     """
     from cogvideo.video import check_output
@@ -59,38 +62,49 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise ValueError("give either a prompt or --prompts FILE")
     check_output(out)
+    if num_videos < 1:
+        raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     lines = [prompt or ""]
     if prompts is not None:
         lines = [line for line in prompts.read_text().splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{prompts} holds no prompt; write one on each line")
+    import torch
+
+    from cogvideo.estimate import idle_cores
     from cogvideo.pipeline import CogVideo
     from cogvideo.sampling import pick_seeds
 
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), idle_cores()))
     pipe = CogVideo.from_pretrained(model, device, dtype, reference_quirks)
     estimate = pipe.estimate(len(lines) * num_videos)
     if not estimate.fits and not ignore_memory:
         print(estimate.table(), file=sys.stderr)
         raise ValueError(f"{model} needs more memory than there is; --ignore-memory tries nevertheless")
+    for line in lines:
+        pipe.check_prompt(line)
     for hint in pipe.hints(lines):
         print(f"hint: {hint}", file=sys.stderr)
-    seed = pick_seeds(seed, len(lines) * max(num_videos, 1))[0]
-    clips = pipe(
-        lines,
-        image=image,
-        video=video,
-        num_frames=num_frames,
-        num_videos_per_prompt=num_videos,
-        guidance_scale=guidance_scale,
-        seed=seed,
-        progress=not quiet,
-    )
-    for i, clip in enumerate(clips):
-        path = out if len(clips) == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}")
-        clip.save(path)
-        if not quiet:
-            frames, height, width, _ = clip.frames.shape
-            print(f"{path}  {frames} frames, {width}x{height}, {clip.fps:g} fps, seed {seed + i}")
+    asked = [line for line in lines for _ in range(num_videos)]
+    seed = pick_seeds(seed, len(asked))[0]
+    for first in range(0, len(asked), TOGETHER):
+        clips = pipe(
+            asked[first : first + TOGETHER],
+            image=image,
+            video=video,
+            num_frames=num_frames,
+            guidance_scale=guidance_scale,
+            seed=seed + first,
+            progress=not quiet,
+            keep=keep,
+        )
+        for i, clip in enumerate(clips, first):
+            path = out if len(asked) == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}")
+            clip.save(path)
+            if not quiet:
+                frames, height, width, _ = clip.frames.shape
+                print(f"{path}  {frames} frames, {width}x{height}, {clip.fps:g} fps, seed {seed + i}")
 
 
 def train(

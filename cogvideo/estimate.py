@@ -5,6 +5,7 @@
 go through them, and the keys and values of every row.
 """
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -220,6 +221,18 @@ def free_memory(device: torch.device | str = "cpu") -> float | None:
             return next(float(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+
+
+def idle_cores() -> int:
+    """Cores on which nothing else runs at this moment, at least 1. A thread that has to wait for its core
+    lets all others wait at every layer: one thread too many makes a small model many times slower."""
+    cores = os.cpu_count() or 1
+    try:
+        with open("/proc/loadavg") as file:
+            running = int(file.read().split()[3].split("/")[0])  # this thread is one of them
+    except (OSError, ValueError, IndexError):
+        return cores
+    return max(1, cores - running + 1)
 
 
 @dataclass(frozen=True)

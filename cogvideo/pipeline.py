@@ -16,9 +16,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -27,17 +28,13 @@ from torch import Tensor
 from cogvideo.estimate import Estimate, cache_bytes, free_memory
 from cogvideo.generate import fill
 from cogvideo.layout import Layout
-from cogvideo.model.int8 import join, to_int8
-from cogvideo.model.refiner import Refiner
-from cogvideo.model.superres import SuperRes
-from cogvideo.model.transformer import Base, DualChannelTransformer
+from cogvideo.parts import Parts
 from cogvideo.sampling import STAGES, Sampling, pick, pick_seeds, stages, uniforms
 from cogvideo.text import TEMPLATE, split_words
 from cogvideo.video import Clip, read_image
-from cogvideo.vqvae import VQVAE, to_frames, to_pictures
-from cogvideo.weights import ModelFolder, find_model
+from cogvideo.vqvae import to_frames, to_pictures
+from cogvideo.weights import ModelFolder, find_model, replacing
 
-DTYPES = ("float32", "bfloat16", "int8")
 ROWS = 400  # of logits at a time
 MOST = 256  # samples that are filled together
 SECONDS = 4.0  # that a window of key frames spans at one frame a second
@@ -58,16 +55,51 @@ class Draft:
     def __len__(self) -> int:
         return len(self.codes)
 
+    def save(self, file: str | Path) -> None:
+        """Write the tokens and all that belongs to them as .npz."""
+        with replacing(Path(file)) as part, part.open("wb") as stream:
+            np.savez(stream, codes=self.codes.cpu(), fps=self.fps, prompts=self.prompts, seeds=self.seeds)
+
+    @classmethod
+    def load(cls, file: str | Path) -> "Draft":
+        try:
+            with np.load(file) as kept:
+                codes, prompts, seeds = torch.from_numpy(kept["codes"]), kept["prompts"], kept["seeds"]
+                return cls(codes, float(kept["fps"]), tuple(prompts.tolist()), tuple(seeds.tolist()))
+        except (KeyError, ValueError, BadZipFile) as error:
+            raise ValueError(f"{file} holds no tokens of clips: {error}") from None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where drafts of one call are, for the same call after it was killed."""
+
+    folder: str | Path | None  # None: nowhere
+    call: str  # all that decides what is made
+    device: torch.device
+
+    def file(self, name: str) -> Path:
+        return Path(self.folder or "", f"{sha256(self.call.encode()).hexdigest()[:12]}-{name}.npz")
+
+    def save(self, name: str, draft: Draft) -> None:
+        if self.folder is not None:
+            draft.save(self.file(name))
+
+    def load(self, name: str) -> Draft | None:
+        if self.folder is None or not self.file(name).exists():
+            return None
+        draft = Draft.load(self.file(name))
+        return replace(draft, codes=draft.codes.to(self.device))
+
 
 class CogVideo:
-    """A loaded model. Parts are read from the folder when they are first needed."""
+    """A loaded model."""
 
     def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu", dtype: str | None = None,
                  reference_quirks: bool = False):
         self.folder, self.device, self.reference_quirks = folder, torch.device(device), reference_quirks
         self.dtype = dtype or ("int8" if self.device.type == "cpu" else "bfloat16")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+        self.parts = Parts(folder, self.device, self.dtype)
         self.config, self.system, self.text = folder.config, folder.system(), folder.text()
         chosen, file = self.config.get("sampling", {}), folder.path / "cluster_labels.npy"
         clusters = torch.from_numpy(np.load(file)).to(self.device) if file.exists() else None
@@ -79,53 +111,11 @@ class CogVideo:
                         dtype: str | None = None, reference_quirks: bool = False) -> "CogVideo":
         """Open a model: a shipped name, a folder, or a hub id.
 
-        dtype: what the transformer computes with, one of `DTYPES`; by default what is fastest, int8 weights
-        on a CPU and bfloat16 elsewhere. reference_quirks: also repeat what the original's inference does
-        otherwise than its training (docs/original-weights.md).
+        dtype: what the transformer computes with, float32, bfloat16 or int8; by default what is fastest, int8
+        weights on a CPU and bfloat16 elsewhere. reference_quirks: also repeat what the original's inference
+        does otherwise than its training (docs/original-weights.md).
         """
         return cls(ModelFolder(find_model(model)), device, dtype, reference_quirks)
-
-    # -- parts, loaded once and shared
-
-    @cached_property
-    def vqvae(self) -> VQVAE:
-        return self.folder.load("vqvae", self.device)
-
-    @cached_property
-    def refiner(self) -> Refiner:
-        return self.folder.load("refiner", self.device)
-
-    @cached_property
-    def base(self) -> Base:
-        return self._transformer_part("base")
-
-    @cached_property
-    def image_model(self) -> DualChannelTransformer:
-        return DualChannelTransformer(self.base).eval()
-
-    @cached_property
-    def stage1(self) -> DualChannelTransformer:
-        return self._stage("stage1")
-
-    @cached_property
-    def stage2(self) -> DualChannelTransformer:
-        return self._stage("stage2")
-
-    @cached_property
-    def superres(self) -> SuperRes:
-        own = "superres_base" in self.system.parts
-        base = self._transformer_part("superres_base") if own else self.base
-        return SuperRes(base, self._transformer_part("superres")).eval()
-
-    def _stage(self, name: str) -> DualChannelTransformer:
-        model = DualChannelTransformer(self.base, self._transformer_part(name)).eval()
-        small = self.system.model.width <= 1024  # then calls cost more than a second copy of the weights
-        return join(model) if self.dtype == "int8" and small else model
-
-    def _transformer_part(self, name: str) -> Any:
-        if self.dtype == "int8":  # layer by layer, out of the mapped file
-            return to_int8(self.folder.load(name, self.device, None))
-        return self.folder.load(name, self.device, getattr(torch, self.dtype))
 
     @property
     def frame_counts(self) -> dict[int, float]:
@@ -144,13 +134,14 @@ class CogVideo:
     def __call__(self, prompt: str | Sequence[str], *, image: np.ndarray | str | Path | None = None,
                  video: Clip | str | Path | None = None, num_frames: int | None = None,
                  num_videos_per_prompt: int = 1, guidance_scale: float | None = None, seed: int | None = None,
-                 progress: bool | Progress = True) -> list[Clip]:
+                 progress: bool | Progress = True, keep: str | Path | None = None) -> list[Clip]:
         """Make clips, `num_videos_per_prompt` for each prompt, in the order of the prompts.
 
         image: the first frame, uint8 [H, W, 3] or a file. video: a clip or file to go on from; the result
         begins with its last seconds. num_frames: one of `frame_counts` (default: the most). guidance_scale:
         how strongly the prompt is followed, 1 or more. seed: sample i has seed + i and is the same alone or
-        in a batch. Raises ValueError for anything it cannot do, before any work.
+        in a batch. keep: a folder for the tokens after every step; the same call after one that was
+        killed goes on from there. Raises ValueError for anything it cannot do, before any work.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         fps = self.frame_counts.get(num_frames or max(self.frame_counts))
@@ -166,11 +157,19 @@ class CogVideo:
         prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
         seeds = pick_seeds(seed, len(prompts))
         begin = self._beginning(image, video, prompts, seeds)
+        decides = (self.folder.path.resolve(), self.dtype, self.reference_quirks, prompts, seeds, fps,
+                   guidance_scale, begin and begin.codes.tolist())
+        kept = Kept(keep, repr(decides), self.device)
         with _telling(progress) as told:
-            draft = self.keyframes(prompts, seeds, begin=begin, guidance_scale=guidance_scale, progress=told)
+            draft = kept.load("frames") or self.keyframes(
+                prompts, seeds, begin=begin, guidance_scale=guidance_scale, progress=told)
             while draft.fps < fps:
+                kept.save("frames", draft)
                 draft = self.interpolate(draft, progress=told)
-            return self.upscale(self.decode(self.enlarge(draft, progress=told)), progress=told)
+            kept.save("frames", draft)
+            larger = self.enlarge(draft, begin=kept.load("larger"), each=partial(kept.save, "larger"),
+                                  progress=told)
+            return self.upscale(self.decode(larger), progress=told)
 
     # -- the verbs
 
@@ -222,8 +221,7 @@ class CogVideo:
               uniform: Tensor, guidance_scale: float | None, what: str, progress: Progress | None,
               last: Sampling | None = None) -> Tensor:
         """Fill in a layout by the model of a stage: codes [B, F, N]."""
-        model = self.image_model if stage == "image" else getattr(self, stage)
-        sampling = self.sampling[stage]
+        model, sampling = getattr(self.parts, stage), self.sampling[stage]
         if guidance_scale is not None:
             sampling = replace(sampling, guidance_scale=guidance_scale)
         text, plain = (self._text(stage, p, seconds) for p in (prompts, [""] * len(prompts)))
@@ -246,30 +244,38 @@ class CogVideo:
         return int(min(max(free / 2 // held, 1), MOST))
 
     @torch.inference_mode()
-    def enlarge(self, draft: Draft, *, progress: Progress | None = None) -> Draft:
+    def enlarge(self, draft: Draft, *, begin: Draft | None = None,
+                each: Callable[[Draft], None] | None = None, progress: Progress | None = None) -> Draft:
         """Super-resolution of tokens, frame by frame, to as many codes more a side as the model's scale;
-        without such a part in the model folder a draft stays as it is."""
+        without such a part in the model folder a draft stays as it is.
+
+        `begin` holds the first frames that are large already; `each` is told of the large frames so far.
+        """
         if self.system.superres is None or not self.folder.has("superres"):
             return draft
         c, (count, frames, _) = self.system.superres, draft.codes.shape
         numbers = uniforms(draft.seeds, frames * c.side**2, 2).to(self.device).view(count, frames, -1)
-        texts, sampling, made = self._text("superres", draft.prompts, SECONDS), self.sampling["superres"], []
-        for i, (text, frame, uniform) in enumerate(zip(
-            texts.repeat_interleave(frames, 0), draft.codes.flatten(0, 1), numbers.flatten(0, 1)
-        )):
-            hidden = self.superres.body(text[None], frame[None])[0]  # [S, D]
-            rows = zip(hidden.split(ROWS), uniform.split(ROWS))
-            made.append(torch.cat([pick(self.superres.head(h), sampling, u) for h, u in rows]))
+        texts, sampling = self._text("superres", draft.prompts, SECONDS), self.sampling["superres"]
+        large = begin or replace(draft, codes=draft.codes.new_empty(count, 0, c.side**2))
+        for i in range(large.codes.shape[1], frames):
+            made = []
+            for text, codes, uniform in zip(texts, draft.codes[:, i], numbers[:, i]):
+                hidden = self.parts.superres.body(text[None], codes[None])[0]  # [S, D]
+                rows = zip(hidden.split(ROWS), uniform.split(ROWS))
+                made.append(torch.cat([pick(self.parts.superres.head(h), sampling, u) for h, u in rows]))
+            large = replace(large, codes=torch.cat((large.codes, torch.stack(made)[:, None]), 1))
+            if each is not None:
+                each(large)
             if progress is not None:
-                progress("larger frames", i + 1, count * frames)
-        return replace(draft, codes=torch.stack(made).unflatten(0, (count, frames)))
+                progress("larger frames", i + 1, frames)
+        return large
 
     @torch.inference_mode()
     def decode(self, draft: Draft) -> list[Clip]:
         """Tokens to frames at the tokenizer's resolution."""
         clips = []
         for codes, prompt in zip(draft.codes, draft.prompts):
-            clips.append(Clip(to_frames(self.vqvae.decode(codes)), draft.fps, prompt))
+            clips.append(Clip(to_frames(self.parts.vqvae.decode(codes)), draft.fps, prompt))
         return clips
 
     @torch.inference_mode()
@@ -280,7 +286,7 @@ class CogVideo:
         larger = []
         for i, clip in enumerate(clips):
             small = to_pictures(clip.frames).to(self.device)
-            larger.append(replace(clip, frames=to_frames(self.refiner(small[None])[0])))
+            larger.append(replace(clip, frames=to_frames(self.parts.refiner(small[None])[0])))
             if progress is not None:
                 progress("pixels", i + 1, len(clips))
         return larger
@@ -289,8 +295,8 @@ class CogVideo:
     def encode(self, clips: Sequence[Clip], prompts: Sequence[str], seeds: Sequence[int]) -> Draft:
         """Frames to tokens: a draft of the user's own frames. All clips must have as many frames and the same
         rate."""
-        size = self.system.vqvae.resolution
-        codes = [self.vqvae.encode(to_pictures(clip.square(size).frames).to(self.device)) for clip in clips]
+        vqvae, size = self.parts.vqvae, self.system.vqvae.resolution
+        codes = [vqvae.encode(to_pictures(clip.square(size).frames).to(self.device)) for clip in clips]
         return Draft(torch.stack(codes), clips[0].fps, tuple(prompts), tuple(seeds))
 
     # -- helpers

@@ -1,5 +1,6 @@
 """One thread, and a random `nano` model folder that is made in a second and shared by all tests."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from cogvideo import presets
 from cogvideo.data.loader import read_captions
 from cogvideo.data.tinyworld import TinyWorld, sprites
+from cogvideo.model.superres import SuperResChannel, SuperResConfig
+from cogvideo.model.system import System
 from cogvideo.model.transformer import Base, TemporalChannel
 from cogvideo.text import split_words, train_text
-from cogvideo.vqvae import VQVAE
+from cogvideo.vqvae import VQVAE, HierarchicalVQVAE
 from cogvideo.weights import ModelFolder
 
 torch.set_num_threads(1)
@@ -25,8 +28,21 @@ def world() -> TinyWorld:
 def nano(tmp_path_factory: pytest.TempPathFactory, world: TinyWorld) -> Path:
     """A model folder of the preset `nano` with random weights that are large enough to make every part
     matter."""
-    folder = ModelFolder(tmp_path_factory.mktemp("models") / "nano")
-    system = presets.find("nano")
+    return make(tmp_path_factory.mktemp("models") / "nano", presets.find("nano"), world)
+
+
+@pytest.fixture(scope="session")
+def nano_large(tmp_path_factory: pytest.TempPathFactory, world: TinyWorld) -> Path:
+    """Like `nano`, but built like the released system: super-resolution of codes, and no refiner."""
+    nano = presets.find("nano")
+    superres = SuperResConfig(grid=4, scale=2, text_len=64, pad=nano.model.pad, window=(3, 3), cross=(3, 3))
+    vqvae = replace(nano.vqvae, resolution=32, rates=(4, 8), rate=8)
+    system = replace(nano, vqvae=vqvae, refiner=None, superres=superres)
+    return make(tmp_path_factory.mktemp("models") / "nano_large", system, world)
+
+
+def make(path: Path, system: System, world: TinyWorld) -> Path:
+    folder = ModelFolder(path)
     captions = list(read_captions(world, 2000, seed=0))
     words = sorted({word for caption in captions for word in split_words(caption)})
     folder.write_config({"family": "cogvideo", "preset": "nano", **system.to_dict(), "words": words})
@@ -34,10 +50,10 @@ def nano(tmp_path_factory: pytest.TempPathFactory, world: TinyWorld) -> Path:
     generator = torch.Generator().manual_seed(0)
     for name in system.parts:
         part = system.build(name)
-        if isinstance(part, (Base, TemporalChannel)):
+        if isinstance(part, (Base, TemporalChannel, SuperResChannel)):
             part.init_weights(generator)
             loosen(part, generator)
-        if isinstance(part, VQVAE):
+        if isinstance(part, (VQVAE, HierarchicalVQVAE)):
             part.codebook.fill(torch.randn(200, system.vqvae.code_width, generator=generator), generator)
         folder.save(name, part)
     return folder.path

@@ -27,7 +27,7 @@ def test_the_steps_are_those_of_the_fills(nano):
     pipe = CogVideo.from_pretrained(nano, dtype="float32")
     calls: list[int] = []
     draft = pipe.first_frames(["a dog"], [1])
-    block = pipe.stage1.base.blocks[0]
+    block = pipe.parts.stage1.base.blocks[0]
     block.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[:2]))
     for name, verb in (("key frames", lambda d: pipe.keyframes(["a dog"], [1], begin=d)),
                        ("to 2 fps", pipe.interpolate), ("to 4 fps", pipe.interpolate)):
@@ -58,7 +58,7 @@ def test_memory_is_that_of_the_loaded_parts(nano, dtype):
 
 def test_caches_are_as_large_as_said(nano):
     pipe = CogVideo.from_pretrained(nano, dtype="float32")
-    c, model = pipe.system.model, pipe.stage2
+    c, model = pipe.system.model, pipe.parts.stage2
     layout = estimate.Layout.interpolation(c.text_len, c.grid, c.frames)
     cache = model.new_cache(layout, 3)
     taken = sum(t.nbytes for channel in cache.channels for t in channel.kept)

@@ -11,6 +11,7 @@ LEVELS = [
     {"layout", "text", "vqvae", "video", "sampling", "foreign"},
     {"model", "data", "eval"},
     {"weights", "generate", "presets", "estimate"},
+    {"parts"},
     {"train", "pipeline", "convert"},
     {"preview"},
     {"cli"},

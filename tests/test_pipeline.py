@@ -1,5 +1,7 @@
 """The verbs on a random model: shapes, rates, what is kept, what is refused."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,35 @@ def test_what_cannot_be_done_is_refused_before_any_work(pipe, arguments, message
 
     with pytest.raises(ValueError, match=message):
         pipe(**arguments, progress=no_work)
+
+
+@pytest.mark.parametrize("killed", ["interpolate", "larger", "decode"])
+def test_a_killed_call_goes_on_where_it_was(nano_large, tmp_path, monkeypatch, killed):
+    """Only what was under way is made again, and the clip is that of a call that was left alone."""
+    pipe = CogVideo.from_pretrained(nano_large, dtype="float32")
+    call = {"prompt": PROMPTS, "seed": 5, "num_frames": 9}
+    whole = pipe(**call, progress=False)
+    assert whole[0].frames.shape == (9, 64, 64, 3) and (whole[0].frames != whole[1].frames).any()
+
+    def kill(*step, **options):
+        raise KeyboardInterrupt
+
+    def kill_at_the_fifth(what, done, total):
+        if (what, done) == ("larger frames", 5):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        if killed != "larger":
+            patch.setattr(pipe, killed, kill)
+        pipe(**call, progress=kill_at_the_fifth if killed == "larger" else False, keep=tmp_path)
+    made = []
+    again = pipe(**call, progress=lambda what, done, total: made.append((what, done)), keep=tmp_path)
+    assert all((a.frames == b.frames).all() for a, b in zip(again, whole))
+    expected = {"interpolate": {"to 2 fps": 8, "larger frames": 9}, "larger": {"larger frames": 4}}
+    assert Counter(what for what, _ in made) == expected.get(killed, {})
+    made.clear()
+    pipe(**call | {"seed": 6}, progress=lambda what, done, total: made.append(what), keep=tmp_path)
+    assert "key frames" in made  # another call begins at the beginning
 
 
 def test_unknown_words_come_with_the_nearest_known(pipe):

@@ -1,0 +1,65 @@
+"""The parts of a model folder as generation computes with them: each read when it is first needed, then kept.
+
+The image model, both stages and super-resolution are made of one base, which is in memory once.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from cogvideo.estimate import BYTES
+from cogvideo.model.int8 import join, to_int8
+from cogvideo.model.refiner import Refiner
+from cogvideo.model.superres import SuperRes
+from cogvideo.model.transformer import Base, DualChannelTransformer
+from cogvideo.vqvae import VQVAE
+from cogvideo.weights import ModelFolder
+
+
+class Parts:
+    """Parts by name, on one device. `dtype` is what the transformers compute with; int8 is for CPUs."""
+
+    def __init__(self, folder: ModelFolder, device: torch.device, dtype: str):
+        if dtype not in BYTES:
+            raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(BYTES)}")
+        self.folder, self.device, self.dtype, self.system = folder, device, dtype, folder.system()
+
+    @cached_property
+    def vqvae(self) -> VQVAE:
+        return self.folder.load("vqvae", self.device)
+
+    @cached_property
+    def refiner(self) -> Refiner:
+        return self.folder.load("refiner", self.device)
+
+    @cached_property
+    def base(self) -> Base:
+        return self._load("base")
+
+    @cached_property
+    def image(self) -> DualChannelTransformer:
+        return DualChannelTransformer(self.base).eval()
+
+    @cached_property
+    def stage1(self) -> DualChannelTransformer:
+        return self._stage("stage1")
+
+    @cached_property
+    def stage2(self) -> DualChannelTransformer:
+        return self._stage("stage2")
+
+    @cached_property
+    def superres(self) -> SuperRes:
+        own = "superres_base" in self.system.parts
+        return SuperRes(self._load("superres_base") if own else self.base, self._load("superres")).eval()
+
+    def _stage(self, name: str) -> DualChannelTransformer:
+        model = DualChannelTransformer(self.base, self._load(name)).eval()
+        small = self.system.model.width <= 1024  # then calls cost more than a second copy of the weights
+        return join(model) if self.dtype == "int8" and small else model
+
+    def _load(self, name: str) -> Any:
+        if self.dtype == "int8":  # layer by layer, out of the mapped file
+            return to_int8(self.folder.load(name, self.device, None))
+        return self.folder.load(name, self.device, getattr(torch, self.dtype))
