@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from data.goldens import DATA
 
 from cogvideo import CogVideo, presets
 from cogvideo.preview import probe
@@ -134,6 +135,14 @@ def test_a_share_of_captions_is_dropped_and_keeps_its_duration(trained, world):
     plain = [text.pad_left(text.prompt("", seconds), 64) for seconds in batch.durations]
     share = sum(row == empty for row, empty in zip(rows, plain)) / 200
     assert 0.15 < share < 0.35
+
+
+def test_the_learning_rate_of_the_released_models():
+    golden = json.loads((DATA / "lr_schedule.json").read_text())["lr"]
+    rates = {i: learning_rate(int(i) - 1, 500_000, 2e-4, 500, 0.0, "cosine") for i in golden}
+    assert rates == pytest.approx(golden, rel=1e-9)
+    with pytest.raises(ValueError, match="choose one of trapezoid, cosine"):
+        learning_rate(0, 1, 1.0, 1, 0.0, "linear")
 
 
 def test_learning_rate_rises_stays_and_falls():

@@ -150,7 +150,7 @@ def run_phase(
         torch.manual_seed(hash((seed, step, rank)) % 2**31)  # for dropout
         generator = torch.Generator().manual_seed(hash((seed, step)) % 2**31)
         torch.rand(rank * mine, generator=generator)  # a number a clip: go to those of this process
-        rate = learning_rate(step, phase.steps, phase.rate, phase.warmup, phase.decay)
+        rate = learning_rate(step, phase.steps, phase.rate, phase.warmup, phase.decay, phase.schedule)
         set_rate(optims, rate)
         with machine.arithmetic(phase.precision):
             loss, numbers = model(batch, step, generator)

@@ -31,6 +31,7 @@ class Phase:
     inherits: str | None = None  # the part that a new temporal channel starts as a copy of
     warmup: int = 200  # steps
     decay: float = 0.3  # share of the steps, at the end, over which the rate falls to 0
+    schedule: str = "trapezoid"
     optimizer: str = "muon"
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
