@@ -46,10 +46,10 @@ def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch
 
 def _samples(folder: ModelFolder, parts: dict[str, Any], prompts: list[str]) -> np.ndarray:
     pipe = CogVideo(folder, next(parts["base"].parameters()).device, dtype="float32")
-    pipe.__dict__.update({name: parts[name] for name in ("vqvae", "base") if name in parts})
+    pipe.parts.base, pipe.parts.vqvae = parts["base"], parts["vqvae"]  # as they are at this step
     for stage in ("stage1", "stage2"):
         if stage in parts:
-            pipe.__dict__[stage] = DualChannelTransformer(parts["base"], parts[stage])
+            setattr(pipe.parts, stage, DualChannelTransformer(parts["base"], parts[stage]))
     prompts = [one for one in prompts if len(pipe.text.prompt(one, SECONDS)) <= pipe.system.model.text_len]
     seeds = list(range(len(prompts)))
     if "stage1" not in parts and not folder.has("stage1"):
