@@ -1,0 +1,107 @@
+"""How fast is a step of generation at larger sizes, against the original on the same kind of machine?
+
+    python -m benchmarks.step --threads 2
+
+The original's cached steps, float32 and 2 threads, were measured at 97 and 128 ms a token with one and four
+frames of context at 12 layers of width 768, at 263 and 340 ms at 4 layers of width 3072, both with guidance,
+and at 271 ms in stage 2 with 8 windows at once. Random weights, the released vocabulary, 20 x 20 tokens a
+frame. A token of stage 2 is here what a round takes, divided by its 800 tokens a window, since several are
+made in one step. Share of memory: the bytes that a step has to read (all weights once, keys and values of
+every row) against what this machine was measured to read in the time.
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+
+import torch
+
+from cogvideo import presets
+from cogvideo.estimate import BYTES, Speed
+from cogvideo.layout import Layout
+from cogvideo.model.int8 import join, to_int8
+from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig, TemporalChannel
+
+SIZES = {"12 x 768": (12, 768, 12), "4 x 3072": (4, 3072, 48)}  # layers, width, heads
+ORIGINAL = {("12 x 768", 1): 97, ("12 x 768", 4): 128, ("4 x 3072", 1): 263, ("4 x 3072", 4): 340}  # ms
+ORIGINAL_STAGE2 = 271  # ms, 8 windows
+
+
+def models(c: ModelConfig, window: int) -> Iterator[tuple[str, DualChannelTransformer]]:
+    """The same random weights, as float32 and as int8."""
+    generator = torch.Generator().manual_seed(0)
+    base, temporal = Base(c), TemporalChannel(c, window)
+    for part in (base, temporal):
+        part.init_weights(generator)
+        part.requires_grad_(False)
+    yield "float32", DualChannelTransformer(base, temporal).eval()
+    model = DualChannelTransformer(*(to_int8(copy.deepcopy(part)) for part in (base, temporal))).eval()
+    yield "int8", join(model) if c.width <= 1024 else model
+
+
+@torch.inference_mode()
+def steps(
+    model: DualChannelTransformer, layout: Layout, known: int, rows: int
+) -> Iterator[tuple[float, int]]:
+    """Steps after `known` frames: milliseconds, and tokens that each makes for a row."""
+    c, generator = model.config, torch.Generator().manual_seed(1)
+    text = torch.randint(c.codes, c.vocab, (rows, c.text_len), generator=generator)
+    codes = torch.randint(0, c.codes, (rows, layout.tokens), generator=generator)
+    cache = model.new_cache(layout, rows)
+    model.body(torch.cat((text, codes[:, : known * c.frame_len]), 1), layout, cache)
+    for places in layout.waves(known, model.window):
+        begin = time.perf_counter()
+        model(codes[:, places], layout, cache, places)
+        yield 1e3 * (time.perf_counter() - begin), len(places)
+
+
+def read(c: ModelConfig, dtype: str, rows: int, known: int) -> float:
+    """Bytes of a step of stage 1 in the frame after `known`, on average over its first tokens."""
+    weights = (c.layers * 16 * c.width**2 + c.codes * c.width) * BYTES[dtype]
+    seen = 2 * c.text_len + known * c.frame_len  # of the spatial channel the text, of the temporal one all
+    return weights + rows * c.layers * 2 * seen * c.width * 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=24)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    full = presets.find("cogvideo-9b").model
+    memory = Speed.measure("float32").bandwidth
+    print(f"{arguments.threads} threads, memory {memory / 1e9:.1f} GB/s; ms a token\n")
+    print("| size | what | dtype | median | least | most | original | times as fast | of memory |")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
+    for size, (layers, width, heads) in SIZES.items():
+        c = replace(full, layers=layers, width=width, heads=heads, dropout=0.0)
+        keyframes = Layout.keyframes(c.text_len, c.grid, c.frames)
+        between = Layout.interpolation(c.text_len, c.grid, c.frames)
+        for dtype, model in models(c, 0):
+            for known in (1, 4):
+                first = islice(steps(model, keyframes, known, 2), 3, arguments.steps + 3)
+                taken = [milliseconds for milliseconds, _ in first]
+                share = read(c, dtype, 2, known) / (statistics.median(taken) / 1e3) / memory
+                what = f"stage 1, {known} frames of context"
+                row(size, what, dtype, taken, ORIGINAL[size, known], f"{share:.2f}")
+        if size == "12 x 768":
+            for dtype, model in models(c, c.window):
+                all_steps = list(steps(model, between, 3, 8))
+                taken = [sum(ms for ms, _ in all_steps) / sum(tokens for _, tokens in all_steps)]
+                row(size, "stage 2, 8 windows", dtype, taken, ORIGINAL_STAGE2, "")
+
+
+def row(size: str, what: str, dtype: str, taken: list[float], original: float, share: str) -> None:
+    middle = statistics.median(taken)
+    print(f"| {size} | {what} | {dtype} | {middle:.1f} | {min(taken):.1f} | {max(taken):.1f} | {original} "
+          f"| {original / middle:.1f} | {share} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
