@@ -23,7 +23,7 @@ import torch
 from cogvideo import presets
 from cogvideo.estimate import BYTES, Speed
 from cogvideo.layout import Layout
-from cogvideo.model.int8 import join, to_int8
+from cogvideo.model.packed import join, pack
 from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig, TemporalChannel
 
 SIZES = {"12 x 768": (12, 768, 12), "4 x 3072": (4, 3072, 48)}  # layers, width, heads
@@ -32,15 +32,16 @@ ORIGINAL_STAGE2 = 271  # ms, 8 windows
 
 
 def models(c: ModelConfig, window: int) -> Iterator[tuple[str, DualChannelTransformer]]:
-    """The same random weights, as float32 and as int8."""
+    """The same random weights in each dtype."""
     generator = torch.Generator().manual_seed(0)
     base, temporal = Base(c), TemporalChannel(c, window)
     for part in (base, temporal):
         part.init_weights(generator)
         part.requires_grad_(False)
-    yield "float32", DualChannelTransformer(base, temporal).eval()
-    model = DualChannelTransformer(*(to_int8(copy.deepcopy(part)) for part in (base, temporal))).eval()
-    yield "int8", join(model) if c.width <= 1024 else model
+    for dtype in ("float32", "bfloat16", "int8"):
+        packed = (pack(copy.deepcopy(part), dtype) for part in (base, temporal))
+        model = DualChannelTransformer(*packed).eval()
+        yield dtype, join(model) if dtype == "int8" and c.width <= 1024 else model
 
 
 @torch.inference_mode()
@@ -63,7 +64,7 @@ def read(c: ModelConfig, dtype: str, rows: int, known: int) -> float:
     """Bytes of a step of stage 1 in the frame after `known`, on average over its first tokens."""
     weights = (c.layers * 16 * c.width**2 + c.codes * c.width) * BYTES[dtype]
     seen = 2 * c.text_len + known * c.frame_len  # of the spatial channel the text, of the temporal one all
-    return weights + rows * c.layers * 2 * seen * c.width * 4
+    return weights + rows * c.layers * 2 * seen * c.width * (2 if dtype == "bfloat16" else 4)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideo.layout import Layout
-from cogvideo.model.int8 import Int8Linear
+from cogvideo.model.packed import Int8Linear, PackedLinear
 from cogvideo.model.system import System
 from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig
 from cogvideo.sampling import Sampling
@@ -97,7 +97,7 @@ def _through(layers: list[nn.Module], x: Tensor) -> None:
 def _as(linear: nn.Linear, dtype: str) -> nn.Module:
     if dtype == "int8":
         return Int8Linear(linear.weight, linear.bias)
-    return nn.Linear(2048, 8192, dtype=getattr(torch, dtype)).requires_grad_(False)
+    return PackedLinear(linear.weight, linear.bias, getattr(torch, dtype))
 
 
 def _fastest(action: Callable[[], Any], seconds: float = 0.15) -> float:
@@ -186,7 +186,7 @@ def _flops(action: Callable[[], Tensor]) -> float:
 # -- memory
 
 
-def memory(system: System, dtype: str, rows: int) -> dict[str, float]:
+def memory(system: System, dtype: str, rows: int, cpu: bool = True) -> dict[str, float]:
     """Bytes of every part when it is loaded, and of keys and values: of `rows` key frames, or of a window."""
     held: dict[str, float] = {}
     for name in system.parts:
@@ -194,9 +194,9 @@ def memory(system: System, dtype: str, rows: int) -> dict[str, float]:
         linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
         rest = sum(p.numel() for p in part.state_dict().values()) - linear
         kind = dtype if name not in ("vqvae", "refiner") else "float32"
-        if name.endswith("base") and kind == "int8":  # the head is a copy; the embedding is mapped, not read
+        if name.endswith("base") and cpu:  # the head is a copy; the embedding is mapped, not read
             linear += system.model.codes * system.model.width
-            rest -= system.model.vocab * system.model.width
+            rest -= system.model.vocab * system.model.width if kind != "bfloat16" else 0
         held[name] = linear * BYTES[kind] + rest * (2 if kind == "bfloat16" else 4)
     c = system.model
     keyframes = cache_bytes(c, Layout.keyframes(c.text_len, c.grid, c.frames), 0, dtype)
@@ -252,7 +252,8 @@ class Estimate:
     @cached_property
     def held(self) -> dict[str, float]:
         """Bytes of every part, and of the caches of the one video at a time that must fit."""
-        return memory(self.system, self.dtype, 1 + self.sampling["stage1"].guided)
+        on_cpu = torch.device(self.device).type == "cpu"
+        return memory(self.system, self.dtype, 1 + self.sampling["stage1"].guided, on_cpu)
 
     @cached_property
     def free(self) -> float | None:

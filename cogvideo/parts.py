@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cogvideo.estimate import BYTES
-from cogvideo.model.int8 import join, to_int8
+from cogvideo.model.packed import join, pack
 from cogvideo.model.refiner import Refiner
 from cogvideo.model.superres import SuperRes
 from cogvideo.model.transformer import Base, DualChannelTransformer
@@ -60,6 +60,6 @@ class Parts:
         return join(model) if self.dtype == "int8" and small else model
 
     def _load(self, name: str) -> Any:
-        if self.dtype == "int8":  # layer by layer, out of the mapped file
-            return to_int8(self.folder.load(name, self.device, None))
+        if self.device.type == "cpu":  # layer by layer, out of the mapped file
+            return pack(self.folder.load(name, self.device, None), self.dtype)
         return self.folder.load(name, self.device, getattr(torch, self.dtype))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from cogvideo import estimate, pipeline, presets
-from cogvideo.model.int8 import Int8Linear, to_int8
+from cogvideo.model.packed import Int8Linear, PackedLinear, pack
 from cogvideo.pipeline import CogVideo
 from cogvideo.sampling import stages
 from cogvideo.weights import ModelFolder
@@ -38,20 +38,23 @@ def test_the_steps_are_those_of_the_fills(nano):
         assert len(steps) == work.steps and sum(rows * tokens for rows, tokens in steps) == work.tokens
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_memory_is_that_of_the_loaded_parts(nano, dtype):
     folder = ModelFolder(nano)
     held = estimate.memory(folder.system(), dtype, rows=2)
     for name in ("base", "stage1", "refiner"):
         part = folder.load(name)
-        if dtype == "int8" and name != "refiner":
-            to_int8(part)
-        mapped = "embed.weight" if dtype == "int8" else ""
-        taken = sum(t.numel() * 4 for key, t in part.state_dict().items() if key != mapped)
+        if name != "refiner":
+            pack(part, dtype)
+        mapped = "" if dtype == "bfloat16" else "embed.weight"
+        taken = sum(t.nbytes for key, t in part.state_dict().items() if key != mapped)
         for module in part.modules():
             if isinstance(module, Int8Linear):
                 weight, _ = torch.ops.quantized.linear_unpack(module.packed)
                 taken += weight[:, :-2].numel() + len(module.bias) * 4
+            if isinstance(module, PackedLinear):
+                tensors = [module.packed] + ([] if module.bias is None else [module.bias])
+                taken += sum(t.numel() * t.element_size() for t in tensors)
         assert held[name] == pytest.approx(taken, rel=0.02), name
     assert any(isinstance(m, nn.Conv2d) for m in folder.load("vqvae").modules())
 

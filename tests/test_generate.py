@@ -6,7 +6,7 @@ import torch
 from cogvideo import presets
 from cogvideo.generate import fill
 from cogvideo.layout import Layout
-from cogvideo.model.int8 import join, to_int8
+from cogvideo.model.packed import join, pack
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.sampling import Sampling, guide, pick, uniforms
 from cogvideo.weights import ModelFolder
@@ -64,7 +64,7 @@ def test_guidance_as_a_doubled_batch_equals_two_separate_passes(nano):
 def test_a_sample_alone_equals_the_same_sample_in_a_batch(nano, dtype):
     model, text, plain, known = setup(nano)
     if dtype == "int8":
-        model = join(DualChannelTransformer(to_int8(model.base), to_int8(model.temporal)))
+        model = join(DualChannelTransformer(pack(model.base, "int8"), pack(model.temporal, "int8")))
     together = run(model, text, plain, known, [5, 6, 7])
     for i, seed in enumerate([5, 6, 7]):
         alone = run(model, text[i : i + 1], plain[i : i + 1], known[i : i + 1], [seed])
@@ -118,7 +118,7 @@ def test_int8_of_stored_halves_is_that_of_floats(nano, tmp_path):
         halves.save(name, folder.load(name), torch.float16)
     made = []
     for dtype in (None, torch.float32):
-        base, stage1 = (to_int8(halves.load(name, dtype=dtype)) for name in ("base", "stage1"))
+        base, stage1 = (pack(halves.load(name, dtype=dtype), "int8") for name in ("base", "stage1"))
         assert base.embed.weight.dtype == (torch.float16 if dtype is None else torch.float32)
         assert base.norm.weight.dtype == stage1.positions.weight.dtype == torch.float32
         model = join(DualChannelTransformer(base, stage1))
@@ -134,7 +134,7 @@ def test_int8_stays_near_float32(nano):
     model, text, plain, known = setup(nano)
     tokens = torch.cat((text, LAYOUT.inputs(known.expand(-1, 5, -1), CONFIG.start)), 1)
     folder = ModelFolder(nano)
-    rounded = DualChannelTransformer(to_int8(folder.load("base")), to_int8(folder.load("stage1")))
+    rounded = DualChannelTransformer(pack(folder.load("base"), "int8"), pack(folder.load("stage1"), "int8"))
     with torch.inference_mode():
         exact, apart = model(tokens, LAYOUT), rounded(tokens, LAYOUT)
         joint = join(rounded)(tokens, LAYOUT)
@@ -142,3 +142,16 @@ def test_int8_stays_near_float32(nano):
         assert 0 < (logits - exact).std() < 0.05 * exact.std()
         assert torch.corrcoef(torch.stack((logits.flatten(), exact.flatten())))[0, 1] > 0.998
     assert (joint - apart).std() < 0.03 * exact.std()
+
+
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-5), ("bfloat16", 2e-2), ("int8", 2e-2)])
+@pytest.mark.parametrize("rows", [1, 2, 300])
+def test_a_packed_layer_is_the_layer(dtype, near, rows):
+    torch.manual_seed(0)
+    layer, x = torch.nn.Linear(64, 48), torch.randn(rows, 3, 64)
+    part = pack(torch.nn.Sequential(layer), dtype)
+    assert not isinstance(part[0], torch.nn.Linear)
+    made = part(x.bfloat16() if dtype == "bfloat16" else x)
+    expected = layer(x)
+    assert made.shape == expected.shape
+    assert (made.float() - expected).abs().max() < near * expected.abs().max()
