@@ -27,12 +27,9 @@ TIMES = np.arange(33) / 8  # seconds
 
 def trained_sprites(folder: ModelFolder) -> int:
     """How many sprites of the tiny world a model was trained on."""
-    config = folder.config
-    if "sprites" in config:
-        return config["sprites"]
     from cogvideo.train import recipes
 
-    return recipes.find(config["recipe"]).sprites
+    return recipes.find(folder.config["recipe"]).sprites
 
 
 def unseen_scenes(names: Sequence[str], count: int, seed: int) -> list[Scene]:

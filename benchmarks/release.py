@@ -21,7 +21,7 @@ CARD = """# {name}
 - **Data**: the tiny world of this project, rendered from a seed: {sprites} animated sprites (Microsoft Fluent
   Emoji, MIT), 12 motions, 10 places, captions in English and Chinese. One in eight (sprite, motion, place)
   triples was held out of all training.
-- **Recipe**: `cogvideo train {recipe}`, seed {seed}, on two CPU cores.
+- **Recipe**: {how}
 - **Licence**: Apache-2.0. **Limits**: it knows this world and nothing else.
 
 | phase | steps | clips a step |
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--about", default="An animated object moves over a drawn place: 4 s at 192 px.")
     parser.add_argument("--measured", type=Path, help='JSON: {"what": "number with its unit", ...}')
+    parser.add_argument("--how", default="", help="how it was trained, if not by one command")
     parser.add_argument("--sampling", type=json.loads, help='JSON: {"stage1": {"guidance_scale": 3.0}, ...}')
     arguments = parser.parse_args()
     source, target = ModelFolder(arguments.model), ModelFolder(arguments.out)
@@ -57,7 +58,8 @@ def main() -> None:
     measured = "\n".join(f"- {what}: {value}" for what, value in config.get("measured", {}).items())
     with replacing(target.path / "README.md") as file:
         values = {"name": target.path.name, "about": arguments.about, "sprites": recipe.sprites}
-        values |= {"recipe": recipe.name, "seed": recipe.seed, "phases": phases}
+        trained = arguments.how or f"`cogvideo train {recipe.name}`, seed {recipe.seed}."
+        values |= {"how": trained, "phases": phases}
         file.write_text(CARD.format(**values, measured=measured or "nothing yet"))
     size = sum(file.stat().st_size for file in target.path.iterdir()) / 1e6
     print(f"{target.path}: {size:.1f} MB")

@@ -1,4 +1,4 @@
-"""The command line: `cogvideo generate | train | convert | models`.
+"""The command line: `cogvideo generate | train | convert | estimate | models`.
 
 Each command imports what it needs inside, so that `--help` answers at once. What a user can get wrong raises
 ValueError or OSError somewhere below and ends here as one line and exit code 2.
@@ -31,6 +31,7 @@ def generate(
     image: Path | None = None,
     video: Path | None = None,
     device: str = "cpu",
+    threads: int | None = None,
     dtype: Literal["float32", "bfloat16", "int8"] | None = None,
     reference_quirks: bool = False,
     ignore_memory: bool = False,
@@ -51,42 +52,57 @@ def generate(
         image: A picture to begin with.
         video: A video to go on from.
         device: Where to compute: cpu, cuda, mps.
+        threads: CPU threads. Default: as many as there are idle cores.
         dtype: Numbers to compute with. Default: what is fastest on the device.
         reference_quirks: Repeat what the original's inference does otherwise than its training.
         ignore_memory: Try even if the model does not seem to fit.
         keep: A folder for the tokens after every step: killed, the same command with the same seed goes on.
         quiet: Print nothing but errors.
     """
-    from cogvideo.video import check_output
+    from cogvideo.video import check_folder, check_output
 
     if (prompt is None) == (prompts is None):
         raise ValueError("give either a prompt or --prompts FILE")
-    check_output(out)
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     lines = [prompt or ""]
     if prompts is not None:
-        lines = [line for line in prompts.read_text().splitlines() if line.strip()]
+        try:
+            text = prompts.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ValueError(f"cannot read {prompts}: it is not text in UTF-8") from None
+        lines = [line for line in text.splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{prompts} holds no prompt; write one on each line")
+    asked = [line for line in lines for _ in range(num_videos)]
+    paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(len(asked))]
+    paths = [out] if len(asked) == 1 else paths
+    for path in paths:
+        check_output(path)
+    if keep is not None:
+        check_folder(keep)
+        if seed is None:
+            raise ValueError("--keep needs --seed, for the same command must ask for the same videos")
     import torch
 
-    from cogvideo.estimate import idle_cores
+    from cogvideo.hardware import idle_cores
     from cogvideo.pipeline import CogVideo
     from cogvideo.sampling import pick_seeds
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), idle_cores()))
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or min(torch.get_num_threads(), idle_cores()))
     pipe = CogVideo.from_pretrained(model, device, dtype, reference_quirks)
     estimate = pipe.estimate(len(lines) * num_videos)
     if not estimate.fits and not ignore_memory:
         print(estimate.table(), file=sys.stderr)
         raise ValueError(f"{model} needs more memory than there is; --ignore-memory tries nevertheless")
-    for line in lines:
-        pipe.check_prompt(line)
-    for hint in pipe.hints(lines):
+    for number, line in enumerate(lines, 1):
+        try:
+            pipe.check_prompt(line)
+        except ValueError as error:
+            raise ValueError(f"{prompts}, prompt {number}: {error}" if prompts else error) from None
+    for hint in [] if quiet else pipe.hints(lines):
         print(f"hint: {hint}", file=sys.stderr)
-    asked = [line for line in lines for _ in range(num_videos)]
     seed = pick_seeds(seed, len(asked))[0]
     for first in range(0, len(asked), TOGETHER):
         clips = pipe(
@@ -100,11 +116,10 @@ def generate(
             keep=keep,
         )
         for i, clip in enumerate(clips, first):
-            path = out if len(asked) == 1 else out.with_name(f"{out.stem}-{i}{out.suffix}")
-            clip.save(path)
+            clip.save(paths[i])
             if not quiet:
                 frames, height, width, _ = clip.frames.shape
-                print(f"{path}  {frames} frames, {width}x{height}, {clip.fps:g} fps, seed {seed + i}")
+                print(f"{paths[i]}  {frames} frames, {width}x{height}, {clip.fps:g} fps, seed {seed + i}")
 
 
 def train(
@@ -152,9 +167,13 @@ def train(
     from cogvideo.train import loop, recipes
 
     chosen = recipes.find(recipe)
-    for name in phases:
+    for name in (*phases, *(key.split(".")[0] for key in OVERRIDES)):
         chosen.phase(name)
     chosen = replace(chosen, phases=tuple(_override(phase, OVERRIDES) for phase in chosen.phases))
+    for option, value in {"threads": threads, "save-every": save_every, "log-every": log_every,
+                          "probe-every": probe_every}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} must be 1 or more, got {value}")
     if threads is not None:
         torch.set_num_threads(threads)
     source = open_source(data, seed=chosen.seed, sprites=chosen.sprites)
@@ -197,6 +216,8 @@ def estimate(
 
     folder = None if model in presets.PRESETS and model not in shipped() else ModelFolder(find_model(model))
     system = folder.system() if folder else presets.find(model)
+    if num_videos < 1:
+        raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     chosen = folder.config.get("sampling", {}) if folder else {}
     print(Estimate(system, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
 
@@ -270,14 +291,11 @@ OVERRIDES: dict[
 def _override(phase, overrides: dict[str, str]):
     """A phase with the fields that the command line sets; fields are numbers and words, read by the type of
     their default."""
-    plain = {
-        f.name: type(getattr(phase, f.name))
-        for f in fields(phase)
-        if type(getattr(phase, f.name)) in (int, float, str)
-    }
-    plain.pop("name")
+    values = {f.name: getattr(phase, f.name) for f in fields(phase)[1:]}
+    values |= {f"loss.{f.name}": getattr(phase.loss, f.name) for f in fields(phase.loss)}
+    plain = {name: type(value) for name, value in values.items() if type(value) in (int, float, str)}
     for key, value in overrides.items():
-        name, field = key.split(".")
+        name, field = key.split(".", 1)
         if name != phase.name:
             continue
         if field not in plain:
@@ -285,9 +303,12 @@ def _override(phase, overrides: dict[str, str]):
                 f"a phase has no field {field!r} that can be set; choose one of {', '.join(plain)}"
             )
         try:
-            phase = replace(phase, **{field: plain[field](value)})
+            typed = plain[field](value)
         except ValueError:
             raise ValueError(f"--{key} needs {plain[field].__name__}, got {value!r}") from None
+        if field.startswith("loss."):
+            field, typed = "loss", replace(phase.loss, **{field.removeprefix("loss."): typed})
+        phase = replace(phase, **{field: typed})
     return phase
 
 
@@ -295,7 +316,7 @@ def _take_overrides(arguments: list[str]) -> list[str]:
     """Move `--PHASE.FIELD VALUE` from the arguments to OVERRIDES; returns the rest."""
     rest, left = [], iter(arguments)
     for argument in left:
-        match = re.fullmatch(r"--(\w+\.\w+)(?:=(.*))?", argument)
+        match = re.fullmatch(r"--(\w+(?:\.\w+)+)(?:=(.*))?", argument)
         if match:
             value = match[2] if match[2] is not None else next(left, None)
             if value is None:
@@ -312,7 +333,7 @@ def main() -> None:
             COMMANDS,
             prog="cogvideo",
             description="Text to video by the method of CogVideo.",
-            args=_take_overrides(sys.argv[1:]),
+            args=_take_overrides(sys.argv[1:]) if sys.argv[1:2] == ["train"] else sys.argv[1:],
         )
     except (ValueError, OSError) as error:
         sys.exit(_complain(error))

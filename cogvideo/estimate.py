@@ -5,7 +5,6 @@
 go through them, and the keys and values of every row.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogvideo import hardware
 from cogvideo.layout import Layout
 from cogvideo.model.packed import Int8Linear, PackedLinear
 from cogvideo.model.system import System
@@ -212,29 +212,6 @@ def cache_bytes(c: ModelConfig, layout: Layout, window: int, dtype: str) -> floa
     return slots * c.layers * c.width * (2 if dtype == "bfloat16" else 4)
 
 
-def free_memory(device: torch.device | str = "cpu") -> float | None:
-    """Bytes that can be had without swapping; None where the system does not tell."""
-    if torch.device(device).type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo") as file:
-            return next(float(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
-def idle_cores() -> int:
-    """Cores on which nothing else runs at this moment, at least 1. A thread that has to wait for its core
-    lets all others wait at every layer: one thread too many makes a small model many times slower."""
-    cores = os.cpu_count() or 1
-    try:
-        with open("/proc/loadavg") as file:
-            running = int(file.read().split()[3].split("/")[0])  # this thread is one of them
-    except (OSError, ValueError, IndexError):
-        return cores
-    return max(1, cores - running + 1)
-
-
 @dataclass(frozen=True)
 class Estimate:
     """All of it for one model, and as a table."""
@@ -257,7 +234,7 @@ class Estimate:
 
     @cached_property
     def free(self) -> float | None:
-        return free_memory(self.device)
+        return hardware.free_memory(self.device)
 
     @property
     def fits(self) -> bool:

@@ -23,6 +23,8 @@ class Parts:
     def __init__(self, folder: ModelFolder, device: torch.device, dtype: str):
         if dtype not in BYTES:
             raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(BYTES)}")
+        if dtype == "int8" and device.type != "cpu":
+            raise ValueError(f"int8 is for CPUs; choose bfloat16 or float32 on {device.type}")
         self.folder, self.device, self.dtype, self.system = folder, device, dtype, folder.system()
 
     @cached_property

@@ -25,15 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideo.estimate import Estimate, cache_bytes, free_memory
+from cogvideo.estimate import Estimate, cache_bytes
 from cogvideo.generate import fill
+from cogvideo.hardware import find_device, free_memory
 from cogvideo.layout import Layout
 from cogvideo.parts import Parts
 from cogvideo.sampling import STAGES, Sampling, pick, pick_seeds, stages, uniforms
 from cogvideo.text import TEMPLATE, split_words
-from cogvideo.video import Clip, read_image
+from cogvideo.video import VIDEOS, Clip, VideoFile, read_image
 from cogvideo.vqvae import to_frames, to_pictures
-from cogvideo.weights import ModelFolder, find_model, replacing
+from cogvideo.weights import ModelError, ModelFolder, find_model, replacing
 
 ROWS = 400  # of logits at a time
 MOST = 256  # samples that are filled together
@@ -51,9 +52,6 @@ class Draft:
     fps: float
     prompts: tuple[str, ...]  # one a clip
     seeds: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.codes)
 
     def save(self, file: str | Path) -> None:
         """Write the tokens and all that belongs to them as .npz."""
@@ -97,14 +95,24 @@ class CogVideo:
 
     def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu", dtype: str | None = None,
                  reference_quirks: bool = False):
-        self.folder, self.device, self.reference_quirks = folder, torch.device(device), reference_quirks
+        self.folder, self.device, self.reference_quirks = folder, find_device(device), reference_quirks
         self.dtype = dtype or ("int8" if self.device.type == "cpu" else "bfloat16")
         self.parts = Parts(folder, self.device, self.dtype)
         self.config, self.system, self.text = folder.config, folder.system(), folder.text()
         chosen, file = self.config.get("sampling", {}), folder.path / "cluster_labels.npy"
-        clusters = torch.from_numpy(np.load(file)).to(self.device) if file.exists() else None
-        self.sampling = stages(chosen, clusters)
+        clusters = _read_clusters(file, self.system.model.codes).to(self.device) if file.exists() else None
         self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.get("prompts", {})
+        c, v = self.system.model, self.system.vqvae
+        try:
+            cut = c.width % c.heads or (c.window and c.grid % c.window)
+            if cut or (c.codes, c.grid) != (v.codes, v.grid):
+                raise ValueError("its grid, codes, window, width and heads do not fit together")
+            self.sampling = stages(chosen, clusters)
+            for template in self.templates.values():
+                self.text.prompt("", SECONDS, template)
+        except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+            file = folder.path / "config.json"
+            raise ModelError(f"{file} does not describe a model that generates: {error}") from None
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", device: torch.device | str = "cpu",
@@ -129,6 +137,20 @@ class CogVideo:
     def _keyframe_rate(self) -> float:
         return (self.system.model.frames - 1) / SECONDS
 
+    @property
+    def finishing(self) -> list[str]:
+        """Parts that make codes or frames larger: those of the model, but for what its training has not come
+        to."""
+        trained = self.config.get("trained")
+        done = {part for row in (trained or {}).values() for part in row["parts"]}
+        parts = [part for part in ("superres", "refiner") if part in self.system.parts]
+        return [part for part in parts if trained is None or part in done or self.folder.has(part)]
+
+    def _needed(self, num_frames: int) -> list[str]:
+        between = ["stage2"] if num_frames > self.system.model.frames else []
+        own = [f"{part}_base" for part in self.finishing if f"{part}_base" in self.system.parts]
+        return ["vqvae", "base", "stage1", *between, *self.finishing, *own]
+
     # -- the whole way
 
     def __call__(self, prompt: str | Sequence[str], *, image: np.ndarray | str | Path | None = None,
@@ -144,7 +166,9 @@ class CogVideo:
         killed goes on from there. Raises ValueError for anything it cannot do, before any work.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        fps = self.frame_counts.get(num_frames or max(self.frame_counts))
+        if num_frames is None:
+            num_frames = max(self.frame_counts)
+        fps = self.frame_counts.get(num_frames)
         if fps is None:
             raise ValueError(f"num_frames {num_frames} cannot be made; "
                              f"choose one of {', '.join(map(str, self.frame_counts))}")
@@ -152,17 +176,22 @@ class CogVideo:
             raise ValueError(f"num_videos_per_prompt must be 1 or more, got {num_videos_per_prompt}")
         if image is not None and video is not None:
             raise ValueError("give an image or a video to begin with, not both")
+        if not prompts:
+            raise ValueError("there is no prompt")
         for one in prompts:
             self.check_prompt(one)
+        self.folder.check(self._needed(num_frames))
         prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
         seeds = pick_seeds(seed, len(prompts))
         begin = self._beginning(image, video, prompts, seeds)
-        decides = (self.folder.path.resolve(), self.dtype, self.reference_quirks, prompts, seeds, fps,
-                   guidance_scale, begin and begin.codes.tolist())
+        decides = (self.folder.version(), self.dtype, self.sampling, self.reference_quirks, prompts, seeds,
+                   fps, guidance_scale, None if begin is None else begin.codes.tolist())
         kept = Kept(keep, repr(decides), self.device)
         with _telling(progress) as told:
-            draft = kept.load("frames") or self.keyframes(
-                prompts, seeds, begin=begin, guidance_scale=guidance_scale, progress=told)
+            draft = kept.load("frames")
+            if draft is None:
+                draft = self.keyframes(prompts, seeds, begin=begin, guidance_scale=guidance_scale,
+                                       progress=told)
             while draft.fps < fps:
                 kept.save("frames", draft)
                 draft = self.interpolate(draft, progress=told)
@@ -196,7 +225,7 @@ class CogVideo:
         missing = (c.frames - begin.codes.shape[1]) * c.frame_len
         codes = self._fill("stage1", layout, prompts, SECONDS, begin.codes, uniforms(seeds, missing, 1),
                            guidance_scale, "key frames", progress)
-        return replace(begin, codes=codes)
+        return Draft(codes, begin.fps, tuple(prompts), tuple(seeds))
 
     def interpolate(self, draft: Draft, *, progress: Progress | None = None) -> Draft:
         """Stage 2: one round of interpolation. F frames (odd, 3 or more) become 2F - 1 at twice the rate.
@@ -206,6 +235,10 @@ class CogVideo:
         c, (count, frames, _) = self.system.model, draft.codes.shape
         if frames < 3 or frames % 2 == 0:
             raise ValueError(f"interpolation needs an odd number of frames, 3 or more; got {frames}")
+        rates = sorted(self.frame_counts.values())[:-1]
+        if draft.fps not in rates:
+            those = ", ".join(f"{rate:g}" for rate in rates)
+            raise ValueError(f"interpolation begins with {those} frames a second; got {draft.fps:g}")
         windows = (frames - 1) // 2
         layout = Layout.interpolation(c.text_len, c.grid, c.frames)
         known = draft.codes.unfold(1, 3, 2).movedim(-1, 2).flatten(0, 1)  # [B * windows, 3, N]
@@ -251,12 +284,12 @@ class CogVideo:
 
         `begin` holds the first frames that are large already; `each` is told of the large frames so far.
         """
-        if self.system.superres is None or not self.folder.has("superres"):
-            return draft
         c, (count, frames, _) = self.system.superres, draft.codes.shape
+        if c is None or "superres" not in self.finishing:
+            return draft
         numbers = uniforms(draft.seeds, frames * c.side**2, 2).to(self.device).view(count, frames, -1)
         texts, sampling = self._text("superres", draft.prompts, SECONDS), self.sampling["superres"]
-        large = begin or replace(draft, codes=draft.codes.new_empty(count, 0, c.side**2))
+        large = replace(draft, codes=draft.codes.new_empty(count, 0, c.side**2)) if begin is None else begin
         for i in range(large.codes.shape[1], frames):
             made = []
             for text, codes, uniform in zip(texts, draft.codes[:, i], numbers[:, i]):
@@ -281,7 +314,7 @@ class CogVideo:
     @torch.inference_mode()
     def upscale(self, clips: Sequence[Clip], *, progress: Progress | None = None) -> list[Clip]:
         """Refine clips to the larger size; without a refiner in the model folder they stay as they are."""
-        if self.system.refiner is None or not self.folder.has("refiner"):
+        if "refiner" not in self.finishing:
             return list(clips)
         larger = []
         for i, clip in enumerate(clips):
@@ -295,6 +328,11 @@ class CogVideo:
     def encode(self, clips: Sequence[Clip], prompts: Sequence[str], seeds: Sequence[int]) -> Draft:
         """Frames to tokens: a draft of the user's own frames. All clips must have as many frames and the same
         rate."""
+        if not clips or not len(clips) == len(prompts) == len(seeds):
+            raise ValueError(f"each clip needs a prompt and a seed; got {len(clips)} clips, "
+                             f"{len(prompts)} prompts, {len(seeds)} seeds")
+        if len({(len(clip.frames), clip.fps) for clip in clips}) > 1:
+            raise ValueError("all clips must have as many frames and the same rate")
         vqvae, size = self.parts.vqvae, self.system.vqvae.resolution
         codes = [vqvae.encode(to_pictures(clip.square(size).frames).to(self.device)) for clip in clips]
         return Draft(torch.stack(codes), clips[0].fps, tuple(prompts), tuple(seeds))
@@ -319,7 +357,7 @@ class CogVideo:
         were."""
         known = self.config.get("words", [])
         found = dict.fromkeys(split_words(prompt)) if known else ()
-        return {word: difflib.get_close_matches(word, known, 3, 0.6) for word in found if word not in known}
+        return {word: difflib.get_close_matches(word, known, 3, 0.3) for word in found if word not in known}
 
     def hints(self, prompts: Sequence[str]) -> list[str]:
         """What a user should know before waiting for these prompts."""
@@ -349,13 +387,29 @@ class CogVideo:
         size, fps, frames = self.system.vqvae.resolution, self._keyframe_rate, self.system.model.frames
         if image is not None:
             first = read_image(image, 4 * size) if isinstance(image, (str, Path)) else np.asarray(image)
+            if first.dtype != np.uint8 or first.ndim != 3 or first.shape[2] != 3:
+                raise ValueError(f"an image is uint8 [H, W, 3]; got {first.dtype} {list(first.shape)}")
             clip = Clip(first[None], fps)
         else:
-            clip = video if isinstance(video, Clip) else Clip.load(video)
-            back = np.arange(frames - 2, -1, -1) * clip.fps / fps  # key frames counted from the end
-            places = [len(clip.frames) - 1 - round(b) for b in back if round(b) < len(clip.frames)]
-            clip = Clip(clip.frames[places], fps)
+            back = np.arange(frames - 2, -1, -1) / fps  # seconds before the end, of key frames
+            if not isinstance(video, Clip) and Path(video).suffix.lower() in VIDEOS:  # which may be long
+                file = VideoFile.open(video)
+                clip = Clip(file.frames(file.seconds - back[back <= file.seconds], 4 * size), fps)
+            else:
+                clip = video if isinstance(video, Clip) else Clip.load(video)
+                places = [len(clip.frames) - 1 - round(b * clip.fps) for b in back]
+                clip = Clip(clip.frames[[place for place in places if place >= 0]], fps)
         return self.encode([clip] * len(prompts), prompts, seeds)
+
+
+def _read_clusters(file: Path, codes: int) -> Tensor:
+    try:
+        labels = np.load(file)
+    except (ValueError, OSError, EOFError) as error:
+        raise ModelError(f"{file} is damaged: {error}") from None
+    if labels.shape != (codes,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ModelError(f"{file} must hold a number from 0 for each of {codes} codes")
+    return torch.from_numpy(labels.astype(np.int64))
 
 
 @contextmanager

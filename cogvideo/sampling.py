@@ -30,11 +30,10 @@ class Sampling:
     clusters: Tensor | None = field(default=None, repr=False, compare=False)  # [V] the cluster of each code
 
     def __post_init__(self) -> None:
-        if min(self.temperature, self.top_k) < 0 or self.token_temperature <= 0 or self.guidance_scale < 1:
-            raise ValueError(
-                "temperature and top_k must be 0 or more, token_temperature more than 0, guidance_scale 1 or "
-                f"more; got {self}"
-            )
+        least = {"temperature": 0, "top_k": 0, "guidance_scale": 1, "text_boost": 0}
+        for name, low in (least | {"token_temperature": 1e-6}).items():
+            if not low <= (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} must be {low:g} or more; got {value}")
 
     @property
     def guided(self) -> bool:

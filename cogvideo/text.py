@@ -23,6 +23,8 @@ class TextTokenizer:
     def __init__(self, model: bytes, first_id: int):
         self.model = model
         self.first_id = first_id
+        if not model:
+            raise ValueError("it is empty")
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.pad = first_id + self.pieces.piece_to_id(PAD)
         self.start = first_id + self.pieces.piece_to_id(START)
@@ -79,5 +81,5 @@ def train_text(captions: Iterable[str], pieces: int) -> bytes:
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, lower case; each Chinese character counts as one."""
-    return re.findall(r"[a-z]+|[\u4e00-\u9fff]", text.lower())
+    """The words of a text, lower case, without a possessive s; each Chinese character counts as one."""
+    return re.findall(r"[\u4e00-\u9fff]|(?:(?![\u4e00-\u9fff])\w)+", re.sub(r"['’]s?\b", "", text.lower()))

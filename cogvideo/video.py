@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence
@@ -85,10 +86,19 @@ def check_output(path: str | Path) -> Path:
         raise ValueError(f"cannot write {path}: the extension must be {_WRITES}")
     if (path.suffix or any(path.iterdir())) if path.is_dir() else (path.exists() and not path.suffix):
         raise ValueError(f"cannot write {path}: a {'folder' if path.is_dir() else 'file'} is in its place")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write {path}: {folder} is not a folder that can be written to")
+    check_folder(path.parent)
     return path
+
+
+def check_folder(path: str | Path) -> Path:
+    """Raise ValueError unless files can be written into this folder, which need not be there yet."""
+    path = Path(path).absolute()
+    folder = next(parent for parent in (path, *path.parents) if parent.exists())
+    try:
+        with TemporaryFile(dir=folder):  # os.access does not know what root may not either
+            return path
+    except OSError as error:
+        raise ValueError(f"cannot write into {path}: {error.strerror}") from None
 
 
 def read_image(path: str | Path, size: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,17 +43,36 @@ class ModelFolder:
     def config(self) -> dict[str, Any]:
         file = self.path / "config.json"
         try:
-            return json.loads(file.read_text())
+            config = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ModelError(f"{self.path} is not a model folder: {file.name} is missing") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ModelError(f"{file} is damaged: {error}") from None
+        if not isinstance(config, dict):
+            raise ModelError(f"{file} is damaged: it holds no table")
+        return config
 
     def system(self) -> System:
         try:
             return System.from_dict(self.config)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise ModelError(f"{self.path / 'config.json'} does not describe a model: {error}") from None
+
+    def check(self, parts: Iterable[str]) -> None:
+        """Raise ModelError unless the files of these parts are there and whole; reads their tables only."""
+        for file in map(self.file, parts):
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except FileNotFoundError:
+                raise ModelError(f"{self.path} is incomplete: {file.name} is missing") from None
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{file} is damaged: {error}") from None
+
+    def version(self) -> list[tuple[str, int, int]]:
+        """What tells these weights from others: place, sizes and times of the files."""
+        files = sorted(self.path.resolve().glob("*.safetensors"))
+        return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     def has(self, part: str) -> bool:
         return self.file(part).exists()
@@ -87,14 +106,14 @@ class ModelFolder:
             return TextTokenizer.load(file, self.system().model.codes)
         except FileNotFoundError:
             raise ModelError(f"{self.path} is incomplete: {file.name} is missing") from None
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ModelError(f"{file} is damaged: {error}") from None
 
     # -- writing
 
     def write_config(self, config: dict[str, Any]) -> None:
         with replacing(self.path / "config.json") as file:
-            file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write_text(self, model: bytes) -> None:
         with replacing(self.path / "text.model") as file:
@@ -162,7 +181,7 @@ def find_model(name: str | Path) -> Path:
         try:
             return Path(
                 snapshot_download(
-                    str(name), allow_patterns=["*.json", "*.safetensors", "text.model", "README.md"]
+                    str(name), allow_patterns=["*.json", "*.safetensors", "text.model", "*.npy", "README.md"]
                 )
             )
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

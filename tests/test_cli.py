@@ -108,9 +108,9 @@ def test_estimate_tells_the_cost_without_any_weights():
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_table(nano, tmp_path, monkeypatch, capsys):
-    from cogvideo import cli, estimate
+    from cogvideo import cli, hardware
 
-    monkeypatch.setattr(estimate, "free_memory", lambda device="cpu": 1000.0)
+    monkeypatch.setattr(hardware, "free_memory", lambda device="cpu": 1000.0)
     arguments = ["generate", "a dog", "-o", str(tmp_path / "a.gif"), "--model", str(nano), "--quiet"]
     monkeypatch.setattr(sys, "argv", ["cogvideo", *arguments])
     with pytest.raises(SystemExit) as exit:

@@ -8,7 +8,7 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "cogvideo"
 LEVELS = [
-    {"layout", "text", "vqvae", "video", "sampling", "foreign"},
+    {"layout", "text", "vqvae", "video", "sampling", "foreign", "hardware"},
     {"model", "data", "eval"},
     {"weights", "generate", "presets", "estimate"},
     {"parts"},
@@ -41,6 +41,7 @@ def imports(path: Path) -> list[str]:
             return
         if isinstance(node, ast.Import):
             names.extend(alias.name for alias in node.names)
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import"
         if isinstance(node, ast.ImportFrom) and node.module:
             names.extend(
                 [node.module] if node.module != "cogvideo" else [f"cogvideo.{a.name}" for a in node.names]

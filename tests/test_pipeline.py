@@ -1,5 +1,7 @@
 """The verbs on a random model: shapes, rates, what is kept, what is refused."""
 
+import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from cogvideo import Clip, CogVideo
 from cogvideo.pipeline import Draft
 from cogvideo.sampling import Sampling
+from cogvideo.weights import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +101,11 @@ def test_progress_tells_every_step(pipe):
         (dict(prompt="a dog", num_frames=7), "choose one of 5, 9, 17, 33"),
         (dict(prompt="a dog", seed=-1), "seed -1 is out of range"),
         (dict(prompt="a dog", num_videos_per_prompt=0), "must be 1 or more"),
-        (dict(prompt="a dog", guidance_scale=0.1), "guidance_scale 1 or more"),
+        (dict(prompt="a dog", guidance_scale=0.1), "guidance_scale must be 1 or more"),
+        (dict(prompt="a dog", guidance_scale=float("nan")), "guidance_scale must be 1 or more"),
+        (dict(prompt="a dog", num_frames=0), "choose one of 5, 9, 17, 33"),
+        (dict(prompt=[]), "there is no prompt"),
+        (dict(prompt="a dog", image=np.zeros((8, 8, 4), np.uint8)), r"an image is uint8 \[H, W, 3\]"),
         (dict(prompt="a dog", image="nothing.png"), "nothing.png"),
         (dict(prompt="a dog", image="a.png", video="b.mp4"), "not both"),
     ],
@@ -109,6 +116,49 @@ def test_what_cannot_be_done_is_refused_before_any_work(pipe, arguments, message
 
     with pytest.raises(ValueError, match=message):
         pipe(**arguments, progress=no_work)
+
+
+def test_a_part_that_is_missing_or_damaged_is_found_before_any_work(nano, tmp_path):
+    folder = shutil.copytree(nano, tmp_path / "nano")
+    pipe = CogVideo.from_pretrained(folder)
+    for part in ("stage2", "refiner"):
+        file = folder / f"{part}.safetensors"
+        before = file.read_bytes()
+        for left, message in ((before[:-9], f"{part}.* is damaged"), (None, f"is incomplete: {part}")):
+            file.unlink() if left is None else file.write_bytes(left)
+            with pytest.raises(ModelError, match=message):
+                pipe("a dog", progress=lambda *step: pytest.fail("work was begun"))
+        file.write_bytes(before)
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"sampling": {"image": {"heat": 1}}}, {"prompts": {"stage1": "{x}"}}, {"sampling": []},
+                   {"model": config["model"] | {"layers": "six"}}, {"model": config["model"] | {"heads": 3}},
+                   {"vqvae": config["vqvae"] | {"resolution": 96}}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ModelError, match="config.json"):
+            CogVideo.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("device, dtype, message", [
+    ("quantum", None, "no device 'quantum' here; choose one of cpu"),
+    ("meta", None, "no device 'meta' here; choose one of cpu"),
+    ("cpu", "float8", "choose one of int8, bfloat16, float32"),
+])
+def test_devices_and_dtypes_that_are_not_there(nano, device, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        CogVideo.from_pretrained(nano, device, dtype)
+
+
+def test_the_shipped_model_makes_what_its_own_tokens_say():
+    """It is whole, small enough, and first frames of two prompts differ where the prompts do."""
+    pipe = CogVideo.from_pretrained("tiny")
+    assert sum(file.stat().st_size for file in pipe.folder.path.iterdir()) < 40e6
+    prompts = ["a dog runs to the right across a green field", "a rocket flies in space"]
+    clips = pipe.upscale(pipe.decode(pipe.first_frames(prompts, [1, 1])))
+    assert [clip.frames.shape for clip in clips] == [(1, 192, 192, 3)] * 2
+    red, green, blue = clips[0].frames[0, -40:].reshape(-1, 3).mean(0)  # the ground
+    assert green > red and green > blue
+    assert clips[1].frames.mean() < 0.5 * clips[0].frames.mean()  # space is dark
+    assert pipe.hints(prompts) == []
 
 
 @pytest.mark.parametrize("killed", ["interpolate", "larger", "decode"])

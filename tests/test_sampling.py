@@ -44,5 +44,5 @@ def test_seeds():
 
 
 def test_impossible_options_are_refused():
-    with pytest.raises(ValueError, match="guidance_scale 1 or more"):
+    with pytest.raises(ValueError, match="guidance_scale must be 1 or more"):
         Sampling(guidance_scale=0.5)

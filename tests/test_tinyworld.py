@@ -1,5 +1,6 @@
 """The tiny world keeps its word: things move as named, where they may, and captions say what is drawn."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product
 from zlib import crc32
@@ -263,3 +264,10 @@ def test_captions_vary_and_mix_languages():
 )
 def test_verbs_are_inflected(verb, third, gerund):
     assert _inflect(verb, "s") == third and _inflect(verb, "ing") == gerund
+
+
+def test_an_even_world_shows_each_motion_as_often():
+    counts = Counter(TinyWorld(sprites(32), 1, even=True)[i].scene.motion for i in range(1200))
+    assert set(counts) == set(MOTIONS) and max(counts.values()) < 1.6 * min(counts.values())
+    uneven = Counter(TinyWorld(sprites(32), 1)[i].scene.motion for i in range(1200))
+    assert max(uneven.values()) > 1.6 * min(uneven.values())

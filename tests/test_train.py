@@ -141,8 +141,15 @@ def test_the_learning_rate_of_the_released_models():
     golden = json.loads((DATA / "lr_schedule.json").read_text())["lr"]
     rates = {i: learning_rate(int(i) - 1, 500_000, 2e-4, 500, 0.0, "cosine") for i in golden}
     assert rates == pytest.approx(golden, rel=1e-9)
-    with pytest.raises(ValueError, match="choose one of trapezoid, cosine"):
-        learning_rate(0, 1, 1.0, 1, 0.0, "linear")
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("schedule", "linear", "one of trapezoid, cosine"), ("precision", "half", "one of float32, bfloat16"),
+    ("batch", 0, "image.batch must be 1 or more"), ("rate", float("nan"), "image.rate must be 0 or more"),
+])
+def test_what_a_phase_cannot_be_is_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        nano_phase("image", **{field: value})
 
 
 def test_learning_rate_rises_stays_and_falls():

@@ -33,6 +33,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Recording: ...
 
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        """That of a recording, without opening it."""
+        ...
+
 
 @dataclass(frozen=True)
 class Cut:

@@ -6,6 +6,7 @@ Sample k of a run is a function of (seed, k) alone, so the state of the loader i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -34,8 +35,13 @@ class _Cuts(Dataset):
             index = k
         else:  # each epoch is an order of its own
             epoch, place = divmod(k, self.source.count)
-            index = int(np.random.default_rng((self.seed, epoch)).permutation(self.source.count)[place])
+            index = int(_order(self.seed, epoch, self.source.count)[place])
         return cut(self.source[index], self.how, rng)
+
+
+@lru_cache(2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def batches(
@@ -69,8 +75,8 @@ def _collate(samples: list[Sample]) -> Batch:
 
 
 def read_captions(source: Source, count: int, seed: int) -> Iterator[str]:
-    """`count` captions of a source, the same for the same seed; a finite source is read again when it
-    ends."""
-    for k in range(count):
+    """Captions of a source, the same for the same seed: `count` of one without end, else four of every
+    recording, but no more than `count`."""
+    for k in range(count if source.count is None else min(count, 4 * source.count)):
         index = k if source.count is None else k % source.count
-        yield source[index].caption(np.random.default_rng((seed, k)))
+        yield source.caption(index, np.random.default_rng((seed, k)))

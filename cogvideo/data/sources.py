@@ -37,7 +37,7 @@ def open_source(where: str | Path, seed: int = 0, sprites: int | None = 32) -> S
     """
     path = Path(where)
     if str(where) == "tinyworld":
-        return tinyworld.TinyWorld(tinyworld.sprites(sprites), seed)
+        return tinyworld.TinyWorld(tinyworld.sprites(sprites), seed, even=True)
     if path.is_dir():
         videos = _read_folder(path) or _read_shards(sorted(path.glob("*.tar")))
     else:
@@ -59,7 +59,7 @@ class Captioned:
         return self.video.seconds
 
     def caption(self, rng: np.random.Generator) -> str:
-        return self.captions[rng.integers(len(self.captions))]
+        return _one(self.captions, rng)
 
     def frames(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
         """uint8 [F, size, size, 3] at these seconds."""
@@ -87,6 +87,9 @@ class Videos:
     def count(self) -> int:
         return len(self.listed)
 
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        return _one(self.listed[index].captions, rng)
+
     def __getitem__(self, index: int) -> Captioned:
         """Raises ValueError, with the name of the video, if it cannot be read."""
         one = self.listed[index]
@@ -95,6 +98,10 @@ class Videos:
         with open(one.path, "rb") as shard:
             shard.seek(one.first)
             return Captioned(VideoFile.open(shard.read(one.size), f"{one.path}: {one.member}"), one.captions)
+
+
+def _one(captions: tuple[str, ...], rng: np.random.Generator) -> str:
+    return captions[rng.integers(len(captions))]
 
 
 # -- a folder --

@@ -41,6 +41,11 @@ class ModelConfig:
     window: int = 0  # of the temporal channel of stage 2; stage 1 has full attention
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, (int, float)) or value < 0:
+                raise ValueError(f"{name} must be a number, 0 or more; got {value!r}")
+
     @property
     def frame_len(self) -> int:
         return self.grid * self.grid

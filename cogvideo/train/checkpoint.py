@@ -7,6 +7,7 @@ written, so a run may go on with another number of processes.
 """
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,10 @@ def resume(
     process reads the file and takes its shards."""
     if not path.exists():
         return 0
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=machine.ranks > 1)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=machine.ranks > 1)
+    except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to begin this phase again") from None
     for name, part in parts.items():
         mine = part.state_dict()
         part.load_state_dict({k: _like(v, mine[k]) for k, v in state["parts"][name].items()})
@@ -63,7 +67,10 @@ def resume(
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, row in saved["state"].items():
             saved["state"][i] = {k: _like(v, params[i]) for k, v in row.items()}
-        optimizer.load_state_dict(saved)
+        try:
+            optimizer.load_state_dict(saved)
+        except ValueError as error:
+            raise ValueError(f"{path} is of another optimizer ({error}); delete it to begin again") from None
     return int(state["step"])
 
 

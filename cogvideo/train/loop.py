@@ -27,6 +27,7 @@ from cogvideo.train.report import Report, draw_curve
 from cogvideo.weights import ModelFolder
 
 CAPTIONS = 40_000  # that the text model is trained on
+MOST_SKIPPED = 20  # steps in a row whose gradients overflow
 
 # what shows how a phase is doing: (model folder, parts, phase, batch, picture to write)
 Probe = Callable[[ModelFolder, dict[str, nn.Module], Phase, Batch, Path], None]
@@ -60,6 +61,7 @@ def train(
     try:
         for phase in phases:
             machine.share(phase)
+        check_parts(folder, phases)
         if machine.first:
             prepare(folder, recipe, source, system)
         machine.wait()
@@ -87,14 +89,26 @@ def train(
     return folder
 
 
+def check_parts(folder: ModelFolder, phases: list[Phase]) -> None:
+    """Raise ValueError if a phase uses a part that is not there and that no phase before it makes."""
+    made: set[str] = set()
+    for phase in phases:
+        inherited = [phase.inherits] if phase.inherits and not folder.has(phase.trains[0]) else []
+        for part in (*phase.uses, *inherited):
+            if part not in made and part not in phase.trains and not folder.has(part):
+                raise ValueError(f"the phase {phase.name} needs the part {part}, which is not in "
+                                 f"{folder.path}; train the phase that makes it first")
+        made |= set(phase.trains)
+
+
 def prepare(folder: ModelFolder, recipe: Recipe, source: Source, system: System) -> None:
     """Begin a model folder: its text model and configuration, where they are missing."""
-    if not (folder.path / "text.model").exists():
-        folder.write_text(train_text(read_captions(source, CAPTIONS, recipe.seed), recipe.pieces))
-    if not (folder.path / "config.json").exists():
-        words = {
-            word for caption in read_captions(source, CAPTIONS, recipe.seed) for word in split_words(caption)
-        }
+    begun = [(folder.path / name).exists() for name in ("text.model", "config.json")]
+    captions = [] if all(begun) else list(read_captions(source, CAPTIONS, recipe.seed))
+    if not begun[0]:
+        folder.write_text(train_text(captions, recipe.pieces))
+    if not begun[1]:
+        words = {word for caption in captions for word in split_words(caption)}
         folder.write_config(
             {
                 "family": "cogvideo",
@@ -141,8 +155,9 @@ def run_phase(
     loader = batches(
         source, phase.cut, mine, seed=seed, step=first, rank=rank, ranks=machine.ranks, workers=workers
     )
-    report = Report(out, phase.name, phase.steps, phase.batch, log_every, quiet)
+    report = Report(out, phase.name, phase.steps, phase.batch, log_every, quiet, first)
     weights = [p for p in container.parameters() if p.requires_grad]
+    skipped = 0  # steps in a row
 
     for step in range(first, phase.steps):
         batch = next(loader)
@@ -157,8 +172,12 @@ def run_phase(
             loss.backward()
         norm = parallel.whole(nn.utils.clip_grad_norm_(weights, phase.clip))
         if torch.isfinite(norm):  # a step whose gradients overflow is skipped
+            skipped = 0
             for optimizer in optims:
                 optimizer.step()
+        elif (skipped := skipped + 1) == MOST_SKIPPED:
+            raise ValueError(f"{phase.name}: {skipped} steps in a row overflowed; go on from the last save "
+                             f"with a lower --{phase.name}.rate, or --{phase.name}.precision float32")
         container.zero_grad(set_to_none=True)
         numbers = machine.mean({"loss": float(loss.detach()), **numbers})
         if machine.first:

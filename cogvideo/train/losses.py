@@ -23,6 +23,7 @@ class LossWeights:
     perceptual: float = 0.1
     temporal: float = 0.05
     features: str = "efficientnet-lite0"
+    weights: str = ""  # a file for the feature network; empty: its own
 
 
 class HierarchicalLoss(nn.Module):
@@ -31,7 +32,7 @@ class HierarchicalLoss(nn.Module):
     def __init__(self, weights: LossWeights):
         super().__init__()
         self.weights = weights
-        self.net = PictureFeatures(weights.features) if weights.perceptual else None
+        self.net = PictureFeatures(weights.features, weights.weights or None) if weights.perceptual else None
 
     def forward(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, dict[str, float]]:
         w = self.weights

@@ -93,6 +93,8 @@ def encode_clips(vqvae: VQVAE, clips: Tensor) -> Tensor:
 
 
 def tokenizer(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+    if phase.steps <= UNQUANTISED:
+        raise ValueError(f"{phase.name}: there are no codes before step {UNQUANTISED}; give it more steps")
     vqvae = parts["vqvae"]
     hierarchical = HierarchicalLoss(phase.loss).to(next(vqvae.parameters()).device)
 

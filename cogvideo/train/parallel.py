@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from cogvideo.data.loader import Batch
+from cogvideo.hardware import find_device
 from cogvideo.model.transformer import Block
 from cogvideo.train.objectives import Result
 from cogvideo.train.objectives import Step as Objective
@@ -85,7 +86,7 @@ class Machine:
 
 def start(device: torch.device | str, recompute: bool = False, compile: bool = False) -> Machine:
     """Join the processes that torchrun started, each with a device of its own; alone when there are none."""
-    device = torch.device(device)
+    device = find_device(device)
     if "RANK" not in os.environ:
         return Machine(device, recompute=recompute, compile=compile)
     if device.type not in ("cpu", "cuda"):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from cogvideo.data.clips import Cut
 from cogvideo.train import objectives
 from cogvideo.train.losses import LossWeights
+from cogvideo.train.optim import OPTIMIZERS, SCHEDULES
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -39,6 +40,16 @@ class Phase:
     precision: str = "bfloat16"  # of matrix products; weights stay in float32
     drop: float = 0.1  # share of captions left out
     loss: LossWeights = field(default_factory=LossWeights)
+
+    def __post_init__(self) -> None:
+        choices = {"precision": PRECISIONS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{self.name}.{name} must be one of {', '.join(known)}; got {value!r}")
+        for name in ("steps", "batch", "rate", "warmup", "decay", "weight_decay", "clip", "drop"):
+            least = 1 if name in ("steps", "batch") else 0
+            if not least <= (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{self.name}.{name} must be {least} or more, got {value}")
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,14 @@ from PIL import Image, ImageDraw
 class Report:
     """Counts steps of one phase; `every` steps it prints and logs the averages since the last line."""
 
-    def __init__(self, folder: Path, phase: str, steps: int, clips: int, every: int, quiet: bool = False):
-        self.folder, self.phase, self.steps, self.clips, self.every, self.quiet = (
-            folder,
-            phase,
-            steps,
-            clips,
-            every,
-            quiet,
-        )
+    def __init__(self, folder: Path, phase: str, steps: int, clips: int, every: int, quiet: bool = False,
+                 first: int = 0):
+        self.log, self.phase, self.steps, self.clips = folder / "log.jsonl", phase, steps, clips
+        self.every, self.quiet = every, quiet
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first]  # those after it come again
+        if len(kept) < len(lines):
+            self.log.write_text("".join(f"{line}\n" for line in kept))
         self.recent: deque[dict[str, float]] = deque()
         self.began = time.perf_counter()
 
@@ -44,7 +43,7 @@ class Report:
             "rate": rate,
             "clips_per_second": speed * self.clips,
         }
-        with open(self.folder / "log.jsonl", "a") as log:
+        with open(self.log, "a") as log:
             log.write(
                 json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n"
             )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cogvideo.data.tinyworld.picture import render
-from cogvideo.data.tinyworld.scene import SECONDS, Scene, sample_scene
+from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, sample_scene
 from cogvideo.data.tinyworld.words import caption
 
 
@@ -31,15 +31,22 @@ class TinyWorld:
     """Scenes of the sprites `names`, without end: number `i` depends on `seed` and `i` only.
 
     `held_out`: False has no held-out triple, True has only those, None both. `language` of the captions is
-    "en", "zh" or None for both.
+    "en", "zh" or None for both. `even`: all motions are equally frequent instead of all sprites, of which few
+    can fly.
     """
 
     names: tuple[str, ...]
     seed: int
     held_out: bool | None = False
     language: str | None = None
+    even: bool = False
     count = None  # there is no last one
 
     def __getitem__(self, i: int) -> SceneRecording:
-        scene = sample_scene(np.random.default_rng((self.seed, i)), self.names, self.held_out)
+        rng = np.random.default_rng((self.seed, i))
+        motion = MOTIONS[rng.integers(len(MOTIONS))] if self.even else None
+        scene = sample_scene(rng, self.names, self.held_out, motion=motion)
         return SceneRecording(scene, self.language)
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        return self[index].caption(rng)

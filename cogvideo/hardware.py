@@ -1,0 +1,42 @@
+"""What this machine has: devices, memory, cores that are idle."""
+
+import os
+
+import torch
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """ValueError, with those that are there, unless tensors can be made on the device."""
+    try:
+        device = torch.device(name)
+        if device.type != "meta":
+            torch.zeros(1, device=device)
+            return device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        pass
+    found = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found += ["mps"] if torch.backends.mps.is_available() else []
+    raise ValueError(f"no device {str(name)!r} here; choose one of {', '.join(found)}")
+
+
+def free_memory(device: torch.device | str = "cpu") -> float | None:
+    """Bytes that can be had without swapping; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo") as file:
+            return next(float(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def idle_cores() -> int:
+    """Cores on which nothing else runs at this moment, at least 1. A thread that has to wait for its core
+    lets all others wait at every layer: one thread too many makes a small model many times slower."""
+    cores = os.cpu_count() or 1
+    try:
+        with open("/proc/loadavg") as file:
+            running = int(file.read().split()[3].split("/")[0])  # this thread is one of them
+    except (OSError, ValueError, IndexError):
+        return cores
+    return max(1, cores - running + 1)
