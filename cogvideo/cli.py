@@ -4,10 +4,14 @@ Each command imports what it needs inside, so that `--help` answers at once. Wha
 ValueError or OSError somewhere below and ends here as one line and exit code 2.
 """
 
+import io
 import os
 import re
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import fields, replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -329,16 +333,36 @@ def _take_overrides(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="cogvideo",
-            description="Text to video by the method of CogVideo.",
-            args=_take_overrides(sys.argv[1:]) if sys.argv[1:2] == ["train"] else sys.argv[1:],
-        )
+        _parse(sys.argv[1:])()
     except (ValueError, OSError) as error:
         sys.exit(_complain(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _parse(arguments: list[str]) -> Callable[[], None]:
+    """The command with its arguments, to be run; ValueError, in one line, for what tyro says in a box."""
+    if arguments[:1] == ["train"]:
+        arguments = _take_overrides(arguments)
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: _later(command) for name, command in COMMANDS.items()},
+                prog="cogvideo",
+                description="Text to video by the method of CogVideo.",
+                args=arguments,
+            )
+    except SystemExit as exit:
+        if not exit.code:  # help was asked for
+            raise
+        lines = [line.strip("│─ ") for line in told.getvalue().splitlines() if line[:1] not in "╭╰"]
+        raise ValueError(" ".join(lines)) from None
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A command that is parsed and described like `command`, but gives back what is to be run."""
+    return wraps(command)(lambda *args, **options: partial(command, *args, **options))
 
 
 def _complain(error: Exception) -> int:

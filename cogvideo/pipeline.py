@@ -174,6 +174,8 @@ class CogVideo:
                              f"choose one of {', '.join(map(str, self.frame_counts))}")
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt must be 1 or more, got {num_videos_per_prompt}")
+        if guidance_scale is not None:
+            replace(self.sampling["stage1"], guidance_scale=guidance_scale)  # refuses what is out of range
         if image is not None and video is not None:
             raise ValueError("give an image or a video to begin with, not both")
         if not prompts:
