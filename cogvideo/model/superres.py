@@ -25,7 +25,7 @@ G tiles of n queries and m keys, H heads, d width of a head, D width, V codes.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import cast
 
 import torch
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.model.attention import Attention
-from cogvideo.model.transformer import Base, ModelConfig, init_normal
+from cogvideo.model.transformer import Base, ModelConfig, init_normal, text_bias, text_ranks
 
 TILE = 12  # queries a side, about: speed only
 
@@ -190,10 +190,9 @@ class SuperRes(nn.Module):
         known, x = self._embed(text, codes)
         tiles, sees, bias = tiles_of(c, x.device, x.dtype), self._sees(text, known), None
         if c.cross is None:
-            bias = torch.zeros_like(text, dtype=x.dtype).masked_fill_(text == c.pad, float("-inf"))
+            bias = text_bias(text, c.pad, x.dtype)
         for layer, block in enumerate(self.base.blocks):
-            x = x + block.norm3(self._attend(layer, block.norm1(x), sees, tiles, bias))
-            x = x + block.norm4(block.mlp(block.norm2(x)))
+            x = block(x, partial(self._attend, layer, sees=sees, tiles=tiles, bias=bias))
         return self.base.norm(x[:, known:])
 
     def _embed(self, text: Tensor, codes: Tensor) -> tuple[int, Tensor]:
@@ -204,9 +203,9 @@ class SuperRes(nn.Module):
         if low is not None:
             known, tables = torch.cat((text, codes), 1), [low.weight, high]
             large = codes.new_full((len(codes), len(high)), self.base.config.start)
-        ranks = (text != self.config.pad).long().cumsum(1).sub(1).clamp_min(0)  # 0 on padding, too
         maps = torch.cat(tables).expand(len(text), -1, -1)
-        x = self.base.embed(torch.cat((known, large), 1)) + torch.cat((self.base.positions(ranks), maps), 1)
+        positions = self.base.positions(text_ranks(text, self.config.pad))
+        x = self.base.embed(torch.cat((known, large), 1)) + torch.cat((positions, maps), 1)
         return known.shape[1], F.dropout(x, self.base.config.dropout, self.training)
 
     def _sees(self, text: Tensor, known: int) -> Tensor:

@@ -184,7 +184,7 @@ class DualChannelTransformer(nn.Module):
         if cache is not None and places is not None:
             return self._step(tokens, cache, places)
         text_len = layout.text_len
-        bias = self.text_bias(tokens[:, :text_len]) + boost
+        bias = text_bias(tokens[:, :text_len], self.config.pad, self.base.norm.weight.dtype) + boost
         x = self._embed(tokens, layout)  # [B, T + S, D]
         for layer, block in enumerate(self.base.blocks):
             x = block(x, partial(self._attend, layer, layout=layout, bias=bias, cache=cache, boost=boost))
@@ -201,19 +201,11 @@ class DualChannelTransformer(nn.Module):
         channels = [ChannelCache(layout, kind, self.window, sizes, like) for kind in self.kinds]
         return Cache(channels)
 
-    def text_bias(self, text: Tensor) -> Tensor:
-        """What is added to scores towards text [B, T]: 0 on text, -inf on padding."""
-        bias = torch.zeros(text.shape, dtype=self.base.norm.weight.dtype, device=text.device)
-        return bias.masked_fill(text == self.config.pad, float("-inf"))
-
     # -- one layer of whole sequences
 
     def _embed(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Text and the first frames, each with its position: [B, T + S] to [B, T + S, D]."""
-        text = tokens[:, : layout.text_len]
-        ranks = (
-            (text != self.config.pad).long().cumsum(1).sub(1).clamp_min(0)
-        )  # 0 at the first real token, and on padding
+        ranks = text_ranks(tokens[:, : layout.text_len], self.config.pad)
         frames = self._frame_positions(layout)[: tokens.shape[1] - layout.text_len].expand(
             len(tokens), -1, -1
         )
@@ -265,6 +257,16 @@ class DualChannelTransformer(nn.Module):
         qkvs = self.channels[layer].project(x)  # each [3, B, H, m, d]
         seen = [attend_step(qkv, c, layer, places, cache.bias) for qkv, c in zip(qkvs, cache.channels)]
         return self.channels[layer].merge(seen)
+
+
+def text_ranks(text: Tensor, pad: int) -> Tensor:
+    """Positions of left-padded text [B, T]: 0 at its first token, and on padding."""
+    return (text != pad).long().cumsum(1).sub(1).clamp_min(0)
+
+
+def text_bias(text: Tensor, pad: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores towards text [B, T]: 0 on text, -inf on padding."""
+    return torch.zeros_like(text, dtype=dtype).masked_fill(text == pad, float("-inf"))
 
 
 def init_normal(module: nn.Module, generator: torch.Generator | None) -> None:
