@@ -29,8 +29,9 @@ from benchmarks.classifier import FRAMES, HEADS, SIZE, ClipClassifier
 from benchmarks.fidelity import reconstruct, trained_sprites
 from cogvideo.data.tinyworld import MOTIONS, PLACES, Scene, TinyWorld, render, sprites
 from cogvideo.eval.metrics import frechet_distance
+from cogvideo.files import replacing
 from cogvideo.vqvae import to_frames, to_pictures
-from cogvideo.weights import ModelFolder, replacing
+from cogvideo.weights import ModelFolder
 
 if TYPE_CHECKING:
     from cogvideo import CogVideo

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from cogvideo.files import replacing
 from cogvideo.train import recipes
-from cogvideo.weights import ModelFolder, replacing
+from cogvideo.weights import ModelFolder
 
 CARD = """# {name}
 

@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from cogvideo import foreign, presets
+from cogvideo.files import replacing_folder
 from cogvideo.foreign import Checkpoint, Piece, Rule, States
 from cogvideo.model.superres import SuperResConfig
 from cogvideo.model.system import System
 from cogvideo.text import PAD, START, TextTokenizer
 from cogvideo.vqvae import VQVAEConfig
-from cogvideo.weights import ModelFolder, replacing_folder
+from cogvideo.weights import ModelFolder
 
 Say = Callable[[str], None]
 Table = tuple[Rule, ...]

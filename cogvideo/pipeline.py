@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cogvideo.estimate import Estimate, cache_bytes
+from cogvideo.files import replacing
 from cogvideo.generate import fill
 from cogvideo.hardware import find_device, free_memory
 from cogvideo.layout import Layout
@@ -34,7 +35,7 @@ from cogvideo.sampling import STAGES, Sampling, pick, pick_seeds, stages, unifor
 from cogvideo.text import TEMPLATE, split_words
 from cogvideo.video import VIDEOS, Clip, VideoFile, read_image
 from cogvideo.vqvae import to_frames, to_pictures
-from cogvideo.weights import ModelError, ModelFolder, find_model, replacing
+from cogvideo.weights import ModelError, ModelFolder, find_model
 
 ROWS = 400  # of logits at a time
 MOST = 256  # samples that are filled together

@@ -9,11 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from cogvideo.data.loader import Batch
+from cogvideo.files import replacing
 from cogvideo.model.refiner import enlarge
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.pipeline import SECONDS, CogVideo
 from cogvideo.train.recipes import Phase
-from cogvideo.weights import ModelFolder, replacing
+from cogvideo.weights import ModelFolder
 
 SHOWN = 6  # clips
 

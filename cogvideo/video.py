@@ -6,8 +6,6 @@ Notable:
 - Time starts at the first frame and a video ends at its last one: 33 frames at 8 fps are 4 seconds.
 """
 
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,6 +16,8 @@ from tempfile import TemporaryFile
 
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence
+
+from cogvideo.files import replacing
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")  # what `VideoFile` reads
 _PICTURES = (".png", ".jpg", ".jpeg")
@@ -46,15 +46,8 @@ class Clip:
         A video keeps the caption as its title. Its sides are even: an odd one grows by a pixel.
         """
         path = check_output(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".part{os.getpid()}-{path.name}")
-        try:
+        with replacing(path) as part:
             _WRITERS[path.suffix.lower()](self, part)
-            os.replace(part, path)
-        finally:
-            if part.is_dir():
-                shutil.rmtree(part)
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, fps: float = 8.0) -> "Clip":

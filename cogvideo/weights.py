@@ -7,11 +7,9 @@ compared piece by piece.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cogvideo.files import replacing
 from cogvideo.foreign import Piece
 from cogvideo.model.system import System
 from cogvideo.text import TextTokenizer
@@ -192,34 +191,3 @@ def find_model(name: str | Path) -> Path:
         f"unknown model {str(name)!r}; choose one of {', '.join(shipped())}, or give a model folder "
         f"or a hub id (owner/name)"
     )
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, beside `path`; it becomes `path` when all went well and is removed when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to, beside `path`. When all went well its files go there, over what had their names,
-    config.json last; when not, they are removed, as is what a killed process left."""
-    path = path.expanduser().resolve()
-    work = path.with_name(f".{path.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-        yield work
-        if not path.exists() or not any(path.iterdir()):
-            os.replace(work, path)
-        else:
-            for file in sorted(work.iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, path / file.name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

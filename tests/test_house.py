@@ -8,7 +8,8 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "cogvideo"
 LEVELS = [
-    {"layout", "text", "vqvae", "video", "sampling", "foreign", "hardware"},
+    {"files", "hardware"},
+    {"layout", "text", "vqvae", "video", "sampling", "foreign"},
     {"model", "data", "eval"},
     {"weights", "generate", "presets", "estimate"},
     {"parts"},

@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cogvideo.files import replacing, replacing_folder
 from cogvideo.foreign import Piece
-from cogvideo.weights import ModelError, ModelFolder, find_model, replacing, replacing_folder
+from cogvideo.weights import ModelError, ModelFolder, find_model
 
 
 @pytest.fixture

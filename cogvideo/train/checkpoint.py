@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from cogvideo.files import replacing
 from cogvideo.model.system import System
 from cogvideo.train.parallel import Machine, whole
-from cogvideo.weights import replacing
 
 
 def save(
