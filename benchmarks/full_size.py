@@ -25,9 +25,9 @@ from cogvideo import CogVideo, presets
 from cogvideo.convert import PROMPTS, SAMPLING
 from cogvideo.data.loader import read_captions
 from cogvideo.data.tinyworld import TinyWorld, sprites
+from cogvideo.draft import Draft
 from cogvideo.estimate import Speed
 from cogvideo.foreign import Piece
-from cogvideo.pipeline import Draft
 from cogvideo.text import TextTokenizer, train_text
 from cogvideo.weights import ModelFolder
 

@@ -15,18 +15,16 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cogvideo.draft import Draft, Kept
 from cogvideo.estimate import Estimate, cache_bytes
-from cogvideo.files import replacing
 from cogvideo.generate import fill
 from cogvideo.hardware import find_device, free_memory
 from cogvideo.layout import Layout
@@ -43,52 +41,6 @@ SECONDS = 4.0  # that a window of key frames spans at one frame a second
 
 # what is told while work goes on: (what is being made, done, total)
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Draft:
-    """Clips as tokens, on the way to becoming pixels."""
-
-    codes: Tensor  # [B, F, N] in time order
-    fps: float
-    prompts: tuple[str, ...]  # one a clip
-    seeds: tuple[int, ...]
-
-    def save(self, file: str | Path) -> None:
-        """Write the tokens and all that belongs to them as .npz."""
-        with replacing(Path(file)) as part, part.open("wb") as stream:
-            np.savez(stream, codes=self.codes.cpu(), fps=self.fps, prompts=self.prompts, seeds=self.seeds)
-
-    @classmethod
-    def load(cls, file: str | Path) -> "Draft":
-        try:
-            with np.load(file) as kept:
-                codes, prompts, seeds = torch.from_numpy(kept["codes"]), kept["prompts"], kept["seeds"]
-                return cls(codes, float(kept["fps"]), tuple(prompts.tolist()), tuple(seeds.tolist()))
-        except (KeyError, ValueError, BadZipFile) as error:
-            raise ValueError(f"{file} holds no tokens of clips: {error}") from None
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Where drafts of one call are, for the same call after it was killed."""
-
-    folder: str | Path | None  # None: nowhere
-    call: str  # all that decides what is made
-    device: torch.device
-
-    def file(self, name: str) -> Path:
-        return Path(self.folder or "", f"{sha256(self.call.encode()).hexdigest()[:12]}-{name}.npz")
-
-    def save(self, name: str, draft: Draft) -> None:
-        if self.folder is not None:
-            draft.save(self.file(name))
-
-    def load(self, name: str) -> Draft | None:
-        if self.folder is None or not self.file(name).exists():
-            return None
-        draft = Draft.load(self.file(name))
-        return replace(draft, codes=draft.codes.to(self.device))
 
 
 class CogVideo:
@@ -324,7 +276,7 @@ class CogVideo:
             small = to_pictures(clip.frames).to(self.device)
             larger.append(replace(clip, frames=to_frames(self.parts.refiner(small[None])[0])))
             if progress is not None:
-                progress("pixels", i + 1, len(clips))
+                progress("upscale", i + 1, len(clips))
         return larger
 
     @torch.inference_mode()

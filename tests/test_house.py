@@ -9,7 +9,7 @@ import pytest
 HOUSE = Path(__file__).parent.parent / "cogvideo"
 LEVELS = [
     {"files", "hardware"},
-    {"layout", "text", "vqvae", "video", "sampling", "foreign"},
+    {"layout", "draft", "text", "vqvae", "video", "sampling", "foreign"},
     {"model", "data", "eval"},
     {"weights", "generate", "presets", "estimate"},
     {"parts"},

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cogvideo import Clip, CogVideo
-from cogvideo.pipeline import Draft
+from cogvideo.draft import Draft
 from cogvideo.sampling import Sampling
 from cogvideo.weights import ModelError
 
@@ -86,7 +86,7 @@ def test_progress_tells_every_step(pipe):
         "first frame",
         "key frames",
         "to 2 fps",
-        "pixels",
+        "upscale",
     ]
     for what in ("first frame", "key frames", "to 2 fps"):
         done, total = [(d, t) for w, d, t in told if w == what][-1]
