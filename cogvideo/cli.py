@@ -10,13 +10,12 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from dataclasses import fields, replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import Fixed, Positional, Suppress, arg
 
 TOGETHER = 16  # videos that are made at a time, and saved before the next
 Short = Annotated[Path, arg(aliases=["-o"])]
@@ -140,6 +139,7 @@ def train(
     save_every: int = 250,
     log_every: int = 25,
     probe_every: int = 1000,
+    fields: Suppress[Fixed[dict[str, str] | None]] = None,
 ) -> None:
     """Train a model by a recipe, phase after phase; goes on where it stopped.
 
@@ -170,10 +170,9 @@ def train(
     from cogvideo.preview import probe
     from cogvideo.train import loop, recipes
 
-    chosen = recipes.find(recipe)
-    for name in (*phases, *(key.split(".")[0] for key in OVERRIDES)):
+    chosen = recipes.find(recipe).changed(fields or {})
+    for name in phases:
         chosen.phase(name)
-    chosen = replace(chosen, phases=tuple(_override(phase, OVERRIDES) for phase in chosen.phases))
     for option, value in {"threads": threads, "save-every": save_every, "log-every": log_every,
                           "probe-every": probe_every}.items():
         if value is not None and value < 1:
@@ -287,48 +286,21 @@ def convert(
 
 COMMANDS: dict[str, Any] = {"generate": generate, "train": train, "convert": convert, "estimate": estimate,
                             "models": models}
-OVERRIDES: dict[
-    str, str
-] = {}  # "--image.steps 100" as {"image.steps": "100"}, taken off the command line before parsing
 
 
-def _override(phase, overrides: dict[str, str]):
-    """A phase with the fields that the command line sets; fields are numbers and words, read by the type of
-    their default."""
-    values = {f.name: getattr(phase, f.name) for f in fields(phase)[1:]}
-    values |= {f"loss.{f.name}": getattr(phase.loss, f.name) for f in fields(phase.loss)}
-    plain = {name: type(value) for name, value in values.items() if type(value) in (int, float, str)}
-    for key, value in overrides.items():
-        name, field = key.split(".", 1)
-        if name != phase.name:
-            continue
-        if field not in plain:
-            raise ValueError(
-                f"a phase has no field {field!r} that can be set; choose one of {', '.join(plain)}"
-            )
-        try:
-            typed = plain[field](value)
-        except ValueError:
-            raise ValueError(f"--{key} needs {plain[field].__name__}, got {value!r}") from None
-        if field.startswith("loss."):
-            field, typed = "loss", replace(phase.loss, **{field.removeprefix("loss."): typed})
-        phase = replace(phase, **{field: typed})
-    return phase
-
-
-def _take_overrides(arguments: list[str]) -> list[str]:
-    """Move `--PHASE.FIELD VALUE` from the arguments to OVERRIDES; returns the rest."""
-    rest, left = [], iter(arguments)
+def _take_fields(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """`--PHASE.FIELD VALUE` out of the arguments, as {"PHASE.FIELD": "VALUE"}, and the rest."""
+    fields, rest, left = {}, [], iter(arguments)
     for argument in left:
         match = re.fullmatch(r"--(\w+(?:\.\w+)+)(?:=(.*))?", argument)
         if match:
             value = match[2] if match[2] is not None else next(left, None)
             if value is None:
                 raise ValueError(f"{argument} needs a value")
-            OVERRIDES[match[1]] = value
+            fields[match[1]] = value
         else:
             rest.append(argument)
-    return rest
+    return fields, rest
 
 
 def main() -> None:
@@ -342,17 +314,18 @@ def main() -> None:
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
     """The command with its arguments, to be run; ValueError, in one line, for what tyro says in a box."""
-    if arguments[:1] == ["train"]:
-        arguments = _take_overrides(arguments)
+    training = arguments[:1] == ["train"]
+    fields, arguments = _take_fields(arguments) if training else ({}, arguments)
     told = io.StringIO()
     try:
         with redirect_stderr(told):
-            return tyro.extras.subcommand_cli_from_dict(
+            command = tyro.extras.subcommand_cli_from_dict(
                 {name: _later(command) for name, command in COMMANDS.items()},
                 prog="cogvideo",
                 description="Text to video by the method of CogVideo.",
                 args=arguments,
             )
+            return partial(command, fields=fields) if training else command
     except SystemExit as exit:
         if not exit.code:  # help was asked for
             raise

@@ -13,8 +13,7 @@ frame of a user's (image to video), the last seconds of a clip (continuation) or
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from cogvideo.generate import fill
 from cogvideo.hardware import find_device, free_memory
 from cogvideo.layout import Layout
 from cogvideo.parts import Parts
+from cogvideo.progress import Progress, telling
 from cogvideo.sampling import STAGES, Sampling, pick, pick_seeds, stages, uniforms
 from cogvideo.text import TEMPLATE, split_words
 from cogvideo.video import VIDEOS, Clip, VideoFile, read_image
@@ -39,8 +39,6 @@ ROWS = 400  # of logits at a time
 MOST = 256  # samples that are filled together
 SECONDS = 4.0  # that a window of key frames spans at one frame a second
 
-# what is told while work goes on: (what is being made, done, total)
-Progress = Callable[[str, int, int], None]
 
 
 class CogVideo:
@@ -142,7 +140,7 @@ class CogVideo:
         decides = (self.folder.version(), self.dtype, self.sampling, self.reference_quirks, prompts, seeds,
                    fps, guidance_scale, None if begin is None else begin.codes.tolist())
         kept = Kept(keep, repr(decides), self.device)
-        with _telling(progress) as told:
+        with telling(progress) as told:
             draft = kept.load("frames")
             if draft is None:
                 draft = self.keyframes(prompts, seeds, begin=begin, guidance_scale=guidance_scale,
@@ -365,23 +363,3 @@ def _read_clusters(file: Path, codes: int) -> Tensor:
     if labels.shape != (codes,) or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise ModelError(f"{file} must hold a number from 0 for each of {codes} codes")
     return torch.from_numpy(labels.astype(np.int64))
-
-
-@contextmanager
-def _telling(progress: bool | Progress) -> Iterator[Progress | None]:
-    """Where the verbs tell their progress: the caller's own function, a bar on the terminal, or nowhere."""
-    if not isinstance(progress, bool) or not progress:
-        yield progress or None
-        return
-    from rich import progress as rich
-
-    with rich.Progress(rich.TextColumn("{task.description:<12}"), rich.BarColumn(), rich.MofNCompleteColumn(),
-                       rich.TimeElapsedColumn()) as bar:
-        tasks: dict[str, rich.TaskID] = {}
-
-        def told(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
-        yield told

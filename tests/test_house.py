@@ -8,7 +8,7 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "cogvideo"
 LEVELS = [
-    {"files", "hardware"},
+    {"files", "hardware", "progress"},
     {"layout", "draft", "text", "vqvae", "video", "sampling", "foreign"},
     {"model", "data", "eval"},
     {"weights", "generate", "presets", "estimate"},
@@ -23,6 +23,7 @@ LIBRARIES = {
     "sentencepiece": "text",
     "safetensors": "weights",
     "tyro": "cli",
+    "rich": "progress",
     "huggingface_hub": "weights",
 }  # an outside library has one room
 ROOMS = sorted(HOUSE.rglob("*.py"))

@@ -9,7 +9,7 @@ and its schedule.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from cogvideo.data.clips import Cut
 from cogvideo.train import objectives
@@ -69,6 +69,30 @@ class Recipe:
             f"no phase {name!r} in the recipe {self.name}; its phases are "
             f"{', '.join(p.name for p in self.phases)}"
         )
+
+
+    def changed(self, values: dict[str, str]) -> "Recipe":
+        """With fields of phases set, as in {"image.steps": "100", "tokenizer.loss.temporal": "0"}: those that
+        are numbers or words, read by the type of what they are."""
+        found = self
+        for key, value in values.items():
+            name, _, what = key.partition(".")
+            phase = found.phase(name)
+            known = {f.name: getattr(phase, f.name) for f in fields(phase)[1:]}
+            known |= {f"loss.{f.name}": getattr(phase.loss, f.name) for f in fields(phase.loss)}
+            kinds = {name: type(now) for name, now in known.items() if type(now) in (int, float, str)}
+            if what not in kinds:
+                raise ValueError(f"a phase has no field {what!r} that can be set; choose one of "
+                                 f"{', '.join(kinds)}")
+            try:
+                typed = kinds[what](value)
+            except ValueError:
+                raise ValueError(f"--{key} needs {kinds[what].__name__}, got {value!r}") from None
+            if what.startswith("loss."):
+                what, typed = "loss", replace(phase.loss, **{what.removeprefix("loss."): typed})
+            new = replace(phase, **{what: typed})
+            found = replace(found, phases=tuple(new if p is phase else p for p in found.phases))
+        return found
 
 
 RECIPES = {
