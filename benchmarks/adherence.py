@@ -128,12 +128,9 @@ def generate(pipe: "CogVideo", split: Split, seed: int, batch: int, frames: int,
     return np.concatenate(clips)
 
 
-def claim(out: Path, folder: Path, **options: object) -> None:
+def claim(out: Path, folder: ModelFolder, **options: object) -> None:
     """Mark `out` as the place of this model's clips; ValueError if it is that of other weights or options."""
-    weights = {
-        f.name: [f.stat().st_size, int(f.stat().st_mtime)] for f in sorted(folder.glob("*.safetensors"))
-    }
-    claimed = json.dumps({"model": str(folder.resolve()), "weights": weights, **options}, indent=2)
+    claimed = json.dumps({"weights": folder.version(), **options}, indent=2)
     file = out / "run.json"
     if file.exists() and file.read_text() != claimed:
         what = f"clips of other weights, or another --{', --'.join(options)}"
@@ -280,7 +277,7 @@ def main() -> None:
     }
     if not args.reconstructions:
         pipe = CogVideo(folder, dtype=args.dtype)
-        claim(args.out, folder.path, seed=args.seed, batch=args.batch, frames=args.frames, dtype=pipe.dtype)
+        claim(args.out, folder, seed=args.seed, batch=args.batch, frames=args.frames, dtype=pipe.dtype)
     judged = {}
     for name, (count, seed, held_out, language) in kinds.items():
         if count < 2:

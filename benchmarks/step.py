@@ -21,7 +21,7 @@ from itertools import islice
 import torch
 
 from cogvideo import presets
-from cogvideo.estimate import BYTES, Speed
+from cogvideo.estimate import Speed, Work, matrices
 from cogvideo.layout import Layout
 from cogvideo.model.packed import join, pack
 from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig, TemporalChannel
@@ -41,7 +41,7 @@ def models(c: ModelConfig, window: int) -> Iterator[tuple[str, DualChannelTransf
     for dtype in ("float32", "bfloat16", "int8"):
         packed = (pack(copy.deepcopy(part), dtype) for part in (base, temporal))
         model = DualChannelTransformer(*packed).eval()
-        yield dtype, join(model) if dtype == "int8" and c.width <= 1024 else model
+        yield dtype, join(model) if dtype == "int8" else model
 
 
 @torch.inference_mode()
@@ -62,9 +62,8 @@ def steps(
 
 def read(c: ModelConfig, dtype: str, rows: int, known: int) -> float:
     """Bytes of a step of stage 1 in the frame after `known`, on average over its first tokens."""
-    weights = (c.layers * 16 * c.width**2 + c.codes * c.width) * BYTES[dtype]
     seen = 2 * c.text_len + known * c.frame_len  # of the spatial channel the text, of the temporal one all
-    return weights + rows * c.layers * 2 * seen * c.width * (2 if dtype == "bfloat16" else 4)
+    return Work("", weights=matrices(c, True), seen=rows * c.layers * 2 * seen * c.width).read(dtype)
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ def generate(
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or min(torch.get_num_threads(), idle_cores()))
     pipe = CogVideo.from_pretrained(model, device, dtype, reference_quirks)
-    estimate = pipe.estimate(len(lines) * num_videos)
+    estimate = pipe.estimate(len(asked))
     if not estimate.fits and not ignore_memory:
         print(estimate.table(), file=sys.stderr)
         raise ValueError(f"{model} needs more memory than there is; --ignore-memory tries nevertheless")

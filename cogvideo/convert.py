@@ -24,6 +24,7 @@ from cogvideo.files import replacing_folder
 from cogvideo.foreign import Checkpoint, Piece, Rule, States
 from cogvideo.model.superres import SuperResConfig
 from cogvideo.model.system import System
+from cogvideo.sampling import read_clusters
 from cogvideo.text import PAD, START, TextTokenizer
 from cogvideo.vqvae import VQVAEConfig
 from cogvideo.weights import ModelFolder
@@ -250,7 +251,7 @@ def convert_icetk(source: Path, out: Path, say: Say = print) -> None:
         output.work.write("vqvae", _vqvae_pieces(states, system))
         output.work.write_text(text.model)
         if (source / "cluster_label2.npy").exists():
-            labels = _labels(source / "cluster_label2.npy", vqvae.codes)
+            labels = read_clusters(source / "cluster_label2.npy", vqvae.codes)
             np.save(output.work.path / "cluster_labels.npy", labels)
         output.made.update(vqvae="ice_image.pt", text="ice_text.model")
         say(f"vqvae: {vqvae.codes} codes, rates {vqvae.rates}; text: {len(text)} pieces from {vqvae.codes}")
@@ -273,16 +274,6 @@ def _text(file: Path, codes: int) -> TextTokenizer:
     if text.pieces.id_to_piece(text.pad - codes) != PAD:
         raise ValueError(f"{file} is not icetk's: it has no {PAD}")
     return text
-
-
-def _labels(file: Path, codes: int) -> np.ndarray:
-    try:
-        labels = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if labels.shape != (codes,) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(f"{file} does not give a cluster to each of {codes} codes")
-    return labels.astype(np.int64)
 
 
 def _vqvae_config(states: States, system: System) -> VQVAEConfig:

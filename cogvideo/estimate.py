@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideo import hardware
-from cogvideo.layout import Layout
+from cogvideo.layout import Layout, rounds
 from cogvideo.model.packed import Int8Linear, PackedLinear
 from cogvideo.model.system import System
 from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig
@@ -132,16 +132,15 @@ def plan(system: System, sampling: dict[str, Sampling], videos: int = 1) -> list
     rows = {name: videos * (1 + one.guided) for name, one in sampling.items()}
     work = [_fill("first frame", c, image, 0, None, rows["image"]),
             _fill("key frames", c, keyframes, 1, 0, rows["stage1"])]
-    frames = c.frames
-    for number in range(3):
-        windows = (frames - 1) // 2
-        name = f"to {2 ** (number + 1) * (c.frames - 1) / 4:g} fps"
-        work.append(_fill(name, c, between, len(between.given), c.window, windows * rows["stage2"]))
-        frames = 2 * frames - 1
+    counts = rounds(c.frames)
+    for before, fps in zip(counts, [*counts.values()][1:]):
+        windows = (before - 1) // 2 * rows["stage2"]
+        work.append(_fill(f"to {fps:g} fps", c, between, len(between.given), c.window, windows))
+    frames = max(counts)
     if system.superres:
         s = system.superres
         tokens = s.text_len + s.grid**2 + s.side**2
-        work.append(Work("larger frames", videos * frames, tokens, c.layers, _matrices(c, False)))
+        work.append(Work("larger frames", videos * frames, tokens, c.layers, matrices(c, False)))
     grid = system.superres.side if system.superres else c.grid
     work.append(Work("decode", flops=videos * frames * _decode_flops(system, grid)))
     if system.refiner:
@@ -159,11 +158,12 @@ def _fill(name: str, c: ModelConfig, layout: Layout, known: int, window: int | N
             start, slot = layout.segments(kind, window or 0, shifted)
             seen += sum(slot[p] + 1 - start[p] for step in steps for p in step) * c.layers / 2 * 2 * c.width
     tokens = sum(len(step) for step in steps)
-    return Work(name, len(steps), rows * tokens / len(steps), c.layers, _matrices(c, window is not None),
+    return Work(name, len(steps), rows * tokens / len(steps), c.layers, matrices(c, window is not None),
                 rows * seen / len(steps))
 
 
-def _matrices(c: ModelConfig, temporal: bool) -> int:
+def matrices(c: ModelConfig, temporal: bool) -> int:
+    """Weights that a step reads."""
     return c.layers * (16 if temporal else 12) * c.width**2 + c.codes * c.width
 
 

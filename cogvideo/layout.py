@@ -42,6 +42,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+SECONDS = 4.0  # that the key frames span
+
+
+def rounds(frames: int) -> dict[int, float]:
+    """How many frames a clip has and their rate: key frames, then after each of three rounds of interpolation
+    (CogVideo section 3.1)."""
+    return {(frames - 1) * 2**n + 1: (frames - 1) * 2**n / SECONDS for n in range(4)}
+
 
 @dataclass(frozen=True)
 class Layout:

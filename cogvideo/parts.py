@@ -58,8 +58,7 @@ class Parts:
 
     def _stage(self, name: str) -> DualChannelTransformer:
         model = DualChannelTransformer(self.base, self._load(name)).eval()
-        small = self.system.model.width <= 1024  # then calls cost more than a second copy of the weights
-        return join(model) if self.dtype == "int8" and small else model
+        return join(model) if self.dtype == "int8" else model
 
     def _load(self, name: str) -> Any:
         if self.device.type == "cpu":  # layer by layer, out of the mapped file

@@ -26,10 +26,10 @@ from cogvideo.draft import Draft, Kept
 from cogvideo.estimate import Estimate, cache_bytes
 from cogvideo.generate import fill
 from cogvideo.hardware import find_device, free_memory
-from cogvideo.layout import Layout
+from cogvideo.layout import SECONDS, Layout, rounds
 from cogvideo.parts import Parts
 from cogvideo.progress import Progress, telling
-from cogvideo.sampling import STAGES, Sampling, pick, pick_seeds, stages, uniforms
+from cogvideo.sampling import STAGES, Sampling, pick, pick_seeds, read_clusters, stages, uniforms
 from cogvideo.text import TEMPLATE, split_words
 from cogvideo.video import VIDEOS, Clip, VideoFile, read_image
 from cogvideo.vqvae import to_frames, to_pictures
@@ -37,7 +37,6 @@ from cogvideo.weights import ModelError, ModelFolder, find_model
 
 ROWS = 400  # of logits at a time
 MOST = 256  # samples that are filled together
-SECONDS = 4.0  # that a window of key frames spans at one frame a second
 
 
 
@@ -51,7 +50,9 @@ class CogVideo:
         self.parts = Parts(folder, self.device, self.dtype)
         self.config, self.system, self.text = folder.config, folder.system(), folder.text()
         chosen, file = self.config.get("sampling", {}), folder.path / "cluster_labels.npy"
-        clusters = _read_clusters(file, self.system.model.codes).to(self.device) if file.exists() else None
+        clusters = None
+        if file.exists():
+            clusters = torch.from_numpy(read_clusters(file, self.system.model.codes)).to(self.device)
         self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.get("prompts", {})
         c, v = self.system.model, self.system.vqvae
         try:
@@ -79,10 +80,7 @@ class CogVideo:
     @property
     def frame_counts(self) -> dict[int, float]:
         """Frames that can be asked for, and the rate each comes with."""
-        frames, fps, counts = self.system.model.frames, self._keyframe_rate, {}
-        for _ in range(4):
-            counts[frames], frames, fps = fps, 2 * frames - 1, 2 * fps
-        return counts
+        return rounds(self.system.model.frames)
 
     @property
     def _keyframe_rate(self) -> float:
@@ -352,14 +350,5 @@ class CogVideo:
                 clip = video if isinstance(video, Clip) else Clip.load(video)
                 places = [len(clip.frames) - 1 - round(b * clip.fps) for b in back]
                 clip = Clip(clip.frames[[place for place in places if place >= 0]], fps)
-        return self.encode([clip] * len(prompts), prompts, seeds)
-
-
-def _read_clusters(file: Path, codes: int) -> Tensor:
-    try:
-        labels = np.load(file)
-    except (ValueError, OSError, EOFError) as error:
-        raise ModelError(f"{file} is damaged: {error}") from None
-    if labels.shape != (codes,) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ModelError(f"{file} must hold a number from 0 for each of {codes} codes")
-    return torch.from_numpy(labels.astype(np.int64))
+        codes = self.encode([clip], prompts[:1], seeds[:1]).codes.expand(len(prompts), -1, -1)
+        return Draft(codes, fps, tuple(prompts), tuple(seeds))

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from cogvideo.data.loader import Batch
 from cogvideo.files import replacing
+from cogvideo.layout import SECONDS
 from cogvideo.model.refiner import enlarge
 from cogvideo.model.transformer import DualChannelTransformer
-from cogvideo.pipeline import SECONDS, CogVideo
+from cogvideo.pipeline import CogVideo
 from cogvideo.train.recipes import Phase
 from cogvideo.weights import ModelFolder
 

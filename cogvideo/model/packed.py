@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cogvideo.model.attention import Attention, Channels
 from cogvideo.model.transformer import Base, DualChannelTransformer
 
+WIDEST_JOINED = 1024
 ROWS = 256  # that are brought to range and back while they lie in the cache of the processor
 
 
@@ -117,6 +118,9 @@ class JointChannels(Channels):
 
 
 def join(model: DualChannelTransformer) -> DualChannelTransformer:
-    """Let a model of int8 parts compute its channels jointly."""
+    """Let a model of int8 parts compute its channels jointly, unless it is so wide that a second copy of the
+    weights costs more than the calls."""
+    if model.config.width > WIDEST_JOINED:
+        return model
     model.channels = [c if c.gate is None else JointChannels(c.attentions, c.gate) for c in model.channels]
     return model

@@ -70,7 +70,6 @@ class Recipe:
             f"{', '.join(p.name for p in self.phases)}"
         )
 
-
     def changed(self, values: dict[str, str]) -> "Recipe":
         """With fields of phases set, as in {"image.steps": "100", "tokenizer.loss.temporal": "0"}: those that
         are numbers or words, read by the type of what they are."""
