@@ -39,7 +39,6 @@ ROWS = 400  # of logits at a time
 MOST = 256  # samples that are filled together
 
 
-
 class CogVideo:
     """A loaded model."""
 
