@@ -36,7 +36,7 @@ ROWS = {
 
 def measure(folder, scenes) -> list[float]:
     """PSNR, SSIM, perceptual distance, flow error, and shares of sprites and motions recognised."""
-    vqvae, size = folder.load("vqvae"), folder.system().vqvae.resolution
+    vqvae, size = folder.load("vqvae"), folder.system().resolution
     real = np.stack([render(scene, TIMES[8:12], size) for scene in scenes])  # four neighbouring frames
     made = reconstruct(vqvae, real.reshape(-1, size, size, 3))[0].reshape(real.shape)
     row = compare(PictureFeatures(), made.reshape(-1, size, size, 3), real.reshape(-1, size, size, 3))

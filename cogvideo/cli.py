@@ -106,23 +106,20 @@ def generate(
             raise ValueError(f"{prompts}, prompt {number}: {error}" if prompts else error) from None
     for hint in [] if quiet else pipe.hints(lines):
         print(f"hint: {hint}", file=sys.stderr)
-    seed = pick_seeds(seed, len(asked))[0]
+    options: dict[str, Any] = {"image": image, "video": video, "num_frames": num_frames, "keep": keep,
+                               "guidance_scale": guidance_scale, "progress": not quiet}
+    if not pipe.draws and num_videos > 1:
+        raise ValueError(f"--num-videos {num_videos}: {model} draws nothing, so a prompt is one video")
+    if pipe.draws:
+        seed = pick_seeds(seed, len(asked))[0]
     for first in range(0, len(asked), TOGETHER):
-        clips = pipe(
-            asked[first : first + TOGETHER],
-            image=image,
-            video=video,
-            num_frames=num_frames,
-            guidance_scale=guidance_scale,
-            seed=seed + first,
-            progress=not quiet,
-            keep=keep,
-        )
+        clips = pipe(asked[first : first + TOGETHER], seed=None if seed is None else seed + first, **options)
         for i, clip in enumerate(clips, first):
             clip.save(paths[i])
             if not quiet:
                 frames, height, width, _ = clip.frames.shape
-                print(f"{paths[i]}  {frames} frames, {width}x{height}, {clip.fps:g} fps, seed {seed + i}")
+                drawn = "" if seed is None else f", seed {seed + i}"
+                print(f"{paths[i]}  {frames} frames, {width}x{height}, {clip.fps:g} fps{drawn}")
 
 
 def train(
@@ -130,6 +127,8 @@ def train(
     /,
     data: str = "tinyworld",
     out: Path | None = None,
+    init: str | None = None,
+    init_embedding: str | None = None,
     phases: tuple[str, ...] = (),
     device: str = "cpu",
     recompute: bool = False,
@@ -149,8 +148,11 @@ def train(
 
     Args:
         recipe: A row of the table in cogvideo/train/recipes.py.
-        data: "tinyworld", a folder of captioned videos, or webdataset shards.
+        data: "tinyworld", a folder of captioned videos, a .csv or .jsonl, YouCook2's .json, or
+            webdataset shards.
         out: The folder of the run. Default: runs/RECIPE.
+        init: A shipped model, a model folder, or a hub id, to begin with what it has of this model's parts.
+        init_embedding: GPT-2's weights (a safetensors file or a hub id), to begin with its embedding.
         phases: Only these phases, in the order of the recipe. Default: all.
         device: Where to compute: cpu, cuda, mps.
         recompute: Compute activations of the transformer again in the backward pass, to save memory.
@@ -169,6 +171,7 @@ def train(
     from cogvideo.data.sources import open_source
     from cogvideo.preview import probe
     from cogvideo.train import loop, recipes
+    from cogvideo.weights import ModelFolder, find_model
 
     chosen = recipes.find(recipe).changed(fields or {})
     for name in phases:
@@ -194,6 +197,8 @@ def train(
         log_every=log_every,
         probe_every=probe_every,
         probe=probe,
+        init=ModelFolder(find_model(init)) if init else None,
+        init_embedding=init_embedding,
     )
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
         print(f"model folder: {folder.path}")
@@ -235,12 +240,11 @@ def models(model: Positional[str | None] = None, /) -> None:
         return
     folder = ModelFolder(find_model(model))
     config, system = folder.config, folder.system()
-    c = system.model
-    size = system.vqvae.resolution
+    size = system.resolution
     refined = f", refined to {size * system.refiner.scale} px" if system.refiner else ""
     print(f"{folder.path}\n{config.get('about', '')}\n")
-    print(f"transformer   {c.layers} layers, width {c.width}, {c.heads} heads")
-    print(f"frames        {c.frames} key frames of {c.grid}x{c.grid} tokens, {c.codes} codes")
+    for name, value in system.describe().items():
+        print(f"{name:<13} {value}")
     print(f"pixels        {size} px{refined}")
     for part in system.parts:
         weight = f"{folder.file(part).stat().st_size / 1e6:.1f} MB" if folder.has(part) else "missing"

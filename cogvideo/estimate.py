@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogvideo import hardware
 from cogvideo.layout import Layout, rounds
 from cogvideo.model.packed import Int8Linear, PackedLinear
-from cogvideo.model.system import System
+from cogvideo.model.system import DirectSystem, System
 from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig
 from cogvideo.sampling import Sampling
 
 BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
+CHANNELS = ("stage1", "stage2", "superres")  # of which one at a time must be in memory
 ROWS = (1, 4, 16, 64, 512)  # at which layers are measured
 
 
@@ -123,8 +124,26 @@ def _a_layer() -> float:
 # -- arithmetic
 
 
-def plan(system: System, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
-    """Every verb of making `videos` of the full length."""
+def plan(system: Any, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
+    """Every verb of making `videos` of the full length, with a System or a DirectSystem."""
+    work = _regression(system, videos) if system.family == "direct" else _stages(system, sampling, videos)
+    if system.refiner:
+        frames = system.direct.frames if system.family == "direct" else max(rounds(system.model.frames))
+        work.append(Work("upscale", flops=videos * _upscale_flops(system, frames)))
+    return work
+
+
+def _regression(system: DirectSystem, videos: int) -> list[Work]:
+    c = system.direct
+    places = c.frames * c.grid**2
+    attention = 4 * c.layers * places * (places + c.text_len) * c.width  # which grows with the square
+    refinement = 2 * places * c.patch**2 * 9 * c.refine_width * (2 * c.refine_blocks * c.refine_width + 12)
+    return [Work("text", videos, c.text_len, c.layers, 12 * c.layers * c.width**2),
+            Work("frames", videos, places, c.layers, (16 * c.layers + 3) * c.width**2,
+                 flops=videos * (attention + refinement))]
+
+
+def _stages(system: System, sampling: dict[str, Sampling], videos: int) -> list[Work]:
     c = system.model
     image = Layout.image(c.text_len, c.grid)
     keyframes = Layout.keyframes(c.text_len, c.grid, c.frames)
@@ -143,8 +162,6 @@ def plan(system: System, sampling: dict[str, Sampling], videos: int = 1) -> list
         work.append(Work("larger frames", videos * frames, tokens, c.layers, matrices(c, False)))
     grid = system.superres.side if system.superres else c.grid
     work.append(Work("decode", flops=videos * frames * _decode_flops(system, grid)))
-    if system.refiner:
-        work.append(Work("upscale", flops=videos * _upscale_flops(system, frames)))
     return work
 
 
@@ -172,8 +189,8 @@ def _decode_flops(system: System, grid: int) -> float:
     return _flops(lambda: vqvae.decode(codes))
 
 
-def _upscale_flops(system: System, frames: int) -> float:
-    size, refiner = system.vqvae.resolution, system.outline("refiner")
+def _upscale_flops(system: Any, frames: int) -> float:
+    size, refiner = system.resolution, system.outline("refiner")
     return _flops(lambda: refiner(torch.zeros(1, frames, 3, size, size, device="meta")))
 
 
@@ -186,7 +203,7 @@ def _flops(action: Callable[[], Tensor]) -> float:
 # -- memory
 
 
-def memory(system: System, dtype: str, rows: int, cpu: bool = True) -> dict[str, float]:
+def memory(system: Any, dtype: str, rows: int, cpu: bool = True) -> dict[str, float]:
     """Bytes of every part when it is loaded, and of keys and values: of `rows` key frames, or of a window."""
     held: dict[str, float] = {}
     for name in system.parts:
@@ -198,6 +215,8 @@ def memory(system: System, dtype: str, rows: int, cpu: bool = True) -> dict[str,
             linear += system.model.codes * system.model.width
             rest -= system.model.vocab * system.model.width if kind != "bfloat16" else 0
         held[name] = linear * BYTES[kind] + rest * (2 if kind == "bfloat16" else 4)
+    if system.family == "direct":
+        return held
     c = system.model
     keyframes = cache_bytes(c, Layout.keyframes(c.text_len, c.grid, c.frames), 0, dtype)
     between = cache_bytes(c, Layout.interpolation(c.text_len, c.grid, c.frames), c.window, dtype)
@@ -216,7 +235,7 @@ def cache_bytes(c: ModelConfig, layout: Layout, window: int, dtype: str) -> floa
 class Estimate:
     """All of it for one model, and as a table."""
 
-    system: System
+    system: Any  # System or DirectSystem
     sampling: dict[str, Sampling]
     dtype: str
     videos: int = 1
@@ -237,15 +256,22 @@ class Estimate:
         return hardware.free_memory(self.device)
 
     @property
+    def least(self) -> float:
+        """Bytes if of the channels only that is there which is computed with."""
+        channels = [size for name, size in self.held.items() if name in CHANNELS]
+        return sum(self.held.values()) - sum(channels) + max(channels, default=0)
+
+    @property
     def fits(self) -> bool:
-        return self.free is None or sum(self.held.values()) < self.free
+        return self.free is None or self.least < self.free
 
     def table(self, speed: Speed | None = None) -> str:
         """Memory, and what every verb does; with a measured speed also the time that it should take."""
         lines = [f"{'memory':<16}{'GB':>8}"]
         lines += [f"{name:<16}{size / 1e9:>8.2f}" for name, size in self.held.items()]
         have = "" if self.free is None else f"  of {self.free / 1e9:.1f} that are free"
-        lines += [f"{'all':<16}{sum(self.held.values()) / 1e9:>8.2f}{have}", ""]
+        lines.append(f"{'all':<16}{sum(self.held.values()) / 1e9:>8.2f}{have}")
+        lines += [f"{'at least':<16}{self.least / 1e9:>8.2f}  with one channel at a time", ""]
         lines.append(f"{'verb':<16}{'steps':>8}{'tokens':>10}{'MB/step':>10}{'seconds' if speed else '':>10}")
         for one in self.work:
             seconds = f"{one.seconds(speed):.1f}" if speed else ""

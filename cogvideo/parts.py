@@ -1,19 +1,25 @@
 """The parts of a model folder as generation computes with them: each read when it is first needed, then kept.
 
-The image model, both stages and super-resolution are made of one base, which is in memory once.
+The image model, both stages and super-resolution are made of one base, which is in memory once. What each
+adds to it is let go of where there is no room for the next beside it.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from cogvideo.estimate import BYTES
+from cogvideo.estimate import BYTES, CHANNELS, memory
+from cogvideo.hardware import free_memory
 from cogvideo.model.packed import join, pack
 from cogvideo.model.refiner import Refiner
 from cogvideo.model.superres import SuperRes
 from cogvideo.model.transformer import Base, DualChannelTransformer
-from cogvideo.vqvae import VQVAE
+from cogvideo.progress import Progress
+from cogvideo.video import Clip
+from cogvideo.vqvae import VQVAE, to_frames, to_pictures
 from cogvideo.weights import ModelFolder
 
 
@@ -53,14 +59,35 @@ class Parts:
 
     @cached_property
     def superres(self) -> SuperRes:
+        self._make_room("superres")
         own = "superres_base" in self.system.parts
         return SuperRes(self._load("superres_base") if own else self.base, self._load("superres")).eval()
 
     def _stage(self, name: str) -> DualChannelTransformer:
+        self._make_room(name)
         model = DualChannelTransformer(self.base, self._load(name)).eval()
         return join(model) if self.dtype == "int8" else model
+
+    def _make_room(self, name: str) -> None:
+        """Let go of the other channels, which are read again when they are needed, if memory asks for it."""
+        free = free_memory(self.device)
+        if free is not None and free < memory(self.system, self.dtype, 1, self.device.type == "cpu")[name]:
+            for other in CHANNELS:
+                vars(self).pop(other, None)
 
     def _load(self, name: str) -> Any:
         if self.device.type == "cpu":  # layer by layer, out of the mapped file
             return pack(self.folder.load(name, self.device, None), self.dtype)
         return self.folder.load(name, self.device, getattr(torch, self.dtype))
+
+
+@torch.inference_mode()
+def refine(refiner: Refiner, clips: Sequence[Clip], progress: Progress | None = None) -> list[Clip]:
+    """Clips in the refiner's larger size, one after the other."""
+    larger, device = [], next(refiner.parameters()).device
+    for i, clip in enumerate(clips):
+        small = to_pictures(clip.frames).to(device)
+        larger.append(replace(clip, frames=to_frames(refiner(small[None])[0])))
+        if progress is not None:
+            progress("upscale", i + 1, len(clips))
+    return larger

@@ -11,26 +11,27 @@ frame of a user's (image to video), the last seconds of a clip (continuation) or
 (in-betweening) are drafts made by `encode`. `pipe(prompt)` is the verbs in a row.
 """
 
-import difflib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cogvideo.direct import DirectPipeline
 from cogvideo.draft import Draft, Kept
 from cogvideo.estimate import Estimate, cache_bytes
 from cogvideo.generate import fill
 from cogvideo.hardware import find_device, free_memory
 from cogvideo.layout import SECONDS, Layout, rounds
-from cogvideo.parts import Parts
+from cogvideo.parts import Parts, refine
 from cogvideo.progress import Progress, telling
+from cogvideo.prompts import Prompts, check_words
 from cogvideo.sampling import STAGES, Sampling, pick, pick_seeds, read_clusters, stages, uniforms
-from cogvideo.text import TEMPLATE, split_words
+from cogvideo.text import TEMPLATE
 from cogvideo.video import VIDEOS, Clip, VideoFile, read_image
 from cogvideo.vqvae import to_frames, to_pictures
 from cogvideo.weights import ModelError, ModelFolder, find_model
@@ -42,12 +43,15 @@ MOST = 256  # samples that are filled together
 class CogVideo:
     """A loaded model."""
 
+    draws = True  # at random: a prompt may have many videos
+
     def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu", dtype: str | None = None,
                  reference_quirks: bool = False):
         self.folder, self.device, self.reference_quirks = folder, find_device(device), reference_quirks
         self.dtype = dtype or ("int8" if self.device.type == "cpu" else "bfloat16")
         self.parts = Parts(folder, self.device, self.dtype)
         self.config, self.system, self.text = folder.config, folder.system(), folder.text()
+        self.prompts = Prompts(self.text, self.config.get("words", ()), self.config.get("languages", ()))
         chosen, file = self.config.get("sampling", {}), folder.path / "cluster_labels.npy"
         clusters = None
         if file.exists():
@@ -67,14 +71,18 @@ class CogVideo:
 
     @classmethod
     def from_pretrained(cls, model: str | Path = "tiny", device: torch.device | str = "cpu",
-                        dtype: str | None = None, reference_quirks: bool = False) -> "CogVideo":
-        """Open a model: a shipped name, a folder, or a hub id.
+                        dtype: str | None = None, reference_quirks: bool = False) -> Any:
+        """Open a model: a shipped name, a folder, or a hub id. One of the regression family is a
+        `DirectPipeline`, which is called the same way.
 
         dtype: what the transformer computes with, float32, bfloat16 or int8; by default what is fastest, int8
         weights on a CPU and bfloat16 elsewhere. reference_quirks: also repeat what the original's inference
         does otherwise than its training (docs/original-weights.md).
         """
-        return cls(ModelFolder(find_model(model)), device, dtype, reference_quirks)
+        folder = ModelFolder(find_model(model))
+        if folder.config.get("family") == "direct":
+            return DirectPipeline(folder, device, dtype)
+        return cls(folder, device, dtype, reference_quirks)
 
     @property
     def frame_counts(self) -> dict[int, float]:
@@ -85,19 +93,10 @@ class CogVideo:
     def _keyframe_rate(self) -> float:
         return (self.system.model.frames - 1) / SECONDS
 
-    @property
-    def finishing(self) -> list[str]:
-        """Parts that make codes or frames larger: those of the model, but for what its training has not come
-        to."""
-        trained = self.config.get("trained")
-        done = {part for row in (trained or {}).values() for part in row["parts"]}
-        parts = [part for part in ("superres", "refiner") if part in self.system.parts]
-        return [part for part in parts if trained is None or part in done or self.folder.has(part)]
-
     def _needed(self, num_frames: int) -> list[str]:
         between = ["stage2"] if num_frames > self.system.model.frames else []
-        own = [f"{part}_base" for part in self.finishing if f"{part}_base" in self.system.parts]
-        return ["vqvae", "base", "stage1", *between, *self.finishing, *own]
+        own = [f"{part}_base" for part in self.folder.finishing if f"{part}_base" in self.system.parts]
+        return ["vqvae", "base", "stage1", *between, *self.folder.finishing, *own]
 
     # -- the whole way
 
@@ -235,7 +234,7 @@ class CogVideo:
         `begin` holds the first frames that are large already; `each` is told of the large frames so far.
         """
         c, (count, frames, _) = self.system.superres, draft.codes.shape
-        if c is None or "superres" not in self.finishing:
+        if c is None or "superres" not in self.folder.finishing:
             return draft
         numbers = uniforms(draft.seeds, frames * c.side**2, 2).to(self.device).view(count, frames, -1)
         texts, sampling = self._text("superres", draft.prompts, SECONDS), self.sampling["superres"]
@@ -261,18 +260,11 @@ class CogVideo:
             clips.append(Clip(to_frames(self.parts.vqvae.decode(codes)), draft.fps, prompt))
         return clips
 
-    @torch.inference_mode()
     def upscale(self, clips: Sequence[Clip], *, progress: Progress | None = None) -> list[Clip]:
         """Refine clips to the larger size; without a refiner in the model folder they stay as they are."""
-        if "refiner" not in self.finishing:
+        if "refiner" not in self.folder.finishing:
             return list(clips)
-        larger = []
-        for i, clip in enumerate(clips):
-            small = to_pictures(clip.frames).to(self.device)
-            larger.append(replace(clip, frames=to_frames(self.parts.refiner(small[None])[0])))
-            if progress is not None:
-                progress("upscale", i + 1, len(clips))
-        return larger
+        return refine(self.parts.refiner, clips, progress)
 
     @torch.inference_mode()
     def encode(self, clips: Sequence[Clip], prompts: Sequence[str], seeds: Sequence[int]) -> Draft:
@@ -283,7 +275,7 @@ class CogVideo:
                              f"{len(prompts)} prompts, {len(seeds)} seeds")
         if len({(len(clip.frames), clip.fps) for clip in clips}) > 1:
             raise ValueError("all clips must have as many frames and the same rate")
-        vqvae, size = self.parts.vqvae, self.system.vqvae.resolution
+        vqvae, size = self.parts.vqvae, self.system.resolution
         codes = [vqvae.encode(to_pictures(clip.square(size).frames).to(self.device)) for clip in clips]
         return Draft(torch.stack(codes), clips[0].fps, tuple(prompts), tuple(seeds))
 
@@ -291,10 +283,7 @@ class CogVideo:
 
     def check_prompt(self, prompt: str) -> None:
         """Raise ValueError if a prompt is empty or too long, saying by how many tokens."""
-        if not prompt.strip():
-            raise ValueError(
-                "the prompt is empty; write a sentence such as 'a dog runs to the right across a green field'"
-            )
+        check_words(prompt)
         for stage in STAGES:
             self._text(stage, [prompt], SECONDS)
 
@@ -302,22 +291,9 @@ class CogVideo:
         """What making so many videos costs; nothing is loaded for it."""
         return Estimate(self.system, self.sampling, self.dtype, videos, self.device)
 
-    def unknown_words(self, prompt: str) -> dict[str, list[str]]:
-        """Words of a prompt that were in no caption of the training, each with the nearest words that
-        were."""
-        known = self.config.get("words", [])
-        found = dict.fromkeys(split_words(prompt)) if known else ()
-        return {word: difflib.get_close_matches(word, known, 3, 0.3) for word in found if word not in known}
-
     def hints(self, prompts: Sequence[str]) -> list[str]:
         """What a user should know before waiting for these prompts."""
-        found = []
-        for word, near in {w: n for one in prompts for w, n in self.unknown_words(one).items()}.items():
-            nearest = f"; near it are: {', '.join(near)}" if near else ""
-            found.append(f"the model never saw the word {word!r}{nearest}")
-        chinese = all(re.search("[\u4e00-\u9fff]", one) for one in prompts)
-        if self.config.get("languages") == ["zh"] and not chinese:
-            found.append("the model was trained on Chinese captions alone; write the prompt in Chinese")
+        found = self.prompts.hints(prompts)
         if any(one.token_temperature != 1 and one.clusters is None for one in self.sampling.values()):
             found.append("there is no cluster_labels.npy in the model folder, so plain top-k is used")
         return found
@@ -327,14 +303,14 @@ class CogVideo:
         pad, length = self.text.pad, self.system.model.text_len
         if stage == "superres" and self.system.superres:
             pad, length = self.system.superres.pad, self.system.superres.text_len
-        rows = [self.text.prompt(one, duration, self.templates[stage]) for one in prompts]
-        return torch.tensor([self.text.pad_left(row, length, pad) for row in rows], device=self.device)
+        rows = self.prompts.ids(prompts, duration, self.templates[stage], length, pad)
+        return torch.tensor(rows, device=self.device)
 
     def _beginning(self, image, video, prompts: Sequence[str], seeds: Sequence[int]) -> Draft | None:
         """The frames a clip has to begin with, as a draft at the rate of key frames."""
         if image is None and video is None:
             return None
-        size, fps, frames = self.system.vqvae.resolution, self._keyframe_rate, self.system.model.frames
+        size, fps, frames = self.system.resolution, self._keyframe_rate, self.system.model.frames
         if image is not None:
             first = read_image(image, 4 * size) if isinstance(image, (str, Path)) else np.asarray(image)
             if first.dtype != np.uint8 or first.ndim != 3 or first.shape[2] != 3:

@@ -1,9 +1,12 @@
-"""One table of models. `tiny` is the shipped one; `cogvideo-9b` has the exact sizes of the released
-CogVideo."""
+"""One table of models. `tiny` and `direct-tiny` are shipped; `cogvideo-9b` has the exact sizes of the
+released CogVideo, `direct` is the reference of the regression family."""
 
+from typing import Any
+
+from cogvideo.model.direct import DirectConfig
 from cogvideo.model.refiner import RefinerConfig
 from cogvideo.model.superres import SuperResConfig
-from cogvideo.model.system import System
+from cogvideo.model.system import DirectSystem, System
 from cogvideo.model.transformer import ModelConfig
 from cogvideo.vqvae import VQVAEConfig
 
@@ -57,7 +60,21 @@ PRESETS = {
         ),
         superres=SuperResConfig(grid=20, scale=3, text_len=96, pad=0, window=(9, 5), cross=(5, 5)),
     ),
+    # captions to frames in one pass; text is GPT-2's
+    "direct": DirectSystem(
+        DirectConfig(layers=32, width=2560, heads=32, vocab=50257, pad=50256),
+    ),
+    "direct-tiny": DirectSystem(
+        DirectConfig(layers=4, width=192, heads=4, vocab=1280, pad=3, text_len=32, resolution=48, patch=8,
+                     frames=33),
+        RefinerConfig(scale=4, width=64, blocks=6),
+    ),
     # for tests: made in a second
+    "direct-nano": DirectSystem(
+        DirectConfig(layers=1, width=16, heads=2, vocab=500, pad=3, text_len=64, resolution=16, patch=8,
+                     frames=33, refine_width=8, refine_blocks=1),
+        RefinerConfig(scale=2, width=8, blocks=1),
+    ),
     "nano": System(
         ModelConfig(
             layers=2,
@@ -77,7 +94,8 @@ PRESETS = {
 }
 
 
-def find(name: str) -> System:
+def find(name: str) -> Any:
+    """A System or a DirectSystem."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

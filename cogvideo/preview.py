@@ -14,6 +14,7 @@ from cogvideo.layout import SECONDS
 from cogvideo.model.refiner import enlarge
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.pipeline import CogVideo
+from cogvideo.text import PLAIN
 from cogvideo.train.recipes import Phase
 from cogvideo.weights import ModelFolder
 
@@ -25,7 +26,14 @@ def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch
     """Write the strip of a phase. tokenizer, refiner: the batch and what becomes of it, row by row. Token
     models: samples for the captions of the batch, made with the weights as they are now."""
     clips = batch.frames[0][:SHOWN]
-    if phase.name == "tokenizer":
+    if "direct" in parts:
+        text, c = folder.text(), parts["direct"].config
+        ids = [text.pad_left(text.prompt(one, 0.0, PLAIN)[: c.text_len], c.text_len)
+               for one in batch.captions[:SHOWN]]
+        (rate,), keep = phase.cut.rates, phase.cut.keep
+        made = parts["direct"](torch.tensor(ids, device=clips.device), rate, c.slots(rate)[:keep])
+        rows = _rows(made, clips)
+    elif phase.name == "tokenizer":
         vqvae = parts["vqvae"]
         flat = clips.flatten(0, 1)
         rows = _rows(
@@ -35,8 +43,10 @@ def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch
             ),
         )
     elif phase.name == "refiner":
-        codes = parts["vqvae"].encode(clips.flatten(0, 1))
-        low = parts["vqvae"].decode(codes).unflatten(0, clips.shape[:2])
+        low = clips
+        if "vqvae" in parts:
+            codes = parts["vqvae"].encode(clips.flatten(0, 1))
+            low = parts["vqvae"].decode(codes).unflatten(0, clips.shape[:2])
         rows = _rows(
             enlarge(low, parts["refiner"].config.scale), parts["refiner"](low), batch.frames[1][:SHOWN]
         )

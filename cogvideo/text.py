@@ -1,8 +1,9 @@
 """Captions to ids and back.
 
 One sentencepiece model for all languages; text ids follow the image codes, so a piece's id is `first_id +
-piece`. The duration of the clip is part of the text, as in the paper: "4.0秒<n>a dog runs to the right" asks
-for five frames over four seconds.
+piece`. Or the byte pairs of GPT-2, for models that begin with its embedding. For token models the duration of
+the clip is part of the text, as in the paper: "4.0秒<n>a dog runs to the right" asks for five frames over
+four seconds.
 """
 
 import io
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import sentencepiece
 
+GPT2 = Path(__file__).parent / "gpt2"  # its files, MIT
 PAD, START, NEWLINE = "<pad>", "<start_of_image>", "<n>"
-TEMPLATE = "{seconds:.1f}秒<n>{prompt}"  # what the models are trained with
+TEMPLATE = "{seconds:.1f}秒<n>{prompt}"  # what the token models are trained with
+PLAIN = "{prompt}"  # and the regression models, which have a token for the rate
 DURATIONS = (4.0, 2.0, 1.0, 0.5)
 
 
@@ -28,6 +31,7 @@ class TextTokenizer:
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.pad = first_id + self.pieces.piece_to_id(PAD)
         self.start = first_id + self.pieces.piece_to_id(START)
+        self.newline = first_id + self.pieces.piece_to_id(NEWLINE)
 
     @classmethod
     def load(cls, path: Path, first_id: int) -> "TextTokenizer":
@@ -47,11 +51,10 @@ class TextTokenizer:
 
         What stands before and after the template's <n> is encoded apart, as in the original.
         """
-        newline = self.first_id + self.pieces.piece_to_id(NEWLINE)
         first, *rest = template.format(seconds=duration, prompt=caption).split(NEWLINE)
         ids = self.encode(first.strip())
         for part in rest:
-            ids += [newline, *self.encode(part.strip())]
+            ids += [self.newline, *self.encode(part.strip())]
         return ids
 
     def pad_left(self, ids: list[int], length: int, pad: int | None = None) -> list[int]:
@@ -61,6 +64,27 @@ class TextTokenizer:
                 f"the text has {len(ids)} tokens, {len(ids) - length} more than the {length} that fit"
             )
         return [self.pad if pad is None else pad] * (length - len(ids)) + ids
+
+
+class GPT2Tokenizer(TextTokenizer):
+    """The byte pairs of GPT-2: 50257 ids, of which the last, <|endoftext|>, is also the padding."""
+
+    def __init__(self) -> None:
+        from tokenizers import ByteLevelBPETokenizer
+
+        self.first_id = 0
+        self.pairs = ByteLevelBPETokenizer(str(GPT2 / "encoder.json"), str(GPT2 / "vocab.bpe"))
+        self.pad = len(self) - 1
+        (self.newline,) = self.encode("\n")
+
+    def __len__(self) -> int:
+        return self.pairs.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.pairs.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.pairs.decode([i for i in ids if i != self.pad])
 
 
 def train_text(captions: Iterable[str], pieces: int) -> bytes:

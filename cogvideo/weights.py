@@ -20,9 +20,10 @@ from torch import nn
 
 from cogvideo.files import replacing
 from cogvideo.foreign import Piece
-from cogvideo.model.system import System
-from cogvideo.text import TextTokenizer
+from cogvideo.model.system import read_system
+from cogvideo.text import GPT2Tokenizer, TextTokenizer
 
+HUB_ID = r"[\w.-]+/[\w.-]+"  # owner/name
 SHIPPED = Path(__file__).parent / "models"
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
          torch.bool: "BOOL"}  # what safetensors calls them
@@ -51,9 +52,10 @@ class ModelFolder:
             raise ModelError(f"{file} is damaged: it holds no table")
         return config
 
-    def system(self) -> System:
+    def system(self) -> Any:
+        """The System or DirectSystem that the folder holds."""
         try:
-            return System.from_dict(self.config)
+            return read_system(self.config)
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise ModelError(f"{self.path / 'config.json'} does not describe a model: {error}") from None
 
@@ -72,6 +74,15 @@ class ModelFolder:
         """What tells these weights from others: place, sizes and times of the files."""
         files = sorted(self.path.resolve().glob("*.safetensors"))
         return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+    @property
+    def finishing(self) -> list[str]:
+        """Parts that make codes or frames larger: those of the model, but for what its training has not come
+        to."""
+        trained = self.config.get("trained")
+        done = {part for row in (trained or {}).values() for part in row["parts"]}
+        parts = [part for part in ("superres", "refiner") if part in self.system().parts]
+        return [part for part in parts if trained is None or part in done or self.has(part)]
 
     def has(self, part: str) -> bool:
         return self.file(part).exists()
@@ -100,9 +111,11 @@ class ModelFolder:
         return module.eval().requires_grad_(False)
 
     def text(self) -> TextTokenizer:
+        if self.config.get("text") == "gpt2":
+            return GPT2Tokenizer()
         file = self.path / "text.model"
         try:
-            return TextTokenizer.load(file, self.system().model.codes)
+            return TextTokenizer.load(file, self.system().first_text)
         except FileNotFoundError:
             raise ModelError(f"{self.path} is incomplete: {file.name} is missing") from None
         except (RuntimeError, ValueError) as error:
@@ -156,6 +169,21 @@ class ModelFolder:
             raise ModelError(f"{self.file(part)} is damaged: {error}") from None
 
 
+def read_embedding(where: str) -> torch.Tensor:
+    """GPT-2's embedding of words [ids, width], out of a safetensors file or a repository of the hub."""
+    path = Path(where).expanduser()
+    if not path.exists() and re.fullmatch(HUB_ID, where):
+        path = _from_hub(where, ["model.safetensors"]) / "model.safetensors"
+    try:
+        with safe_open(path, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                if name.endswith("wte.weight"):
+                    return stored.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot read an embedding from {where}: {error}") from None
+    raise ModelError(f"{where} has no tensor wte.weight, as GPT-2's embedding is called")
+
+
 def shipped() -> list[str]:
     """Names of the models inside the package."""
     return (
@@ -173,21 +201,20 @@ def find_model(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return Path(
-                snapshot_download(
-                    str(name), allow_patterns=["*.json", "*.safetensors", "text.model", "*.npy", "README.md"]
-                )
-            )
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise ModelError(
-                f"{name} is no folder here, and the hub did not give it: {str(error).splitlines()[0]}"
-            ) from None
+    if re.fullmatch(HUB_ID, str(name)) and not path.exists():
+        return _from_hub(str(name), ["*.json", "*.safetensors", "text.model", "*.npy", "README.md"])
     raise ModelError(
         f"unknown model {str(name)!r}; choose one of {', '.join(shipped())}, or give a model folder "
         f"or a hub id (owner/name)"
     )
+
+
+def _from_hub(name: str, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=files))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise ModelError(f"{name} is no folder here, and the hub did not give it: {why}") from None

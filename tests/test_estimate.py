@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cogvideo import estimate, pipeline, presets
+from cogvideo import estimate, parts, pipeline, presets
 from cogvideo.model.packed import Int8Linear, PackedLinear, pack
 from cogvideo.pipeline import CogVideo
 from cogvideo.sampling import stages
@@ -86,3 +86,18 @@ def test_a_measured_speed_predicts_seconds():
     step = estimate.Work("a", steps=10, rows=1, layers=2, weights=10**9, seen=1e9)
     assert step.seconds(speed) == pytest.approx(10 * (1e-2 + 2e-4 + 0.4))
     assert estimate.Work("b", flops=3e11).seconds(speed) == pytest.approx(3)
+
+
+def test_one_channel_at_a_time_where_memory_is_short(nano, monkeypatch):
+    """The same clip, with less in memory; the base, which all channels share, stays."""
+    pipe = CogVideo.from_pretrained(nano, dtype="float32")
+    whole = pipe.interpolate(pipe.keyframes(["a dog"], [1])).codes
+    assert {"stage1", "stage2"} <= vars(pipe.parts).keys()
+    monkeypatch.setattr(parts, "free_memory", lambda device: 1.0)
+    short = CogVideo.from_pretrained(nano, dtype="float32")
+    draft = short.keyframes(["a dog"], [1])
+    base = short.parts.base
+    assert torch.equal(short.interpolate(draft).codes, whole)
+    assert "stage1" not in vars(short.parts) and short.parts.stage2.base is base
+    costs = short.estimate()
+    assert sum(costs.held.values()) - costs.least == min(costs.held["stage1"], costs.held["stage2"])

@@ -10,9 +10,10 @@ HOUSE = Path(__file__).parent.parent / "cogvideo"
 LEVELS = [
     {"files", "hardware", "progress"},
     {"layout", "draft", "text", "vqvae", "video", "sampling", "foreign"},
-    {"model", "data", "eval"},
+    {"model", "data", "eval", "prompts"},
     {"weights", "generate", "presets", "estimate"},
     {"parts"},
+    {"direct"},
     {"train", "pipeline", "convert"},
     {"preview"},
     {"cli"},
@@ -24,6 +25,7 @@ LIBRARIES = {
     "safetensors": "weights",
     "tyro": "cli",
     "rich": "progress",
+    "tokenizers": "text",
     "huggingface_hub": "weights",
 }  # an outside library has one room
 ROOMS = sorted(HOUSE.rglob("*.py"))

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ class Clock:
 
     name: int
     seconds: float
+    fps: float = float("inf")
 
     def caption(self, rng: np.random.Generator) -> str:
         return f"clock {self.name}"
@@ -33,9 +35,13 @@ class Clock:
 class Clocks:
     count: int | None
     seconds: float = 10.0
+    skipped: ClassVar[dict] = {}
 
     def __getitem__(self, index: int) -> Clock:
         return Clock(index, self.seconds)
+
+    def name(self, index: int) -> str:
+        return f"clock {index}"
 
 
 ANY = Cut(3, (1, 2, 4), sizes=(4,))
@@ -132,8 +138,10 @@ def test_only_rates_whose_window_fits_are_chosen():
     how = Cut(5, (1, 2, 4), sizes=(2,))
     spans = {cut(Clock(0, 2.5), how, np.random.default_rng(i)).duration for i in range(30)}
     assert spans == {2.0, 1.0}
-    short = cut(Clock(0, 0.5), how, np.random.default_rng(0))  # none fits: the last frame repeats
-    assert short.duration == 1.0 and short.frames[0][:, 0, 0, 0].tolist() == [0, 5, 10, 10, 10]
+    with pytest.raises(ValueError, match="0.50 s at inf frames a second are too few for 5 frames at 1, 2, 4"):
+        cut(Clock(0, 0.5), how, np.random.default_rng(0))
+    slow = {cut(Clock(0, 9, fps=2.0), how, np.random.default_rng(i)).duration for i in range(30)}
+    assert slow == {4.0, 2.0}  # four frames a second are not there
 
 
 def test_a_folder_of_videos_goes_through(tmp_path):

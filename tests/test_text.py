@@ -1,7 +1,7 @@
 import pytest
 
 from cogvideo.data.loader import read_captions
-from cogvideo.text import TextTokenizer, split_words, train_text
+from cogvideo.text import GPT2Tokenizer, TextTokenizer, split_words, train_text
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +42,16 @@ def test_too_few_pieces_is_a_clear_error(world):
 def test_split_words():
     assert split_words("A dog, the DOG!") == ["a", "dog", "the", "dog"]
     assert split_words("小狗 runs") == ["小", "狗", "runs"]
+
+
+def test_the_words_of_gpt2():
+    """Ids that GPT-2 is known to have; no network is asked."""
+    text = GPT2Tokenizer()
+    known = {"Hello world": [15496, 995], "The quick brown fox": [464, 2068, 7586, 21831],
+             "\n": [198], " the": [262]}
+    assert {words: text.encode(words) for words in known} == known
+    assert len(text) == 50257 and text.pad == 50256
+    for caption in ("a dog runs to the right", "一只小狗向右跑", "naïve ☃ café\n\nindeed"):
+        assert text.decode([text.pad, *text.encode(caption)]) == caption
+    assert text.prompt(" a dog ", 4.0, "{prompt}") == text.encode("a dog")
+    assert text.pad_left([5], 3) == [50256, 50256, 5]

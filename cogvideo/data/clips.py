@@ -16,7 +16,14 @@ class Recording(Protocol):
     """One captioned video, read lazily."""
 
     @property
-    def seconds(self) -> float: ...
+    def seconds(self) -> float:
+        """From the first frame to the last."""
+        ...
+
+    @property
+    def fps(self) -> float:
+        """The frames that there are each second."""
+        ...
 
     def caption(self, rng: np.random.Generator) -> str: ...
 
@@ -26,12 +33,21 @@ class Recording(Protocol):
 
 
 class Source(Protocol):
-    """Recordings by index. `len` is how many there are; a source without end says `None` as its `count`."""
+    """Recordings by index, `count` of them; a source without end says None."""
 
     @property
     def count(self) -> int | None: ...
 
     def __getitem__(self, index: int) -> Recording: ...
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What was found not to be a recording, and why."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Of a recording, for messages."""
+        ...
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         """That of a recording, without opening it."""
@@ -56,10 +72,16 @@ class Sample:
 
 
 def cut(recording: Recording, how: Cut, rng: np.random.Generator) -> Sample:
-    """One clip at random. Of the rates whose window fits into the recording one is chosen; if none fits, the
-    fastest is and the last frame repeats."""
+    """One clip at random, at one of the rates that the recording has frames for and whose window fits into
+    it; no frame is taken twice. ValueError if there is no such rate."""
     spans = {rate: (how.frames - 1) / rate for rate in how.rates}
-    fitting = [rate for rate in how.rates if spans[rate] <= recording.seconds] or [max(how.rates)]
+    slack = 0.5 / recording.fps  # each time takes the nearest frame
+    fitting = [rate for rate in how.rates
+               if rate <= 1.01 * recording.fps and spans[rate] <= recording.seconds + slack]
+    if not fitting:
+        rates = ", ".join(f"{rate:g}" for rate in sorted(set(how.rates)))
+        raise ValueError(f"{recording.seconds:.2f} s at {recording.fps:g} frames a second are too few for "
+                         f"{how.frames} frames at {rates} frames a second")
     rate = fitting[rng.integers(len(fitting))]
     start = rng.uniform(0, max(recording.seconds - spans[rate], 0))
     times = np.minimum(start + np.arange(how.keep or how.frames) / rate, recording.seconds)

@@ -1,11 +1,13 @@
 """Batches without end, the same ones for the same seed: shuffled, split by rank, resumable from a single
 number.
 
-Sample k of a run is a function of (seed, k) alone, so the state of the loader is the step it has reached.
+Sample k of a run is a function of (seed, k) alone, so the state of the loader is the step it has reached. A
+recording that cannot be used (missing, damaged, too short) is passed over and told of; the next one, drawn
+from the same numbers, takes its place.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -15,12 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 from cogvideo.data.clips import Cut, Sample, Source, cut
 from cogvideo.vqvae import to_pictures
 
+TRIES = 200  # recordings that may be passed over in a row
+
 
 @dataclass(frozen=True)
 class Batch:
     captions: list[str]
     durations: list[float]
     frames: tuple[torch.Tensor, ...]  # for each size: float [B, F, 3, size, size] in [0, 1]
+    skipped: dict[str, str] = field(default_factory=dict)  # recordings that were passed over, and why
 
 
 class _Cuts(Dataset):
@@ -29,14 +34,20 @@ class _Cuts(Dataset):
     def __init__(self, source: Source, how: Cut, seed: int):
         self.source, self.how, self.seed = source, how, seed
 
-    def __getitem__(self, k: int) -> Sample:
-        rng = np.random.default_rng((self.seed, k))
+    def __getitem__(self, k: int) -> tuple[Sample, dict[str, str]]:
+        rng, skipped = np.random.default_rng((self.seed, k)), dict[str, str]()
         if self.source.count is None:
-            index = k
-        else:  # each epoch is an order of its own
-            epoch, place = divmod(k, self.source.count)
-            index = int(_order(self.seed, epoch, self.source.count)[place])
-        return cut(self.source[index], self.how, rng)
+            return cut(self.source[k], self.how, rng), {}
+        epoch, place = divmod(k, self.source.count)  # each epoch is an order of its own
+        index = int(_order(self.seed, epoch, self.source.count)[place])
+        for _ in range(TRIES):
+            try:
+                return cut(self.source[index], self.how, rng), skipped
+            except ValueError as error:
+                skipped[self.source.name(index)] = str(error)
+            index = int(rng.integers(self.source.count))
+        why = "\n".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+        raise ValueError(f"{TRIES} recordings in a row cannot be used: {why}")
 
 
 @lru_cache(2)
@@ -69,9 +80,11 @@ def batches(
     )
 
 
-def _collate(samples: list[Sample]) -> Batch:
+def _collate(found: list[tuple[Sample, dict[str, str]]]) -> Batch:
+    samples = [sample for sample, _ in found]
     frames = tuple(to_pictures(np.stack(same_size)) for same_size in zip(*(s.frames for s in samples)))
-    return Batch([s.caption for s in samples], [s.duration for s in samples], frames)
+    return Batch([s.caption for s in samples], [s.duration for s in samples], frames,
+                 {name: why for _, skipped in found for name, why in skipped.items()})
 
 
 def read_captions(source: Source, count: int, seed: int) -> Iterator[str]:

@@ -1,10 +1,12 @@
-"""Where captioned videos come from: the tiny world, a folder of videos, or webdataset shards.
+"""Where captioned videos come from: the tiny world, a folder of videos, a table, YouCook2, shards.
 
 Notable:
 - Videos are listed once and read one by one, when asked for. A shard is a plain tar, so its list says where
   each video begins and how long it is: any of them, in any order, without unpacking.
-- A video may have several captions: one of them is drawn each time.
-- What is missing is found when the list is made, before any training; only the videos are not opened then.
+- A recording may be a part of a video, from `start` to `end`; it is cut out when it is decoded.
+- A recording may have several captions: one of them is drawn each time.
+- What the list shows to be unusable (a video that is not there, an empty caption) is left out and told of in
+  `skipped`; an error is only what leaves nothing, or what is not understood.
 """
 
 import csv
@@ -12,10 +14,11 @@ import glob
 import json
 import re
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,68 +27,97 @@ from cogvideo.data.clips import Source
 from cogvideo.video import VIDEOS, VideoFile
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
+COLUMNS = "file_name (or path) and text (or caption), and start and end if only a part is meant"
 CHOICES = (f"give tinyworld; a folder of videos ({', '.join(VIDEOS)}) with captions in <name>.txt beside "
-           f"them or in {', '.join(TABLES)} with columns file_name and text; or local shards: a folder of "
-           ".tar, one .tar, or a pattern as x-{000..099}.tar")
+           f"them or in {', '.join(TABLES)}; a .csv or .jsonl with {COLUMNS}; the annotations of YouCook2 "
+           "(.json) with the videos in its folder or below; or local shards: a folder of .tar, one .tar, or "
+           "a pattern as x-{000..099}.tar")
+SUBSETS = ("training", "validation", "testing")  # of YouCook2
 
 
-def open_source(where: str | Path, seed: int = 0, sprites: int | None = 32) -> Source:
-    """Recordings to train on, from "tinyworld", a folder of videos, or webdataset shards.
+def open_source(where: str | Path, seed: int = 0, sprites: int | None = 32,
+                subset: str = "training") -> Source:
+    """Recordings to train on: "tinyworld", a folder of videos, a table, YouCook2, or webdataset shards.
 
-    `seed` and how many `sprites` (None: all) are for the tiny world. Raises ValueError if nothing is there, a
-    caption is missing, or a table or shard is broken.
+    `seed` and how many `sprites` (None: all) are for the tiny world, `subset` for YouCook2. Raises ValueError
+    if nothing is there, or a table or shard is broken.
     """
     path = Path(where)
     if str(where) == "tinyworld":
         return tinyworld.TinyWorld(tinyworld.sprites(sprites), seed, even=True)
-    if path.is_dir():
-        videos = _read_folder(path) or _read_shards(sorted(path.glob("*.tar")))
+    annotations = sorted(path.glob("youcook*annotations*.json")) if path.is_dir() else []
+    skipped: dict[str, str] = {}
+    if annotations or path.suffix == ".json":
+        videos = _read_youcook(annotations[0] if annotations else path, subset, skipped)
+    elif path.is_dir():
+        videos = _read_folder(path, skipped) or _read_shards(sorted(path.glob("*.tar")), skipped)
+    elif path.suffix in (".csv", ".jsonl"):
+        videos = _read_table(path, skipped)
     else:
-        videos = _read_shards(_unfold(str(where))) if path.suffix == ".tar" else []
+        videos = _read_shards(_unfold(str(where)), skipped) if path.suffix == ".tar" else []
     if not videos:
-        raise ValueError(f"no captioned videos at {where}; {CHOICES}")
-    return Videos(tuple(videos))
+        found = [f"{name}: {why}" for name, why in skipped.items()]
+        more = f" ({len(found)} without use: {'; '.join(found[:3])})" if found else ""
+        raise ValueError(f"no captioned videos at {where}{more}; {CHOICES}")
+    return Videos(tuple(videos), skipped)
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """A `Recording`: a video and what can be said of it."""
+    """A `Recording`: a video, or a part of it, and what can be said of it."""
 
     video: VideoFile
     captions: tuple[str, ...]
+    start: float = 0.0  # seconds after the first frame
+    end: float | None = None  # None: of the video
 
     @property
     def seconds(self) -> float:
-        return self.video.seconds
+        return min(self.video.seconds, self.end or self.video.seconds) - self.start
+
+    @property
+    def fps(self) -> float:
+        return self.video.fps
 
     def caption(self, rng: np.random.Generator) -> str:
         return _one(self.captions, rng)
 
     def frames(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
         """uint8 [F, size, size, 3] at these seconds."""
-        return self.video.frames(times, size)
+        return self.video.frames(np.asarray(times) + self.start, size)
 
 
 @dataclass(frozen=True)
 class Listed:
-    """A video that was found, not yet opened."""
+    """A recording that was found, not yet opened."""
 
     path: Path  # of the video, or of the shard that holds it
     captions: tuple[str, ...]
     member: str = ""  # of a shard
     first: int = 0  # byte
     size: int = 0  # bytes
+    start: float = 0.0
+    end: float | None = None
+
+    @property
+    def name(self) -> str:
+        part = "" if self.end is None and not self.start else f" from {self.start:g} s"
+        return f"{self.path}: {self.member}" if self.member else f"{self.path}{part}"
 
 
 @dataclass(frozen=True)
 class Videos:
-    """A `Source` of the videos of a folder or of shards."""
+    """A `Source` of the videos of a folder, a table, or shards."""
 
     listed: tuple[Listed, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def count(self) -> int:
         return len(self.listed)
+
+    def name(self, index: int) -> str:
+        return self.listed[index].name
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return _one(self.listed[index].captions, rng)
@@ -94,48 +126,77 @@ class Videos:
         """Raises ValueError, with the name of the video, if it cannot be read."""
         one = self.listed[index]
         if not one.member:
-            return Captioned(VideoFile.open(one.path), one.captions)
+            return Captioned(VideoFile.open(one.path), one.captions, one.start, one.end)
         with open(one.path, "rb") as shard:
             shard.seek(one.first)
-            return Captioned(VideoFile.open(shard.read(one.size), f"{one.path}: {one.member}"), one.captions)
+            return Captioned(VideoFile.open(shard.read(one.size), one.name), one.captions)
 
 
 def _one(captions: tuple[str, ...], rng: np.random.Generator) -> str:
     return captions[rng.integers(len(captions))]
 
 
-# -- a folder --
+# -- folders and tables --
 
 
-def _read_folder(folder: Path) -> list[Listed]:
+def _read_folder(folder: Path, skipped: dict[str, str]) -> list[Listed]:
     """The videos in a folder and in the folders within it, by name."""
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and not p.name.startswith("."))
     table = next((folder / name for name in TABLES if (folder / name).exists()), None)
-    rows = _read_table(table) if table and paths else {}
-    if not rows.keys() <= set(paths):
-        raise ValueError(f"{table} names {min(rows.keys() - set(paths))}, which is not there")
+    paths = _videos_below(folder)
+    if table:
+        listed = _read_table(table, skipped) if paths else []
+        known = {one.path for one in listed}
+        skipped.update({str(path): f"no caption in {table}" for path in paths if path not in known})
+        return listed
     listed = []
     for path in paths:
         text = path.with_suffix(".txt")
-        captions = rows.get(path, ()) if table else _lines(text.read_bytes(), text) if text.exists() else ()
-        if not captions:
-            raise ValueError(f"no caption for {path} in {table or text}; {CHOICES}")
-        listed.append(Listed(path, captions))
+        if captions := _lines(text.read_bytes(), text) if text.exists() else ():
+            listed.append(Listed(path, captions))
+        else:
+            skipped[str(path)] = f"no caption in {text}"
     return listed
 
 
-def _read_table(path: Path) -> dict[Path, tuple[str, ...]]:
-    """Captions by video; a video may stand in several rows."""
-    captions: dict[Path, tuple[str, ...]] = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = (json.loads(line) for line in file if line.strip())
-        try:
+def _videos_below(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and not p.name.startswith("."))
+
+
+def _read_table(path: Path, skipped: dict[str, str]) -> list[Listed]:
+    """Recordings of a .csv or .jsonl; rows of the same part of a video are its captions."""
+    found: dict[tuple[Path, float, float | None], tuple[str, ...]] = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = (json.loads(line) for line in file if line.strip())
             for row in csv.DictReader(file) if path.suffix == ".csv" else lines:
-                video = path.parent / row["file_name"]
-                captions[video] = captions.get(video, ()) + _texts(row["text"])
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            raise ValueError(f"cannot read {path}: each row needs file_name and text ({error!r})") from error
-    return captions
+                video = path.parent / (row["path"] if row.get("path") else row["file_name"])
+                texts = _texts(row["caption"] if row.get("caption") else row["text"])
+                start, end = (None if row.get(k) in (None, "") else float(row[k]) for k in ("start", "end"))
+                place = (video, start or 0.0, end)
+                found[place] = found.get(place, ()) + texts
+    except FileNotFoundError:
+        raise ValueError(f"there is no {path}; {CHOICES}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: each row needs {COLUMNS} ({error!r})") from error
+    listed = [Listed(video, texts, start=start, end=end) for (video, start, end), texts in found.items()]
+    return _usable(sorted(listed, key=lambda one: (one.path, one.start)), skipped)
+
+
+def _usable(listed: Iterable[Listed], skipped: dict[str, str]) -> list[Listed]:
+    """Those that are there, have a caption and an end after their start."""
+    found, there = [], {}
+    for one in listed:
+        if one.path not in there:
+            there[one.path] = one.path.is_file()
+        if not there[one.path]:
+            skipped[str(one.path)] = "it is not there"
+        elif not one.captions:
+            skipped[one.name] = "its caption is empty"
+        elif one.start < 0 or (one.end is not None and one.end <= one.start):
+            skipped[one.name] = f"it ends at {one.end} s, before it starts"
+        else:
+            found.append(one)
+    return found
 
 
 def _lines(text: bytes, where: object) -> tuple[str, ...]:
@@ -151,6 +212,53 @@ def _texts(value: str | list[str] | None) -> tuple[str, ...]:
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"a caption is a text or a list of texts, not {value!r}")
     return tuple(text.strip() for text in texts if text.strip())
+
+
+# -- YouCook2 --
+
+
+def _read_youcook(path: Path, subset: str, skipped: dict[str, str]) -> list[Listed]:
+    """The segments of a subset, of the videos that are in the folder of the annotations or below it.
+
+    Layout: {"database": {id: {"subset", "annotations": [{"segment": [start, end], "sentence"}], ...}}}; a
+    video's name is its id.
+    """
+    if subset not in SUBSETS:
+        raise ValueError(f"unknown subset {subset!r}; choose one of {', '.join(SUBSETS)}")
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"there are no annotations at {path}") from None
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: it is not JSON ({error})") from None
+    videos = {video.stem: video for video in reversed(_videos_below(path.parent))}
+    listed, asked = [], []
+
+    def take(place: str, values: Any, key: str | int, kind: Any) -> Any:
+        value = values.get(key) if isinstance(values, dict) else None
+        if not isinstance(value, kind):
+            raise ValueError(f"{path} is not laid out like the annotations of YouCook2: {place}{key} is "
+                             f"{'missing' if value is None else f'a {type(value).__name__}'}")
+        return value
+
+    for name, video in take("", table, "database", dict).items():
+        place = f"database.{name}."
+        if take(place, video, "subset", str) != subset:
+            continue
+        asked.append(name)
+        for number, row in enumerate(take(place, video, "annotations", list)):
+            inside = f"{place}annotations[{number}]."
+            segment = take(inside, row, "segment", list)
+            if len(segment) != 2 or not all(isinstance(second, (int, float)) for second in segment):
+                raise ValueError(f"{path} is not laid out like the annotations of YouCook2: "
+                                 f"{inside}segment is {segment}, not [start, end]")
+            file, captions = videos.get(name, path.parent / f"{name}.mp4"), take(inside, row, "sentence", str)
+            listed.append(Listed(file, _texts(captions), start=float(segment[0]), end=float(segment[1])))
+    usable = _usable(listed, skipped)
+    if listed and not any(name in videos for name in asked):
+        raise ValueError(f"none of the {len(asked)} videos of the subset {subset} is in {path.parent} or "
+                         f"below; looked for {', '.join(asked[:3])} ... with {', '.join(VIDEOS)}")
+    return usable
 
 
 # -- shards --
@@ -170,7 +278,7 @@ def _unfold(pattern: str) -> list[Path]:
     return [Path(p) for name in names for p in (sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
 
 
-def _read_shards(paths: list[Path]) -> list[Listed]:
+def _read_shards(paths: list[Path], skipped: dict[str, str]) -> list[Listed]:
     """The videos of webdataset shards. Files of one name up to its first dot belong together: a video and
     its captions in .txt (one a line) or in .json (under "caption" or "text")."""
     listed = []
@@ -193,10 +301,11 @@ def _read_shards(paths: list[Path]) -> list[Listed]:
         except (tarfile.TarError, OSError) as error:
             raise ValueError(f"cannot read the shard {path}: {error}; shards are plain .tar files") from error
         for key, member in videos.items():
-            if not captions.get(key):
-                raise ValueError(f"no caption for {member.name} in {path}: no {key}.txt, nor caption "
-                                 f"or text in {key}.json")
-            listed.append(Listed(path, captions[key], member.name, member.offset_data, member.size))
+            one = Listed(path, captions.get(key, ()), member.name, member.offset_data, member.size)
+            if one.captions:
+                listed.append(one)
+            else:
+                skipped[one.name] = f"no caption in {key}.txt, nor caption or text in {key}.json"
     return listed
 
 

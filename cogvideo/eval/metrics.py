@@ -1,7 +1,8 @@
 """Numbers about clips: pure arithmetic on features and pictures.
 
 `frechet_distance` compares two sets of features, whichever network they come from (FID, FVD: Heusel et al.
-2017, Unterthiner et al. 2018); `psnr` and `ssim` compare pictures one by one.
+2017, Unterthiner et al. 2018); `psnr` and `ssim` compare pictures one by one; `sharpness` and `flicker` look
+at one clip alone.
 """
 
 import numpy as np
@@ -62,3 +63,17 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     c1, c2 = 0.01**2, 0.03**2
     maps = (2 * mx * my + c1) * (2 * xy + c2) / ((mx * mx + my * my + c1) * (xx + yy + c2))
     return maps.view(len(a), -1).mean(1)
+
+
+def sharpness(clip: Tensor) -> Tensor:
+    """Variance of the Laplacian of the grey frames of a clip [F, 3, H, W] in [0, 1], their mean, times 1000:
+    the usual number for how blurred pictures are; higher is sharper."""
+    grey = clip.mean(1, keepdim=True)  # [F, 1, H, W]
+    kernel = clip.new_tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    return 1000 * F.conv2d(grey, kernel.view(1, 1, 3, 3)).flatten(1).var(1).mean()
+
+
+def flicker(clip: Tensor) -> Tensor:
+    """How much pixels of a clip [F, 3, H, W] in [0, 1], F >= 3, jump there and back: mean of
+    |x[t-1] - 2 x[t] + x[t+1]|, in levels of 255. 0 if all changes are even."""
+    return 255 * (clip[2:] - 2 * clip[1:-1] + clip[:-2]).abs().mean()

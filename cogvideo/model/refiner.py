@@ -34,8 +34,11 @@ class Refiner(nn.Module):
             nn.init.zeros_(p)
 
     def forward(self, clip: Tensor) -> Tensor:
-        reach, scale = self.config.reach, self.config.scale
-        frames = clip.shape[1]
+        return enlarge(clip, self.config.scale) + self.detail(clip)
+
+    def detail(self, clip: Tensor) -> Tensor:
+        """What is added to the enlarged clip."""
+        reach, frames = self.config.reach, clip.shape[1]
         around = [
             (torch.arange(frames, device=clip.device) + d).clamp(0, frames - 1)
             for d in range(-reach, reach + 1)
@@ -45,8 +48,8 @@ class Refiner(nn.Module):
         x = h = self.enter(2 * x - 1)
         for first, second in zip(self.first, self.second):
             h = h + second(F.silu(first(h)))
-        detail = F.pixel_shuffle(self.leave(F.silu(h + x)), scale)  # [B*F, 3, scale h, scale w]
-        return (enlarge(clip, scale).flatten(0, 1) + detail).unflatten(0, (-1, frames))
+        detail = F.pixel_shuffle(self.leave(F.silu(h + x)), self.config.scale)  # [B*F, 3, scale h, scale w]
+        return detail.unflatten(0, (-1, frames))
 
 
 def enlarge(clip: Tensor, scale: int) -> Tensor:

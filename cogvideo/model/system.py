@@ -1,5 +1,7 @@
-"""What a whole model consists of: the configurations of its parts, and the parts by name.
+"""What a whole model consists of: the configurations of its parts, and the parts by name. There are two
+families.
 
+"cogvideo", the autoregressive one:
 vqvae      frames to codes and back
 base       the text-to-image transformer, shared by both stages
 stage1     the temporal channel that makes key frames
@@ -8,22 +10,27 @@ refiner    decoded frames to larger ones (optional)
 superres   what the base needs to make larger maps of codes out of small ones (optional)
 itersr     what it needs to make a large map better, some codes at a time (optional)
 superres_base, itersr_base: the transformers of these two, where that is not `base`
+
+"direct", the regression one:
+direct     captions to frames
+refiner    frames to larger ones (optional)
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from cogvideo.model.direct import Direct, DirectConfig
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.superres import SuperResChannel, SuperResConfig
 from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel
 from cogvideo.vqvae import VQVAE, HierarchicalVQVAE, VQVAEConfig
 
 CONFIGS = {"model": ModelConfig, "vqvae": VQVAEConfig, "refiner": RefinerConfig, "superres": SuperResConfig,
-           "itersr": SuperResConfig}
+           "itersr": SuperResConfig, "direct": DirectConfig}
 BASES = ("base", "superres_base", "itersr_base")
 
 
@@ -35,22 +42,84 @@ class _Unfilled(TorchFunctionMode):
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
+class Family:
+    """What a whole model of any family can be asked for."""
+
+    family: ClassVar[str]
+    parts: tuple[str, ...]
+
+    def build(self, part: str) -> Any:
+        """A part with fresh weights, a module of the class that the part is."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, str]:
+        """What a user may want to know of it."""
+        raise NotImplementedError
+
+    @property
+    def speaks(self) -> ModelConfig | DirectConfig:
+        """What says which text it reads: `vocab` ids, `text_len` of them at most."""
+        raise NotImplementedError
+
+    @property
+    def first_text(self) -> int:
+        """The first id of text."""
+        raise NotImplementedError
+
+    @property
+    def resolution(self) -> int:
+        """Pixels a side of the frames, before they are made larger."""
+        raise NotImplementedError
+
+    def outline(self, part: str) -> Any:
+        """A part whose tensors take no memory (device "meta"): to be filled, or only measured."""
+        with torch.device("meta"), _Unfilled():
+            return self.build(part)
+
+    def shapes(self, part: str) -> dict[str, torch.Size]:
+        """The shapes of all tensors of a part, by their names."""
+        return {name: tensor.shape for name, tensor in self.outline(part).state_dict().items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"family": self.family, **asdict(self)}  # type: ignore[call-overload]
+
+    def _unknown(self, part: str) -> ValueError:
+        return ValueError(f"no part {part!r} in this model; its parts are {', '.join(self.parts)}")
+
+
 @dataclass(frozen=True)
-class System:
+class System(Family):
     model: ModelConfig
     vqvae: VQVAEConfig
     refiner: RefinerConfig | None = None
     superres: SuperResConfig | None = None
     itersr: SuperResConfig | None = None
     bases: tuple[str, ...] = ()  # beside `base`: which of superres and itersr have one of their own
+    family = "cogvideo"
 
     @property
-    def parts(self) -> tuple[str, ...]:
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
         optional = (part for part in ("refiner", "superres", "itersr") if getattr(self, part))
         return ("vqvae", "base", "stage1", "stage2", *optional, *self.bases)
 
+    def describe(self) -> dict[str, str]:
+        c = self.model
+        return {"transformer": f"{c.layers} layers, width {c.width}, {c.heads} heads",
+                "frames": f"{c.frames} key frames of {c.grid}x{c.grid} tokens, {c.codes} codes"}
+
+    @property
+    def speaks(self) -> ModelConfig:
+        return self.model
+
+    @property
+    def first_text(self) -> int:
+        return self.model.codes
+
+    @property
+    def resolution(self) -> int:
+        return self.vqvae.resolution
+
     def build(self, part: str) -> Any:
-        """A part with fresh weights, a module of the class that the part is."""
         if part == "vqvae":
             return HierarchicalVQVAE(self.vqvae) if self.vqvae.rates else VQVAE(self.vqvae)
         if part in BASES:
@@ -65,24 +134,54 @@ class System:
             return SuperResChannel(self.model, self.superres)
         if part == "itersr" and self.itersr:
             return SuperResChannel(self.model, self.itersr)
-        raise ValueError(f"no part {part!r} in this model; its parts are {', '.join(self.parts)}")
+        raise self._unknown(part)
 
-    def outline(self, part: str) -> Any:
-        """A part whose tensors take no memory (device "meta"): to be filled, or only measured."""
-        with torch.device("meta"), _Unfilled():
-            return self.build(part)
 
-    def shapes(self, part: str) -> dict[str, torch.Size]:
-        """The shapes of all tensors of a part, by their names."""
-        return {name: tensor.shape for name, tensor in self.outline(part).state_dict().items()}
+@dataclass(frozen=True)
+class DirectSystem(Family):
+    direct: DirectConfig
+    refiner: RefinerConfig | None = None
+    family = "direct"
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @property
+    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("direct", "refiner") if self.refiner else ("direct",)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "System":
-        parts: dict[str, Any] = {"bases": tuple(values.get("bases", ()))}
-        for name, kind in CONFIGS.items():
-            if given := values.get(name):
-                parts[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-        return cls(**parts)
+    def describe(self) -> dict[str, str]:
+        c = self.direct
+        return {"transformer": f"{c.layers} and {c.layers} layers, width {c.width}, {c.heads} heads",
+                "frames": f"{c.frames} of {c.grid}x{c.grid} patches, {c.patch} px each"}
+
+    @property
+    def speaks(self) -> DirectConfig:
+        return self.direct
+
+    @property
+    def first_text(self) -> int:
+        return 0
+
+    @property
+    def resolution(self) -> int:
+        return self.direct.resolution
+
+    def build(self, part: str) -> Any:
+        if part == "direct":
+            return Direct(self.direct)
+        if part == "refiner" and self.refiner:
+            return Refiner(self.refiner)
+        raise self._unknown(part)
+
+
+FAMILIES: dict[str, Any] = {kind.family: kind for kind in (System, DirectSystem)}
+
+
+def read_system(values: dict[str, Any]) -> Any:
+    """The System or DirectSystem that `to_dict` wrote; ValueError for an unknown family."""
+    family = values.get("family", System.family)
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
+    parts: dict[str, Any] = {"bases": tuple(values["bases"])} if "bases" in values else {}
+    for name, kind in CONFIGS.items():
+        if given := values.get(name):
+            parts[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    return FAMILIES[family](**parts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cogvideo.files import replacing
-from cogvideo.model.system import System
+from cogvideo.model.system import Family
 from cogvideo.train.parallel import Machine, whole
 
 
@@ -81,7 +81,7 @@ def _like(value: Tensor, mine: Tensor) -> Tensor:
     return distribute_tensor(value, mine.device_mesh, mine.placements, src_data_rank=None)
 
 
-def unshard(parts: dict[str, nn.Module], machine: Machine, system: System) -> dict[str, nn.Module]:
+def unshard(parts: dict[str, nn.Module], machine: Machine, system: Family) -> dict[str, nn.Module]:
     """Parts that can be used and exported without the other processes: on the first process, whole copies of
     sharded ones; on the others none. All processes call this."""
     if machine.mesh is None:

@@ -9,6 +9,7 @@ first one writes; what needs the shards of all is called by all.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,16 +18,19 @@ from torch import nn
 
 from cogvideo.data.clips import Source
 from cogvideo.data.loader import Batch, batches, read_captions
-from cogvideo.model.system import System
+from cogvideo.layout import SECONDS
+from cogvideo.model.direct import Direct
+from cogvideo.model.system import Family
 from cogvideo.model.transformer import Base, TemporalChannel
 from cogvideo.text import TextTokenizer, split_words, train_text
-from cogvideo.train import checkpoint, parallel
+from cogvideo.train import checkpoint, inherit, parallel
 from cogvideo.train.optim import learning_rate, optimizers, set_rate
 from cogvideo.train.recipes import Phase, Recipe
 from cogvideo.train.report import Report, draw_curve
 from cogvideo.weights import ModelFolder
 
 CAPTIONS = 40_000  # that the text model is trained on
+LOOKED_AT = 2_000  # for their length
 MOST_SKIPPED = 20  # steps in a row whose gradients overflow
 
 # what shows how a phase is doing: (model folder, parts, phase, batch, picture to write)
@@ -37,7 +41,7 @@ def train(
     recipe: Recipe,
     out: Path,
     source: Source,
-    system: System,
+    system: Family,
     phases: list[Phase],
     *,
     device: torch.device | str = "cpu",
@@ -49,8 +53,13 @@ def train(
     probe_every: int = 1000,
     probe: Probe | None = None,
     quiet: bool = False,
+    init: ModelFolder | None = None,
+    init_embedding: str | None = None,
 ) -> ModelFolder:
     """Run `phases` of a recipe in the folder `out`, going on with what is there; returns the model folder.
+
+    A new run begins with what `init` has of the model's parts, and with GPT-2's embedding of words if
+    `init_embedding` is a file of it (`inherit.py`).
 
     Started by torchrun, this is one of several processes: they share each batch of a phase, which must divide
     by their number (ValueError), and all must see `out`. `recompute` saves memory for time,
@@ -59,13 +68,16 @@ def train(
     machine = parallel.start(device, recompute, compile)
     folder = ModelFolder(out / "model")
     try:
+        phases = [phase.over(source.count) for phase in phases]
         for phase in phases:
             machine.share(phase)
-        check_parts(folder, phases)
+        check_parts(folder, phases, init)
         if machine.first:
-            prepare(folder, recipe, source, system)
+            prepare(folder, recipe, source, system, init, init_embedding)
         machine.wait()
         text = folder.text()
+        if machine.first and not quiet:
+            warn_of_long_captions(text, source, system.speaks.text_len)
         for number, phase in enumerate(recipe.phases):
             chosen = next((p for p in phases if p.name == phase.name), None)
             if chosen is not None:
@@ -89,9 +101,9 @@ def train(
     return folder
 
 
-def check_parts(folder: ModelFolder, phases: list[Phase]) -> None:
+def check_parts(folder: ModelFolder, phases: list[Phase], init: ModelFolder | None = None) -> None:
     """Raise ValueError if a phase uses a part that is not there and that no phase before it makes."""
-    made: set[str] = set()
+    made = {part for part in (init.system().parts if init else ()) if init and init.has(part)}
     for phase in phases:
         inherited = [phase.inherits] if phase.inherits and not folder.has(phase.trains[0]) else []
         for part in (*phase.uses, *inherited):
@@ -101,24 +113,29 @@ def check_parts(folder: ModelFolder, phases: list[Phase]) -> None:
         made |= set(phase.trains)
 
 
-def prepare(folder: ModelFolder, recipe: Recipe, source: Source, system: System) -> None:
-    """Begin a model folder: its text model and configuration, where they are missing."""
-    begun = [(folder.path / name).exists() for name in ("text.model", "config.json")]
-    captions = [] if all(begun) else list(read_captions(source, CAPTIONS, recipe.seed))
-    if not begun[0]:
-        folder.write_text(train_text(captions, recipe.pieces))
-    if not begun[1]:
-        words = {word for caption in captions for word in split_words(caption)}
-        folder.write_config(
-            {
-                "family": "cogvideo",
-                "preset": recipe.preset,
-                "recipe": recipe.name,
-                **system.to_dict(),
-                "words": sorted(words),
-                "trained": {},
-            }
-        )
+def prepare(folder: ModelFolder, recipe: Recipe, source: Source, system: Family,
+            init: ModelFolder | None = None, init_embedding: str | None = None) -> None:
+    """Begin a model folder, if there is none: its text model, what it inherits, its configuration."""
+    if (folder.path / "config.json").exists():
+        return
+    captions = list(read_captions(source, CAPTIONS, recipe.seed))
+    words = {word for caption in captions for word in split_words(caption)}
+    config = {"preset": recipe.preset, "recipe": recipe.name, "text": "sentencepiece", **system.to_dict(),
+              "words": sorted(words), "trained": {}}
+    if recipe.pieces == 0:
+        config |= {"text": "gpt2", "words": []}  # which knows all words
+    elif not (folder.path / "text.model").exists():
+        folder.write_text(inherit.text_model(init, system) or train_text(captions, recipe.pieces))
+    inherit.begin(folder, system, recipe.seed, init, init_embedding if recipe.pieces == 0 else None)
+    folder.write_config(config)
+
+
+def warn_of_long_captions(text: TextTokenizer, source: Source, length: int) -> None:
+    """Say how many captions will be cut."""
+    captions = list(read_captions(source, LOOKED_AT, 0))
+    ids = [text.prompt(caption, SECONDS) for caption in captions]
+    if long := sum(len(row) > length for row in ids):
+        print(f"{long} of {len(captions)} captions are longer than {length} tokens, and will be cut")
 
 
 def run_phase(
@@ -161,7 +178,9 @@ def run_phase(
 
     for step in range(first, phase.steps):
         batch = next(loader)
-        batch = Batch(batch.captions, batch.durations, tuple(f.to(machine.device) for f in batch.frames))
+        if machine.first:
+            report.skip(batch.skipped)
+        batch = replace(batch, frames=tuple(f.to(machine.device) for f in batch.frames))
         torch.manual_seed(hash((seed, step, rank)) % 2**31)  # for dropout
         generator = torch.Generator().manual_seed(hash((seed, step)) % 2**31)
         torch.rand(rank * mine, generator=generator)  # a number a clip: go to those of this process
@@ -198,6 +217,7 @@ def run_phase(
     for name, part in checkpoint.unshard(learning, machine, folder.system()).items():
         folder.save(name, part)
     if machine.first:
+        report.end()
         config = folder.config
         config["trained"][phase.name] = {
             "steps": phase.steps,
@@ -209,15 +229,14 @@ def run_phase(
 
 
 def fresh_part(folder: ModelFolder, name: str, phase: Phase, seed: int) -> nn.Module:
-    """A part to begin with: new weights, or a copy of what the phase inherits, or what an earlier phase made
-    of it."""
-    if folder.has(name) and name in phase.uses:
-        return folder.load(name)
-    part = folder.system().build(name)
-    generator = torch.Generator().manual_seed(seed)
-    if isinstance(part, (Base, TemporalChannel)):
-        part.init_weights(generator)
-    if isinstance(part, TemporalChannel) and phase.inherits:
-        parent = folder.load(phase.inherits)
-        part.inherit(parent) if isinstance(parent, Base) else part.load_state_dict(parent.state_dict())
+    """A part to begin with: what is there of it, else new weights, or a copy of what the phase inherits."""
+    if folder.has(name):
+        part = folder.load(name)
+    else:
+        part = inherit.new_part(folder.system(), name, seed)
+        if isinstance(part, TemporalChannel) and phase.inherits:
+            parent = folder.load(phase.inherits)
+            part.inherit(parent) if isinstance(parent, Base) else part.load_state_dict(parent.state_dict())
+    if isinstance(part, Direct):
+        part.reach(rate := phase.cut.rates[0], part.config.slots(rate)[: phase.cut.keep])
     return part

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cogvideo.data.loader import Batch
 from cogvideo.layout import Layout
 from cogvideo.model.transformer import DualChannelTransformer
-from cogvideo.text import TextTokenizer
+from cogvideo.text import PLAIN, TEMPLATE, TextTokenizer
 from cogvideo.train.losses import HierarchicalLoss
 from cogvideo.vqvae import VQVAE
 
@@ -37,9 +37,7 @@ def tokenizer_loss(
     """Reconstruction of clips [B, F, 3, R, R] by the hierarchical loss, and commitment to the codes."""
     count = clips.shape[1]
     made, commitment, ids = vqvae(clips.flatten(0, 1), generator)
-    loss, numbers = hierarchical(made.unflatten(0, (-1, count)), clips)
-    mse = F.mse_loss(made.detach().clamp(0, 1), clips.flatten(0, 1))
-    numbers["psnr"] = float(-10 * mse.log10())
+    loss, numbers = frames_loss(made.unflatten(0, (-1, count)), hierarchical, clips)
     if vqvae.codebook.filled:
         shares = torch.bincount(ids, minlength=vqvae.config.codes).float() / len(ids)
         numbers["perplexity"] = float(torch.exp(-(shares * shares.clamp_min(1e-9).log()).sum()))
@@ -63,22 +61,22 @@ def token_loss(model: DualChannelTransformer, layout: Layout, text: Tensor, code
     return (each * mask).sum() / (mask.sum() * len(codes)), numbers
 
 
-def refiner_loss(refiner: nn.Module, hierarchical: HierarchicalLoss, low: Tensor, high: Tensor) -> Result:
-    """Refined low clips [B, F, 3, h, w] against high ones [B, F, 3, H, W] by the hierarchical loss."""
-    made = refiner(low)
-    loss, numbers = hierarchical(made, high)
-    numbers["psnr"] = float(-10 * F.mse_loss(made.detach().clamp(0, 1), high).log10())
+def frames_loss(made: Tensor, hierarchical: HierarchicalLoss, clips: Tensor) -> Result:
+    """Clips that a model made against the right ones, both [B, F, 3, H, W], by the hierarchical loss."""
+    loss, numbers = hierarchical(made, clips)
+    numbers["psnr"] = float(-10 * F.mse_loss(made.detach().clamp(0, 1), clips).log10())
     return loss, numbers
 
 
 def prepare_text(
-    tokenizer: TextTokenizer, batch: Batch, text_len: int, drop: float, generator: torch.Generator
+    tokenizer: TextTokenizer, batch: Batch, text_len: int, drop: float, generator: torch.Generator,
+    template: str = TEMPLATE,
 ) -> Tensor:
     """Ids [B, T]; a share `drop` of the captions is left out (their duration stays), for classifier-free
     guidance."""
     dropped = torch.rand(len(batch.captions), generator=generator) < drop
     captions = ["" if gone else caption for gone, caption in zip(dropped.tolist(), batch.captions)]
-    rows = [tokenizer.prompt(c, d) for c, d in zip(captions, batch.durations)]
+    rows = [tokenizer.prompt(c, d, template) for c, d in zip(captions, batch.durations)]
     return torch.tensor([tokenizer.pad_left(row[:text_len], text_len) for row in rows])
 
 
@@ -138,11 +136,31 @@ def _tokens(
 
 
 def refiner(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+    """Small clips to large ones: what the tokenizer makes of them, or, without a tokenizer, as they are."""
     hierarchical = HierarchicalLoss(phase.loss).to(next(parts["refiner"].parameters()).device)
 
     def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        codes = encode_clips(parts["vqvae"], batch.frames[0])
-        low = parts["vqvae"].decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-        return refiner_loss(parts["refiner"], hierarchical, low, batch.frames[1])
+        low, high = batch.frames
+        if "vqvae" in parts:
+            codes = encode_clips(parts["vqvae"], low)
+            low = parts["vqvae"].decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+        return frames_loss(parts["refiner"](low), hierarchical, high)
+
+    return step
+
+
+def direct(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+    """Captions to frames at the one rate of the phase."""
+    model, (rate,) = parts["direct"], phase.cut.rates
+    slots = model.config.slots(rate)[: phase.cut.keep]
+    if len(slots) != (phase.cut.keep or phase.cut.frames):
+        raise ValueError(f"{phase.name} cuts {phase.cut.frames} frames, but the model has {len(slots)} at "
+                         f"{rate:g} frames a second")
+    hierarchical = HierarchicalLoss(phase.loss).to(next(model.parameters()).device)
+
+    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
+        (clips,) = batch.frames
+        ids = prepare_text(text, batch, model.config.text_len, phase.drop, generator, PLAIN).to(clips.device)
+        return frames_loss(model(ids, rate, slots), hierarchical, clips)
 
     return step

@@ -34,6 +34,8 @@ from cogvideo.train.objectives import Step as Objective
 from cogvideo.train.recipes import Phase
 from cogvideo.vqvae import Codebook
 
+BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -128,7 +130,7 @@ def place(step: Step, machine: Machine, precision: str) -> None:
     Recomputing goes inside compiling, compiling inside sharding. With bfloat16 on cuda the shards travel as
     bfloat16 and gradients are summed in float32; autocast decides what is computed in which, as ever.
     """
-    blocks: list[Any] = [m for m in step.modules() if isinstance(m, Block)]
+    blocks: list[Any] = [m for m in step.modules() if isinstance(m, BLOCKS)]
     for block in blocks:
         if machine.recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore

@@ -6,6 +6,12 @@ and its schedule.
     stage1      the temporal channel for key frames, 1, 2 or 4 a second, told apart by the duration prompt
     stage2      the temporal channel that fills in frames between given ones, at 2, 4 and 8 a second
     refiner     what the tokenizer makes of a clip, to the same clip at four times the size
+
+and of the regression family, whose one model goes from phase to phase:
+
+    image       text to the first frame of a clip
+    low         every 8th frame
+    high        all frames
 """
 
 from collections.abc import Callable
@@ -27,8 +33,9 @@ class Phase:
     uses: tuple[str, ...]  # parts that must be there
     cut: Cut
     steps: int
-    batch: int
+    batch: int  # clips
     rate: float  # peak learning rate
+    epochs: int = 0  # if not 0, what decides on the steps; of data that has an end
     inherits: str | None = None  # the part that a new temporal channel starts as a copy of
     warmup: int = 200  # steps
     decay: float = 0.3  # share of the steps, at the end, over which the rate falls to 0
@@ -46,10 +53,20 @@ class Phase:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{self.name}.{name} must be one of {', '.join(known)}; got {value!r}")
-        for name in ("steps", "batch", "rate", "warmup", "decay", "weight_decay", "clip", "drop"):
+        for name in ("steps", "batch", "rate", "epochs", "warmup", "decay", "weight_decay", "clip", "drop"):
             least = 1 if name in ("steps", "batch") else 0
             if not least <= (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{self.name}.{name} must be {least} or more, got {value}")
+
+
+    def over(self, count: int | None) -> "Phase":
+        """With the steps that its epochs are, on `count` recordings; ValueError if there is no last one."""
+        if not self.epochs:
+            return self
+        if count is None:
+            raise ValueError(f"{self.name} takes {self.epochs} epochs, but the data has no end; "
+                             f"give --{self.name}.steps")
+        return replace(self, steps=max(1, self.epochs * count // self.batch), epochs=0)
 
 
 @dataclass(frozen=True)
@@ -58,7 +75,7 @@ class Recipe:
     preset: str  # row of the table of models
     phases: tuple[Phase, ...]
     sprites: int = 32  # of the tiny world, when that is the data
-    pieces: int = 1280  # of the text model, when it has to be trained
+    pieces: int = 1280  # of the text model, when it has to be trained; 0: the text is GPT-2's
     seed: int = 1
 
     def phase(self, name: str) -> Phase:
@@ -90,8 +107,16 @@ class Recipe:
             if what.startswith("loss."):
                 what, typed = "loss", replace(phase.loss, **{what.removeprefix("loss."): typed})
             new = replace(phase, **{what: typed})
+            new = replace(new, epochs=0) if what == "steps" else new
             found = replace(found, phases=tuple(new if p is phase else p for p in found.phases))
         return found
+
+
+def direct(name: str, cut: Cut, *, batch: int, rate: float, steps: int = 1, epochs: int = 0,
+           optimizer: str = "adamw") -> Phase:
+    """A phase of the regression family; it goes on with what the phase before it made."""
+    return Phase(name, objectives.direct, trains=("direct",), uses=(), cut=cut, steps=steps, batch=batch,
+                 rate=rate, epochs=epochs, optimizer=optimizer, drop=0.0)
 
 
 RECIPES = {
@@ -108,6 +133,19 @@ RECIPES = {
               cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, rate=5e-4, optimizer="adamw",
               weight_decay=0.0, loss=LossWeights(perceptual=0.02, temporal=0.02)),
     )),
+    "direct-tiny": Recipe("direct-tiny", "direct-tiny", (
+        direct("image", Cut(5, (1,), keep=1), steps=2000, batch=32, rate=1e-3, optimizer="muon"),
+        direct("low", Cut(5, (1,)), steps=2000, batch=8, rate=1e-3, optimizer="muon"),
+        direct("high", Cut(33, (8,)), steps=600, batch=4, rate=1e-3, optimizer="muon"),
+        Phase("refiner", objectives.refiner, trains=("refiner",), uses=(),
+              cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, rate=5e-4, optimizer="adamw",
+              weight_decay=0.0, loss=LossWeights(perceptual=0.02, temporal=0.02)),
+    )),
+    "direct": Recipe("direct", "direct", (
+        direct("image", Cut(4, (1,), keep=1, sizes=(64,)), epochs=10, batch=16, rate=1e-4),
+        direct("low", Cut(4, (1,), sizes=(64,)), epochs=10, batch=16, rate=1e-4),
+        direct("high", Cut(32, (8,), sizes=(64,)), epochs=10, batch=16, rate=1e-4),
+    ), pieces=0),
 }
 
 

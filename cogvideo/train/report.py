@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from cogvideo.files import replacing
+
 
 class Report:
     """Counts steps of one phase; `every` steps it prints and logs the averages since the last line."""
@@ -21,6 +23,8 @@ class Report:
         kept = [line for line in lines if json.loads(line)["step"] <= first]  # those after it come again
         if len(kept) < len(lines):
             self.log.write_text("".join(f"{line}\n" for line in kept))
+        file = folder / "skipped.json"
+        self.skipped: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self.recent: deque[dict[str, float]] = deque()
         self.began = time.perf_counter()
 
@@ -54,6 +58,21 @@ class Report:
             print(f"{self.phase} {step + 1}/{self.steps}  {words}  {pace}", flush=True)
         self.recent.clear()
         self.began = now
+
+
+    def skip(self, skipped: dict[str, str]) -> None:
+        """Recordings that were passed over, and why, into one file for the whole phase."""
+        if skipped.keys() - self.skipped.keys():
+            self.skipped |= skipped
+            with replacing(self.log.with_name("skipped.json")) as file:
+                file.write_text(json.dumps(self.skipped, indent=2, ensure_ascii=False), encoding="utf-8")
+
+    def end(self) -> None:
+        """Say what was passed over."""
+        if self.skipped and not self.quiet:
+            name, why = next(iter(self.skipped.items()))
+            print(f"{self.phase}: {len(self.skipped)} recordings were passed over, all in "
+                  f"{self.log.with_name('skipped.json')}; the first is {name}: {why}", flush=True)
 
 
 def draw_curve(log: Path, out: Path, key: str = "loss", size: tuple[int, int] = (640, 360)) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ class SceneRecording:
     scene: Scene
     language: str | None = None
     seconds: float = SECONDS
+    fps: float = float("inf")  # there is a frame at every time
 
     def caption(self, rng: np.random.Generator) -> str:
         return caption(self.scene, rng, self.language)
@@ -41,6 +43,7 @@ class TinyWorld:
     language: str | None = None
     even: bool = False
     count = None  # there is no last one
+    skipped: ClassVar[dict[str, str]] = {}
 
     def __getitem__(self, i: int) -> SceneRecording:
         rng = np.random.default_rng((self.seed, i))
@@ -50,3 +53,6 @@ class TinyWorld:
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self[index].caption(rng)
+
+    def name(self, index: int) -> str:
+        return f"scene {index}"

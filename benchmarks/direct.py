@@ -1,0 +1,155 @@
+"""What does the regression family reach, and what do its phases and the levels of its loss bring?
+
+    python -m benchmarks.direct phases --model tiny       the table of phases, beside another model
+    python -m benchmarks.direct losses --steps 600        the table of losses, and strips.png
+
+phases: direct-tiny after `image`, after `low`, after `high`, and `high` without `low` for as many steps as
+both, judged on the same held-out prompts by the judge of `benchmarks.classifier`: 9 frames, 2 a second. A
+model that was not trained for these frames is asked for them all the same, with positions between those that
+it knows.
+
+losses: from the same image model, `low` with each loss; on unseen clips, what is made of the caption against
+the clip it was written for: PSNR, perceptual distance, error of the optical flow, flicker.
+
+Runs stay in --out and go on there.
+"""
+
+import argparse
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import classifier
+from benchmarks.adherence import TIMES, draw_split, generate, interval, judge_split
+from benchmarks.fidelity import compare, unseen_scenes
+from benchmarks.hierarchical import ROWS
+from cogvideo import CogVideo, presets
+from cogvideo.data.tinyworld import Scene, TinyWorld, render, sprites
+from cogvideo.direct import DirectPipeline
+from cogvideo.eval.features import PictureFeatures
+from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
+from cogvideo.text import PLAIN
+from cogvideo.train import loop, recipes
+from cogvideo.train.losses import temporal_distance
+from cogvideo.vqvae import to_frames, to_pictures
+from cogvideo.weights import ModelFolder, find_model
+
+RECIPE = recipes.find("direct-tiny")
+
+
+def train(out: Path, phases: Sequence[recipes.Phase], begin: Path | None = None) -> ModelFolder:
+    """Train phases in a folder, which begins as a copy of another run's model; goes on where it stopped."""
+    if begin is not None and not (out / "model").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(begin / "model", out / "model")
+    world = TinyWorld(sprites(RECIPE.sprites), RECIPE.seed, even=True)
+    system = presets.find(RECIPE.preset)
+    return loop.train(RECIPE, out, world, system, list(phases), log_every=100, save_every=100)
+
+
+@torch.inference_mode()
+def regress(folder: ModelFolder, prompts: Sequence[str], rate: float) -> np.ndarray:
+    """9 frames, 2 a second, for each prompt, with the rate's token, of a model that may know only some of
+    them: uint8 [B, 9, R, R, 3]."""
+    pipe = DirectPipeline(folder)
+    pipe.model.reach(rate, [])
+    text = torch.tensor(pipe.prompts.ids(prompts, 0.0, PLAIN, pipe.system.direct.text_len))
+    slots = range(0, pipe.system.direct.frames, 4)
+    made = [pipe.model(rows, rate, slots) for rows in text.split(16)]
+    return np.stack([to_frames(clip) for clip in torch.cat(made)])
+
+
+def phases_table(out: Path, other: str, count: int) -> None:
+    image, low, high = (RECIPE.phase(name) for name in ("image", "low", "high"))
+    longer = replace(high, steps=low.steps + high.steps)
+    runs = {"image": ([image], None), "low": ([low], "image"), "high": ([high], "low"),
+            "high without low": ([longer], "image")}
+    split = draw_split("held-out", sprites(RECIPE.sprites), count, 1000, True, "en")
+    others = draw_split("others", sprites(RECIPE.sprites), count, 6000, True, "en").scenes
+    net, rows = classifier.load(), {}
+    for name, (phases, begin) in runs.items():
+        folder = train(out / name.replace(" ", "-"), phases, None if begin is None else out / begin)
+        rate = 8.0 if "high" in name else 1.0
+        begin_time = time.perf_counter()
+        clips = regress(folder, split.prompts, rate)
+        rows[f"direct-tiny after {name}"] = (clips, (time.perf_counter() - begin_time) / count)
+    folder = ModelFolder(find_model(other))
+    made = generate(CogVideo(folder), split, 1000, 8, 9, out / folder.path.name)
+    rows[folder.path.name] = (made, None)
+    print("| | sprite % | motion % | place % | all three % | Frechet | sharpness | seconds a clip |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    real = np.stack([render(scene, TIMES[::4], 48) for scene in split.scenes])
+    for name, (clips, seconds) in {**rows, "rendered": (real, None)}.items():
+        judged = judge_split(net, split, others, clips).generated
+        shares = []
+        for right in judged.right.sum(0).tolist():
+            low_end, high_end = interval(right, count)
+            shares.append(f"{100 * right / count:.1f} ({100 * low_end:.1f}..{100 * high_end:.1f})")
+        distance = frechet_distance(judged.features, judge_split(net, split, others).others.features)
+        sharp = float(torch.stack([sharpness(to_pictures(clip)) for clip in clips]).mean())
+        taken = "" if seconds is None else f"{seconds:.2f}"
+        print(f"| {name} | {' | '.join(shares)} | {distance:.0f} | {sharp:.2f} | {taken} |", flush=True)
+
+
+def losses_table(out: Path, steps: int, count: int) -> None:
+    train(out / "image", [RECIPE.phase("image")])
+    scenes = unseen_scenes(sprites(RECIPE.sprites), count, seed=4321)
+    prompts = captions(scenes)
+    times = TIMES[::8]
+    real = np.stack([render(scene, times, 48) for scene in scenes])
+    strips = [strip(real[:3])]
+    print("| loss | PSNR dB | perceptual | flow error px | flicker | sharpness |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for name, weights in ROWS.items():
+        phase = replace(RECIPE.phase("low"), steps=steps, loss=weights)
+        folder = train(out / f"loss-{name.replace(', ', '-')}", [phase], out / "image")
+        pipe = DirectPipeline(folder)
+        made = np.stack([clip.frames for clip in pipe.regress(prompts, 5)])
+        row = compare(PictureFeatures(), made.reshape(-1, 48, 48, 3), real.reshape(-1, 48, 48, 3))
+        flow = float(temporal_distance(to_pictures(made), to_pictures(real)).mean())
+        print(f"| {name} | {row['psnr']:.2f} | {row['perceptual']:.3f} | {flow:.3f} ", end="")
+        print(f"| {mean(flicker, made):.2f} | {mean(sharpness, made):.2f} |", flush=True)
+        strips.append(strip(made[:3]))
+    print(f"| rendered | | 0 | 0 | {mean(flicker, real):.2f} | {mean(sharpness, real):.2f} |")
+    Image.fromarray(np.concatenate(strips)).save(out / "strips.png")
+
+
+def captions(scenes: Sequence[Scene]) -> list[str]:
+    from cogvideo.data.tinyworld.world import SceneRecording
+
+    return [SceneRecording(scene, "en").caption(np.random.default_rng(i)) for i, scene in enumerate(scenes)]
+
+
+def mean(measure, clips: np.ndarray) -> float:
+    return float(torch.stack([measure(to_pictures(clip)) for clip in clips]).mean())
+
+
+def strip(clips: np.ndarray) -> np.ndarray:
+    """Clips [B, F, H, W, 3] side by side, all frames."""
+    return np.concatenate([np.concatenate(list(clip), 1) for clip in clips], 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("phases", "losses"))
+    parser.add_argument("--model", default="tiny", help="phases: the autoregressive model beside it")
+    parser.add_argument("--steps", type=int, default=600, help="losses: steps of each")
+    parser.add_argument("--count", type=int, default=256, help="held-out prompts or unseen clips")
+    parser.add_argument("--out", type=Path, default=Path("runs/direct"))
+    arguments = parser.parse_args()
+    if arguments.what == "phases":
+        phases_table(arguments.out, arguments.model, arguments.count)
+    else:
+        losses_table(arguments.out, arguments.steps, arguments.count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""The regression family: a caption becomes all frames of a clip in one pass, without sampling.
+
+    caption ----- encoder ----.
+                               v
+    places, rate - decoder ----+---- video generation layer ---- video refinement layer ---- frames
+
+Encoder and decoder are transformers that share one vocabulary and one embedding. The decoder's queries are
+places: frame and patch, plus the frame-rate token. The video generation layer is a linear projection of each
+state to the pixels of its patch; the video refinement layer is a residual of convolutions over each frame and
+its neighbours in time. Pixels are sigmoids of the sum: bounded.
+
+A frame keeps its number at the full rate however few are asked for, so what is learned of a moment at a low
+rate stays true at a high one:
+
+    rate 1, 5 frames      0               8               16              24              32
+    rate 8, 33 frames     0 1 2 3 4 5 6 7 8 9 ...
+
+Legend: B batch, T text_len, F frames asked for, P patches a frame, p pixels a side of a patch, R resolution,
+D width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideo.model.refiner import Refiner, RefinerConfig
+from cogvideo.model.transformer import init_normal, text_ranks
+
+
+@dataclass(frozen=True)
+class DirectConfig:
+    layers: int  # of the encoder, and as many of the decoder
+    width: int
+    heads: int
+    vocab: int  # ids of text; a frame-rate token for each of `rates` follows them
+    pad: int
+    text_len: int = 256
+    resolution: int = 64  # pixels a side of a frame
+    patch: int = 64  # of a patch
+    frames: int = 32  # of a clip at the full rate
+    rates: tuple[float, ...] = (1.0, 8.0)  # frames a second; the last is the full rate
+    refine_width: int = 32
+    refine_blocks: int = 2
+
+    def __post_init__(self) -> None:
+        if self.resolution % self.patch:
+            raise ValueError(f"frames of {self.resolution} pixels cannot be cut into patches of "
+                             f"{self.patch}; choose a patch that divides them")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by {self.heads} heads")
+        if any(self.rates[-1] % rate for rate in self.rates):
+            raise ValueError(f"the full rate {self.rates[-1]:g} must be a multiple of the rates {self.rates}")
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.resolution // self.patch
+
+    def slots(self, rate: float) -> range:
+        """The numbers, at the full rate, of the frames that a clip has at `rate` frames a second."""
+        if rate not in self.rates:
+            raise ValueError(f"no frame-rate token for {rate:g} frames a second; "
+                             f"choose one of {', '.join(f'{one:g}' for one in self.rates)}")
+        return range(0, self.frames, round(self.rates[-1] / rate))
+
+
+class Direct(nn.Module):
+    """`forward(text, slots, rate)` to frames."""
+
+    trained: Tensor  # [rates, frames] which frames it was trained for, at each rate
+
+    def __init__(self, config: DirectConfig):
+        super().__init__()
+        c = self.config = config
+        self.embed = nn.Embedding(c.vocab + len(c.rates), c.width)
+        self.text_positions = nn.Embedding(c.text_len, c.width)
+        self.frame_positions = nn.Embedding(c.frames, c.width)
+        self.patch_positions = nn.Embedding(c.grid**2, c.width)
+        layer: Any = {"d_model": c.width, "nhead": c.heads, "dim_feedforward": 4 * c.width, "dropout": 0.0,
+                      "activation": F.gelu, "batch_first": True, "norm_first": True}
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), c.layers,
+                                             nn.LayerNorm(c.width), enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer), c.layers,
+                                             nn.LayerNorm(c.width))
+        self.generation = nn.Linear(c.width, 3 * c.patch**2)
+        self.refinement = Refiner(RefinerConfig(1, c.refine_width, c.refine_blocks))
+        self.register_buffer("trained", torch.zeros(len(c.rates), c.frames, dtype=torch.bool))
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        init_normal(self, generator)
+        for module in self.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                nn.init.normal_(module.in_proj_weight, std=0.02, generator=generator)
+
+    @torch.no_grad()
+    def reach(self, rate: float, slots: Sequence[int]) -> None:
+        """Get ready to train these frames at this rate: positions that were never trained begin on the way
+        between those that were, and beyond them as copies. After an image model, all are copies of the
+        first."""
+        table, known = self.frame_positions.weight, self.trained.any(0).nonzero().flatten().tolist()
+        if known:
+            rows = table[known].cpu().double().numpy()
+            for slot in set(range(len(table))) - set(known):
+                between = [np.interp(slot, known, column) for column in rows.T]
+                table[slot] = torch.tensor(np.array(between)).to(table)
+        self.trained[self.config.rates.index(rate), list(slots)] = True
+
+    def forward(self, text: Tensor, rate: float, slots: Sequence[int] | None = None) -> Tensor:
+        """text [B, T], left-padded ids, to frames [B, F, 3, R, R] in 0..1: those of `slots`, by default all
+        that a clip has at `rate` frames a second."""
+        c = self.config
+        slots = list(c.slots(rate) if slots is None else slots)
+        padding = text == c.pad
+        x = self.embed(text) + self.text_positions(text_ranks(text, c.pad))  # [B, T, D]
+        memory = self.encoder(x, src_key_padding_mask=padding)
+        token = torch.tensor(c.vocab + c.rates.index(rate), device=text.device)
+        frames = self.frame_positions.weight[slots] + self.embed(token)  # [F, D]
+        queries = frames[:, None] + self.patch_positions.weight  # [F, P, D]
+        queries = queries.flatten(0, 1).expand(len(text), -1, -1)  # [B, F * P, D]
+        states = self.decoder(queries, memory, memory_key_padding_mask=padding)
+        patches = self.generation(states)  # [B, F * P, 3 * p * p]
+        patches = patches.view(-1, c.grid, c.grid, 3 * c.patch**2).permute(0, 3, 1, 2)
+        made = F.pixel_shuffle(patches, c.patch).unflatten(0, (len(text), -1))  # [B, F, 3, R, R]
+        return (made + self.refinement.detail(made.sigmoid())).sigmoid()

@@ -1,0 +1,333 @@
+"""The regression family: what its model is, how it is trained from phase to phase, what it inherits, and its
+face."""
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cogvideo import CogVideo, presets
+from cogvideo.data.tinyworld import TinyWorld
+from cogvideo.model.direct import Direct, DirectConfig
+from cogvideo.preview import probe
+from cogvideo.text import GPT2Tokenizer
+from cogvideo.train import inherit, loop, recipes
+from cogvideo.weights import ModelFolder
+
+NANO = presets.find("direct-nano")
+TEXT = torch.tensor([[3, 3, 3, 20, 30, 40], [3, 50, 60, 70, 80, 90]])
+
+
+@pytest.fixture
+def model() -> Direct:
+    part = inherit.new_part(NANO, "direct", 1)
+    with torch.no_grad():
+        for p in part.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
+    return part.eval()
+
+
+def nano_phase(name: str, **changes) -> recipes.Phase:
+    phase = recipes.find("direct-tiny").phase(name)
+    sizes = (16,) if len(phase.cut.sizes) == 1 else (16, 32)
+    defaults = dict(steps=4, batch=2, warmup=1, precision="float32",
+                    cut=dataclasses.replace(phase.cut, sizes=sizes))
+    return dataclasses.replace(phase, **{**defaults, **changes})
+
+
+def run(out, world, *phases, **options) -> ModelFolder:
+    recipe = dataclasses.replace(recipes.find("direct-tiny"), preset="direct-nano", pieces=500, phases=phases)
+    return loop.train(recipe, out, world, NANO, list(phases), quiet=True, **options)
+
+
+@dataclasses.dataclass
+class Two:
+    """Two scenes of a world, and no more."""
+
+    world: TinyWorld
+    count = 2
+    skipped: ClassVar[dict] = {}
+
+    def __getitem__(self, index):
+        return self.world[index]
+
+    def name(self, index):
+        return self.world.name(index)
+
+    def caption(self, index, rng):
+        return self.world[index].caption(np.random.default_rng(index))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small():
+    before, loop.CAPTIONS = loop.CAPTIONS, 1000
+    yield
+    loop.CAPTIONS = before
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, world):
+    out = tmp_path_factory.mktemp("direct")
+    run(out, world, *(nano_phase(name) for name in ("image", "low", "high", "refiner")),
+        log_every=2, probe_every=4, probe=probe)
+    return out
+
+
+# -- the model
+
+
+def test_the_reference_model_has_its_published_sizes():
+    c = presets.find("direct").direct
+    assert (c.width, c.layers, c.heads, c.resolution, c.frames, c.text_len, c.vocab) == (
+        2560, 32, 32, 64, 32, 256, 50257)
+    d, model = c.width, presets.find("direct").outline("direct")
+    encoder = c.layers * (12 * d**2 + 13 * d) + 2 * d
+    decoder = c.layers * (16 * d**2 + 19 * d) + 2 * d
+    tables = (c.vocab + len(c.rates) + c.text_len + c.frames + 1) * d
+    generation = (d + 1) * 3 * 64**2
+    others = sum(p.numel() for p in model.parameters()) - encoder - decoder - tables - generation
+    assert others == sum(p.numel() for p in model.refinement.parameters()) < 100_000
+    assert all(p.device.type == "meta" for p in model.parameters())
+
+
+def test_frames_are_bounded_and_of_the_rate(model):
+    for rate, frames in ((1.0, 5), (8.0, 33)):
+        made = model(TEXT, rate)
+        assert made.shape == (2, frames, 3, 16, 16) and made.min() >= 0 and made.max() <= 1
+
+
+def test_padding_is_seen_by_nobody(model):
+    """A caption alone equals the same caption beside a longer one, with more padding in front of it."""
+    alone = model(TEXT[:1, 3:], 1.0)
+    assert torch.allclose(model(TEXT, 1.0)[:1], alone, atol=1e-5)
+
+
+def test_each_pixel_hears_the_caption_and_the_rate_token(model):
+    model.requires_grad_(True)
+    model(TEXT[1:], 1.0, [0, 8])[0, 1, :, -1, -1].sum().backward()
+    rows = model.embed.weight.grad.abs().sum(1) > 0
+    assert rows[[50, 60, 70, 80, 90]].all() and rows[NANO.direct.vocab] and not rows[NANO.direct.vocab + 1]
+    positions = model.frame_positions.weight.grad.abs().sum(1) > 0
+    assert positions.nonzero().flatten().tolist() == [0, 8]  # frames of a clip see one another
+
+
+def test_a_frame_keeps_its_number_at_every_rate():
+    c = NANO.direct
+    assert list(c.slots(1.0)) == [0, 8, 16, 24, 32] and list(c.slots(8.0)) == list(range(33))
+    with pytest.raises(ValueError, match="no frame-rate token for 3 .* choose one of 1, 8"):
+        c.slots(3.0)
+
+
+def test_new_frames_begin_between_those_that_were_trained(model):
+    table = model.frame_positions.weight
+    first = table[0].clone()
+    model.reach(1.0, [0])
+    model.reach(1.0, range(0, 33, 8))  # after one picture all frames begin as it
+    assert torch.equal(table[1:], first.expand(32, -1)) and model.trained.sum() == 5
+    with torch.no_grad():
+        table[8] += 1.0
+    model.reach(8.0, range(33))
+    assert torch.allclose(table[2], first + 0.25) and torch.allclose(table[12], first + 0.5)
+    assert model.trained[1].all() and model.trained[0].sum() == 5
+    before = table.clone()
+    model.reach(8.0, range(33))  # nothing is left to begin
+    assert torch.equal(table, before)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"patch": 7}, "frames of 16 pixels cannot be cut into patches of 7"),
+    ({"heads": 3}, "width 16 does not divide by 3 heads"),
+    ({"rates": (3.0, 8.0)}, "the full rate 8 must be a multiple"),
+])
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(NANO.direct, **changes)
+
+
+def test_a_narrow_reference_model_learns(world):
+    """One step of the reference recipe's `high` phase, narrow, on GPT-2's words."""
+    from cogvideo.data.loader import batches
+    from cogvideo.train import objectives
+
+    config = dataclasses.replace(presets.find("direct").direct, width=32, layers=1, heads=2)
+    phase = dataclasses.replace(recipes.find("direct").phase("high"), steps=1)
+    system = dataclasses.replace(presets.find("direct"), direct=config)
+    model = inherit.new_part(system, "direct", 0)
+    step = objectives.direct({"direct": model}, GPT2Tokenizer(), phase)
+    loss, numbers = step(next(batches(world, phase.cut, 1, seed=0)), 0, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert numbers.keys() == {"pixel", "perceptual", "temporal", "psnr"}
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent in ([], ["refinement.enter.weight", "refinement.enter.bias"]) or all(
+        name.startswith("refinement") for name in silent)  # its last layer begins at zero
+
+
+# -- training
+
+
+def test_the_phases_make_a_model_that_generates(trained):
+    pipe = CogVideo.from_pretrained(trained / "model")
+    clip, small = pipe("a dog runs", progress=False)[0], pipe.regress(["a dog runs"], 5)[0]
+    assert clip.frames.shape == (33, 32, 32, 3) and clip.fps == 8 and clip.caption == "a dog runs"
+    assert small.frames.shape == (5, 16, 16, 3) and small.fps == 1
+    config = ModelFolder(trained / "model").config
+    assert config["family"] == "direct" and list(config["trained"]) == ["image", "low", "high", "refiner"]
+    assert (trained / "high" / "strips" / "0000004.png").exists()
+
+
+def test_a_phase_begins_with_what_the_one_before_it_made(tmp_path, world):
+    folder = run(tmp_path, world, nano_phase("image"))
+    image = folder.load("direct")
+    assert image.trained.nonzero().tolist() == [[0, 0]]
+    assert CogVideo.from_pretrained(tmp_path / "model").frame_counts == {1: 1.0}
+    stopped = nano_phase("low", rate=0.0)  # nothing is learnt
+    low = run(tmp_path, world, nano_phase("image"), stopped).load("direct")
+    assert torch.equal(low.embed.weight, image.embed.weight)
+    assert torch.equal(low.frame_positions.weight[8], image.frame_positions.weight[0])
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world):
+    class Stop:
+        def __call__(self, *_):
+            raise KeyboardInterrupt
+
+    results = []
+    for interrupted in (False, True):
+        out = tmp_path / str(interrupted)
+        run(out, world, nano_phase("image"))
+        low = nano_phase("low")
+        if interrupted:
+            with contextlib.suppress(KeyboardInterrupt):
+                run(out, world, low, save_every=1, probe_every=2, probe=Stop())
+        results.append(run(out, world, low, save_every=1).load("direct").state_dict())
+    assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_two_clips_can_be_learnt_by_heart(world, tmp_path):
+    run(tmp_path, Two(world), nano_phase("low", steps=120, rate=1e-2), log_every=30)
+    rows = [json.loads(line) for line in (tmp_path / "low" / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+
+
+def test_epochs_are_steps_of_data_that_has_an_end():
+    phase = recipes.find("direct").phase("low")
+    assert phase.over(80).steps == 10 * 80 // 16
+    with pytest.raises(ValueError, match="the data has no end; give --low.steps"):
+        phase.over(None)
+    assert recipes.find("direct").changed({"low.steps": "7"}).phase("low").over(None).steps == 7
+
+
+# -- what a run begins with
+
+
+def test_another_model_is_inherited_by_what_fits(trained, nano, tmp_path, world, capsys):
+    """All of a model of the same shape; of one for pictures all but the later frames; of another family what
+    the two have in common."""
+    folder = ModelFolder(trained / "model")
+    stopped = nano_phase("low", steps=1, rate=0.0)
+    same = run(tmp_path / "same", world, stopped, init=folder)
+    assert torch.equal(same.load("direct").embed.weight, folder.load("direct").embed.weight)
+    assert same.text().model == folder.text().model
+    assert "tensors taken; nothing is new" in capsys.readouterr().out
+
+    single = dataclasses.replace(NANO.direct, frames=1, rates=(1.0,))
+    system = dataclasses.replace(NANO, direct=single, refiner=None)
+    picture = ModelFolder(tmp_path / "picture")
+    picture.path.mkdir()
+    part = inherit.new_part(system, "direct", 7)
+    part.reach(1.0, [0])
+    picture.save("direct", part)
+    picture.write_config({**system.to_dict(), "words": [], "trained": {}})
+    picture.write_text(folder.text().model)
+    grown = run(tmp_path / "grown", world, stopped, init=picture).load("direct")
+    assert torch.equal(grown.generation.weight, part.generation.weight)
+    assert torch.equal(grown.frame_positions.weight[16], part.frame_positions.weight[0])
+    assert "frame_positions.weight from 1 on" in (told := capsys.readouterr().out) and "embed.weight" in told
+
+    other = run(tmp_path / "other", world, nano_phase("low", steps=1), init=ModelFolder(nano))
+    assert torch.equal(other.load("refiner").enter.weight, ModelFolder(nano).load("refiner").enter.weight)
+    assert "refiner from" in capsys.readouterr().out
+
+
+def test_nothing_in_common_is_an_error(tmp_path, world, nano_large):
+    with pytest.raises(ValueError, match="has no part of this model; its parts are vqvae, base"):
+        run(tmp_path, world, nano_phase("low"), init=ModelFolder(nano_large))
+
+
+def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
+    config = dataclasses.replace(presets.find("direct").direct, width=8, layers=1, heads=2, patch=32)
+    system = dataclasses.replace(presets.find("direct"), direct=config)
+    table = torch.randn(50257, 8)
+    save_file({"transformer.wte.weight": table}, tmp_path / "gpt2.safetensors")
+    recipe = dataclasses.replace(recipes.find("direct"), phases=())
+    folder = loop.train(recipe, tmp_path / "run", world, system, [], quiet=True,
+                        init_embedding=str(tmp_path / "gpt2.safetensors"))
+    assert torch.equal(folder.load("direct").embed.weight[:50257], table)
+    assert isinstance(folder.text(), GPT2Tokenizer)
+    save_file({"wte.weight": table[:, :4].contiguous()}, tmp_path / "narrow.safetensors")
+    save_file({"x": table[:2]}, tmp_path / "none.safetensors")
+    for name, message in (("narrow", "is 50257 ids x 4, this model's is 50257 x 8"),
+                          ("none", "has no tensor wte.weight"), ("missing", "cannot read an embedding")):
+        with pytest.raises(ValueError, match=message):
+            loop.train(recipe, tmp_path / name, world, system, [],
+                       init_embedding=str(tmp_path / f"{name}.safetensors"))
+
+
+# -- the face
+
+
+@pytest.mark.parametrize("name, value", [
+    ("seed", 1), ("guidance_scale", 3.0), ("image", "cat.png"), ("video", "cat.mp4"), ("keep", "made"),
+    ("num_videos_per_prompt", 2)])
+def test_what_means_nothing_is_refused_by_name(trained, name, value):
+    with pytest.raises(ValueError, match=f"{name} means nothing to a direct model"):
+        CogVideo.from_pretrained(trained / "model")("a dog", progress=False, **{name: value})
+
+
+def test_bad_prompts_and_frames_are_refused(trained):
+    pipe = CogVideo.from_pretrained(trained / "model")
+    for prompt, message in (("  ", "the prompt is empty"), ("dog " * 90, "more than the 64 that fit"),
+                            ([], "there is no prompt")):
+        with pytest.raises(ValueError, match=message):
+            pipe(prompt, progress=False)
+    with pytest.raises(ValueError, match="num_frames 7 cannot be made; choose one of 5, 33"):
+        pipe("a dog", num_frames=7)
+    with pytest.raises(ValueError, match="float32 or bfloat16, not in int8"):
+        CogVideo.from_pretrained(trained / "model", dtype="int8")
+
+
+def test_a_prompt_is_the_same_clip_alone_or_among_others(trained):
+    pipe = CogVideo.from_pretrained(trained / "model")
+    alone, beside = pipe("a dog runs", progress=False), pipe(["a cat", "a dog runs"], progress=False)
+    assert np.array_equal(alone[0].frames, beside[1].frames)
+
+
+def test_the_command_line_makes_and_describes_it(trained, tmp_path):
+    def cogvideo(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "cogvideo", *arguments], capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    model = str(trained / "model")
+    told = cogvideo("generate", "a dog runs", "--model", model, "-o", str(tmp_path / "dog.gif"))
+    assert "33 frames, 32x32, 8 fps" in told and "seed" not in told and (tmp_path / "dog.gif").exists()
+    assert "1 and 1 layers" in cogvideo("models", model)
+    assert "frames" in cogvideo("estimate", model, "--dtype", "float32")
+    for option in ("--seed", "--num-videos"):
+        assert option.strip("-").replace("-", "_") in cogvideo(
+            "generate", "a dog", "--model", model, option, "2").replace("-", "_")
+
+
+def test_direct_config_reads_back():
+    from cogvideo.model.system import read_system
+
+    assert read_system(json.loads(json.dumps(NANO.to_dict()))) == NANO
+    assert isinstance(NANO.direct, DirectConfig)
+    with pytest.raises(ValueError, match="unknown family 'x'; choose one of cogvideo, direct"):
+        read_system({"family": "x"})
