@@ -27,10 +27,10 @@ from PIL import Image
 
 from benchmarks import classifier
 from benchmarks.adherence import TIMES, draw_split, generate, interval, judge_split
-from benchmarks.fidelity import compare, unseen_scenes
+from benchmarks.fidelity import captions, compare, unseen_scenes
 from benchmarks.hierarchical import ROWS
 from cogvideo import CogVideo, presets
-from cogvideo.data.tinyworld import Scene, TinyWorld, render, sprites
+from cogvideo.data.tinyworld import TinyWorld, render, sprites
 from cogvideo.direct import DirectPipeline
 from cogvideo.eval.features import PictureFeatures
 from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
@@ -118,12 +118,6 @@ def losses_table(out: Path, steps: int, count: int) -> None:
         strips.append(strip(made[:3]))
     print(f"| rendered | | 0 | 0 | {mean(flicker, real):.2f} | {mean(sharpness, real):.2f} |")
     Image.fromarray(np.concatenate(strips)).save(out / "strips.png")
-
-
-def captions(scenes: Sequence[Scene]) -> list[str]:
-    from cogvideo.data.tinyworld.world import SceneRecording
-
-    return [SceneRecording(scene, "en").caption(np.random.default_rng(i)) for i, scene in enumerate(scenes)]
 
 
 def mean(measure, clips: np.ndarray) -> float:

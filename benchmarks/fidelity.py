@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cogvideo.data.tinyworld import Scene, TinyWorld, render, sprites
+from cogvideo.data.tinyworld.world import SceneRecording
 from cogvideo.eval.features import PictureFeatures, perceptual_distance
 from cogvideo.eval.metrics import psnr, ssim
 from cogvideo.model.refiner import Refiner, enlarge
@@ -36,6 +37,11 @@ def unseen_scenes(names: Sequence[str], count: int, seed: int) -> list[Scene]:
     """`count` scenes, every second one of a held-out triple."""
     worlds = [TinyWorld(tuple(names), seed, held_out) for held_out in (False, True)]
     return [worlds[i % 2][i].scene for i in range(count)]
+
+
+def captions(scenes: Sequence[Scene]) -> list[str]:
+    """An English one for each scene."""
+    return [SceneRecording(scene, "en").caption(np.random.default_rng(i)) for i, scene in enumerate(scenes)]
 
 
 @torch.inference_mode()

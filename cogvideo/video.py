@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
+from threading import get_ident
 
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence
@@ -20,6 +22,7 @@ from PIL import Image, ImageOps, ImageSequence
 from cogvideo.files import replacing
 
 VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")  # what `VideoFile` reads
+AREA, BICUBIC, CHROMA = 32, 4, 8192 | 16384  # of swscale; without CHROMA colours come out a level too dark
 _PICTURES = (".png", ".jpg", ".jpeg")
 _READS = f"a video ({', '.join(VIDEOS)}), a .webp or a folder of .png or .jpg frames"
 _WRITES = ".mp4, .gif, .webp, .png (all frames side by side) or no extension (a new folder of frames)"
@@ -67,7 +70,7 @@ class Clip:
             return _load_animation(path)
         elif suffix in VIDEOS:
             with _opened(path, str(path)) as (container, stream):
-                frames = np.stack([np.asarray(_upright(frame)) for frame in container.decode(stream)])
+                frames = np.stack([_picture(frame) for frame in container.decode(stream)])
                 return cls(frames, _rate(stream), container.metadata.get("title", ""))
         raise ValueError(f"cannot read {path}; give {_READS}")
 
@@ -135,7 +138,7 @@ class VideoFile:
                 container.seek(int((times.min() - 1) * 1e6))
             for frame, until in _spans(container.decode(stream)):
                 if times[left[-1]] <= until:
-                    picture = np.asarray(_square(_upright(frame), size))
+                    picture = _picture(frame, size)
                 while left and times[left[-1]] <= until:
                     out[left.pop()] = picture
                 if not left:
@@ -173,10 +176,29 @@ def _spans(frames: Iterable) -> Iterator[tuple]:
         yield before, np.inf
 
 
-def _upright(frame) -> Image.Image:
-    """A decoded frame as a picture, turned as the camera was held."""
-    image = frame.to_image()
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+def _picture(frame, size: int | None = None) -> np.ndarray:
+    """A decoded frame, turned as the camera was held, uint8 [H, W, 3]; with a size its middle square, made
+    small before it is cut out, by the mean over areas."""
+    width, height = frame.width, frame.height
+    if size is not None:
+        side = min(width, height)
+        width, height = round(width * size / side), round(height * size / side)
+    how = CHROMA | (AREA if width < frame.width else BICUBIC)
+    convert = _converter(get_ident(), frame.width, frame.height, frame.format.name, width, height).reformat
+    made = convert(frame, width, height, "rgb24", interpolation=how).to_ndarray()
+    if size is not None:
+        top, left = (made.shape[0] - size) // 2, (made.shape[1] - size) // 2
+        made = made[top : top + size, left : left + size]
+    return np.rot90(made, frame.rotation // 90)
+
+
+@lru_cache(256)
+def _converter(thread: int, *sizes: int | str):
+    """What frames of these sizes are converted with. Making one takes as long as decoding a second of video;
+    threads must not share one."""
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter()
 
 
 def _open_image(path: Path) -> Image.Image:

@@ -15,7 +15,7 @@ import json
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,20 @@ class Listed:
         return f"{self.path}: {self.member}" if self.member else f"{self.path}{part}"
 
 
+    def read(self) -> bytes:
+        """The file, out of its shard."""
+        with open(self.path, "rb") as shard:
+            shard.seek(self.first)
+            return shard.read(self.size)
+
+
 @dataclass(frozen=True)
 class Videos:
     """A `Source` of the videos of a folder, a table, or shards."""
 
     listed: tuple[Listed, ...]
     skipped: dict[str, str] = field(default_factory=dict)
+    opened: dict[tuple[Path, int], VideoFile] = field(default_factory=dict, compare=False)
 
     @property
     def count(self) -> int:
@@ -125,11 +133,12 @@ class Videos:
     def __getitem__(self, index: int) -> Captioned:
         """Raises ValueError, with the name of the video, if it cannot be read."""
         one = self.listed[index]
-        if not one.member:
-            return Captioned(VideoFile.open(one.path), one.captions, one.start, one.end)
-        with open(one.path, "rb") as shard:
-            shard.seek(one.first)
-            return Captioned(VideoFile.open(shard.read(one.size), one.name), one.captions)
+        data, place = one.path if not one.member else one.read(), (one.path, one.first)
+        if place not in self.opened:
+            video = VideoFile.open(data, one.name)
+            self.opened[place] = replace(video, data=b"")  # its rate and length, which take time to find out
+        video = replace(self.opened[place], data=data)
+        return Captioned(video, one.captions, one.start, one.end)
 
 
 def _one(captions: tuple[str, ...], rng: np.random.Generator) -> str:
