@@ -226,7 +226,7 @@ def estimate(
     system = folder.system() if folder else presets.find(model)
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
-    chosen = folder.config.get("sampling", {}) if folder else {}
+    chosen = folder.config.get("sampling", {}) if folder else presets.SAMPLING.get(model, {})
     print(Estimate(system, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
 
 

@@ -36,10 +36,9 @@ ABOUT = "CogVideo (2022), converted from the released weights, whose licence res
 # what the original's scripts ask for (SPEC C.1, C.5 to C.8)
 PROMPTS = {"image": "{prompt} 高清摄影", "stage1": "{seconds:.1f}秒<n>{prompt} 视频",
            "stage2": "{seconds:.1f}秒<n>{prompt}", "superres": "{prompt}"}
-_DRAWN = {"temperature": 1.05, "top_k": 12, "token_temperature": 0.89, "text_boost": 1.4}
-SAMPLING = {"image": _DRAWN | {"temperature": 1.0, "top_k": 16}, "stage1": _DRAWN | {"guidance_scale": 3.0},
-            "stage2": _DRAWN, "superres": {"temperature": 1.0, "top_k": 6, "token_temperature": 0.6}}
+SAMPLING = presets.SAMPLING["cogvideo-9b"]
 SPECIALS = (START, "<start_of_english>", "<start_of_chinese>")  # CogVideo's own, behind icetk's pieces
+MOST = 10**6  # of anything that a configuration counts
 FIRST_FRAME = 512  # position of the first token of frame 0: a number in the original's code
 
 # in the checkpoint ({l} a layer, {p} weight and bias), in ours, and how the ranks are joined
@@ -174,11 +173,11 @@ def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output
     that it leaves out are those of what is there, or of the released system."""
     system, made, c = output.system, output.made, output.system.model
     for key in {*SIZES, "kernel_size", "kernel_size2"} & described.keys():
-        if type(described[key]) is not int or not 0 < described[key] < 10**6:
+        if type(described[key]) is not int or not 0 < described[key] < MOST:
             raise ValueError(f"{key} is {described[key]!r}, where a size belongs")
     fields = {ours: described.get(theirs, getattr(c, ours)) for theirs, ours in SIZES.items()}
     text_len, grid, times = _read_layout(described["layout"], part, c.grid)
-    vocab, window = fields["vocab"], described.get("window_size")
+    vocab, window = fields["vocab"], described.get("window_size", 10)  # which the original's script has, too
     codes = codes or (c.codes if made else min(20000, vocab))
     # ids as the original's script makes them of icetk's; `convert icetk` sets them right for other pieces
     pad, start = min(codes + 3, vocab - 1), max(min(150000, vocab - len(SPECIALS)), 0)
@@ -193,9 +192,10 @@ def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output
              if fields[key] != getattr(c, key)]
     divides = type(window) is int and window > 0 and grid % window == 0
     checks = {
+        f"num_attention_heads is missing, for a width of {fields['width']}":
+            "num_attention_heads" in described or fields["width"] == c.width,
         f"{fields['heads']} heads do not make {fields['width']}": fields["width"] % fields["heads"] == 0,
         "layernorm_order is not sandwich": described.get("layernorm_order", "sandwich") == "sandwich",
-        f"window_size {window} is not for stage 1, which has -1": part != "stage1" or window == -1,
         f"window_size {window} does not divide {grid}": part != "stage2" or divides,
         f"{codes} codes, and {START} at {start}, do not fit in {vocab} ids": 0 < codes <= vocab > start,
         f"it does not suit what is there: {', '.join(other)}": not other,
@@ -216,7 +216,8 @@ def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output
 def _read_layout(layout: Any, part: str, grid: int) -> tuple[int, int, int]:
     """Where the text ends, a frame (not of itersr, which has `grid`), and the rest: text_len, grid, and how
     many frames long the rest is."""
-    if isinstance(layout, list) and [type(n) for n in layout] == [int] * (2 if part == "itersr" else 3):
+    if (isinstance(layout, list) and [type(n) for n in layout] == [int] * (2 if part == "itersr" else 3)
+            and max(layout) < MOST):
         text_len, *spans = (end - begin for begin, end in zip([0, *layout], layout))
         frame_len, rest = [grid**2, *spans][-2:]
         if 0 < text_len <= FIRST_FRAME and min(frame_len, rest) > 0 and rest % frame_len == 0:

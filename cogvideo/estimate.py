@@ -37,6 +37,7 @@ class Work:
     layers: int = 0
     weights: int = 0  # of matrices
     seen: float = 0.0  # numbers of keys and values that a step reads
+    before: int = 0  # tokens that go through all layers before the first step
     flops: float = 0.0  # of convolutions
 
     @property
@@ -50,7 +51,7 @@ class Work:
     def seconds(self, speed: "Speed") -> float:
         caches = self.seen * (2 if speed.dtype == "bfloat16" else 4) / speed.bandwidth
         step = self.weights * speed.a_weight(self.rows) + self.layers * speed.a_layer + caches
-        return self.steps * step + self.flops / speed.flops
+        return self.steps * step + self.weights * speed.a_weight(self.before) + self.flops / speed.flops
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Speed:
 
     def a_weight(self, rows: float) -> float:
         """Seconds a weight takes when `rows` go through it; between the measured ones by proportion."""
+        if rows == 0:
+            return 0.0
         if rows >= ROWS[-1]:
             return self.weights[-1] * rows / ROWS[-1]
         above = next(i for i, known in enumerate(ROWS) if known >= rows)
@@ -153,7 +156,7 @@ def _stages(system: System, sampling: dict[str, Sampling], videos: int) -> list[
             _fill("key frames", c, keyframes, 1, 0, rows["stage1"])]
     counts = rounds(c.frames)
     for before, fps in zip(counts, [*counts.values()][1:]):
-        windows = (before - 1) // 2 * rows["stage2"]
+        windows = (before - 1) // (len(between.given) - 1) * rows["stage2"]
         work.append(_fill(f"to {fps:g} fps", c, between, len(between.given), c.window, windows))
     frames = max(counts)
     if system.superres:
@@ -175,8 +178,9 @@ def _fill(name: str, c: ModelConfig, layout: Layout, known: int, window: int | N
             start, slot = layout.segments(kind, window or 0, shifted)
             seen += sum(slot[p] + 1 - start[p] for step in steps for p in step) * c.layers / 2 * 2 * c.width
     tokens = sum(len(step) for step in steps)
+    before = rows * (layout.text_len + known * layout.frame_len)
     return Work(name, len(steps), rows * tokens / len(steps), c.layers, matrices(c, window is not None),
-                rows * seen / len(steps))
+                rows * seen / len(steps), before)
 
 
 def matrices(c: ModelConfig, temporal: bool) -> int:
@@ -207,6 +211,8 @@ def memory(system: Any, dtype: str, rows: int, cpu: bool = True) -> dict[str, fl
     """Bytes of every part when it is loaded, and of keys and values: of `rows` key frames, or of a window."""
     held: dict[str, float] = {}
     for name in system.parts:
+        if name.startswith("itersr"):  # which generation does without
+            continue
         part = system.outline(name)
         linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
         rest = sum(p.numel() for p in part.state_dict().values()) - linear
@@ -258,8 +264,8 @@ class Estimate:
     @property
     def least(self) -> float:
         """Bytes if of the channels only that is there which is computed with."""
-        channels = [size for name, size in self.held.items() if name in CHANNELS]
-        return sum(self.held.values()) - sum(channels) + max(channels, default=0)
+        channels = [self.held.get(name, 0) + self.held.get(f"{name}_base", 0) for name in CHANNELS]
+        return sum(self.held.values()) - sum(channels) + max(channels)
 
     @property
     def fits(self) -> bool:

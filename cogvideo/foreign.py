@@ -178,6 +178,8 @@ def pick(name: str, ranks: list[States], rules: dict[str, list[Rule]], shapes: C
         due = shapes(part)
         _check_names(due, {ours for _, ours, _ in rows}, part)
         for theirs, ours, how in rows:
+            for key in theirs.split():
+                _check_ranks([states[key] for states in ranks], how, f"{name}: {key}")
             shards = [states[key] for states in ranks for key in theirs.split()]
             picked.setdefault(part, {})[ours] = _piece(shards, how, due[ours], theirs)
     return picked
@@ -189,6 +191,19 @@ def _check_names(expected: Iterable[str], found: Iterable[str], name: str) -> No
     if wrong:
         more = f" and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(f"{name} is not the expected model: {', '.join(wrong[:20])}{more}")
+
+
+def _check_ranks(shards: list[Tensor], how: str | int, name: str) -> None:
+    """Ranks of one checkpoint have shards of one shape, and agree in what all of them hold."""
+    first, *others = shards
+    if any(shard.shape != first.shape for shard in others):
+        raise ValueError(f"{name} is of different shapes in the ranks: {[list(s.shape) for s in shards]}")
+    if _replicated(first, how) and not all(torch.equal(first, shard) for shard in others):
+        raise ValueError(f"{name} is not the same in all ranks; they are not of one checkpoint")
+
+
+def _replicated(shard: Tensor, how: str | int) -> bool:
+    return isinstance(how, int) or how == "same" or (how == "columns" and shard.ndim == 1)
 
 
 def _piece(shards: list[Tensor], how: str | int, shape: torch.Size, name: str) -> Piece:
@@ -208,7 +223,7 @@ def join(shards: Sequence[Tensor], how: str | int, rows: int) -> Tensor:
     of the keys and of the values. A number is the first of `rows` of a table that is the same in all."""
     if isinstance(how, int):
         return shards[0][how : how + rows]
-    if how == "same" or len(shards) == 1 or (how == "columns" and shards[0].ndim == 1):
+    if len(shards) == 1 or _replicated(shards[0], how):
         return shards[0]
     if how == "thirds":
         return torch.cat([third for thirds in zip(*(shard.chunk(3) for shard in shards)) for third in thirds])

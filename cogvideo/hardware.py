@@ -1,6 +1,7 @@
 """What this machine has: devices, memory, cores that are idle."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -25,9 +26,22 @@ def free_memory(device: torch.device | str = "cpu") -> float | None:
         return float(torch.cuda.mem_get_info(device)[0])
     try:
         with open("/proc/meminfo") as file:
-            return next(float(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            free = next(float(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+    return min(free, _free_of_container())
+
+
+def _free_of_container() -> float:
+    """Bytes that the limit of a container (cgroup v2) leaves; files that it read can be let go of."""
+    place = Path("/sys/fs/cgroup")
+    try:
+        limit = float((place / "memory.max").read_text())
+        used = float((place / "memory.current").read_text())
+        rows = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        return limit - used + float(rows["inactive_file"])
+    except (OSError, ValueError, KeyError):  # no container, or "max": no limit
+        return float("inf")
 
 
 def idle_cores() -> int:

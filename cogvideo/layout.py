@@ -138,7 +138,7 @@ class Layout:
             return torch.zeros(self.frame_len, dtype=torch.long)
         if self.grid % window:
             raise ValueError(f"windows of {window} do not divide a grid of {self.grid}")
-        band = (torch.arange(self.grid) + (window // 2 if shifted else 0)) // window
+        band = (torch.arange(self.grid) + (window - window // 2 if shifted else 0)) // window
         if rolled:
             band %= self.grid // window
         return (band[:, None] * self.grid + band[None, :]).flatten()

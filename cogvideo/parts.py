@@ -70,8 +70,8 @@ class Parts:
 
     def _make_room(self, name: str) -> None:
         """Let go of the other channels, which are read again when they are needed, if memory asks for it."""
-        free = free_memory(self.device)
-        if free is not None and free < memory(self.system, self.dtype, 1, self.device.type == "cpu")[name]:
+        free, due = free_memory(self.device), memory(self.system, self.dtype, 2, self.device.type == "cpu")
+        if free is not None and free < due[name] + due.get(f"{name}_base", 0) + due["caches"]:
             for other in CHANNELS:
                 vars(self).pop(other, None)
 

@@ -133,8 +133,8 @@ class CogVideo:
         prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
         seeds = pick_seeds(seed, len(prompts))
         begin = self._beginning(image, video, prompts, seeds)
-        decides = (self.folder.version(), self.dtype, self.sampling, self.reference_quirks, prompts, seeds,
-                   fps, guidance_scale, None if begin is None else begin.codes.tolist())
+        decides = (self.folder.version(), self.dtype, self.sampling, self.templates, self.reference_quirks,
+                   prompts, seeds, fps, guidance_scale, None if begin is None else begin.codes.tolist())
         kept = Kept(keep, repr(decides), self.device)
         with telling(progress) as told:
             draft = kept.load("frames")
@@ -179,20 +179,26 @@ class CogVideo:
     def interpolate(self, draft: Draft, *, progress: Progress | None = None) -> Draft:
         """Stage 2: one round of interpolation. F frames (odd, 3 or more) become 2F - 1 at twice the rate.
 
-        Each three neighbouring frames are a window; all windows of all clips are one batch.
+        Each three neighbouring frames (of models of five) are a window; all windows of all clips are one
+        batch.
         """
         c, (count, frames, _) = self.system.model, draft.codes.shape
-        if frames < 3 or frames % 2 == 0:
-            raise ValueError(f"interpolation needs an odd number of frames, 3 or more; got {frames}")
+        if c.frames % 2 == 0:
+            raise ValueError(f"a model of {c.frames} frames has none at both ends of a window")
+        size = (c.frames + 1) // 2  # frames of a window that are known
+        if frames < size or (frames - 1) % (size - 1):
+            those = ", ".join(str(1 + k * (size - 1)) for k in (1, 2, 3))
+            raise ValueError(f"interpolation begins with {those} ... frames; got {frames}")
         rates = sorted(self.frame_counts.values())[:-1]
         if draft.fps not in rates:
             those = ", ".join(f"{rate:g}" for rate in rates)
             raise ValueError(f"interpolation begins with {those} frames a second; got {draft.fps:g}")
-        windows = (frames - 1) // 2
+        windows = (frames - 1) // (size - 1)
         layout = Layout.interpolation(c.text_len, c.grid, c.frames)
-        known = draft.codes.unfold(1, 3, 2).movedim(-1, 2).flatten(0, 1)  # [B * windows, 3, N]
+        known = draft.codes.unfold(1, size, size - 1).movedim(-1, 2).flatten(0, 1)  # [B * windows, size, N]
         prompts = [one for one in draft.prompts for _ in range(windows)]
-        numbers = [uniforms(draft.seeds, 2 * c.frame_len, 100 * windows + i) for i in range(windows)]
+        missing = (size - 1) * c.frame_len
+        numbers = [uniforms(draft.seeds, missing, 100 * windows + i) for i in range(windows)]
         seconds = (c.frames - 1) / (2 * draft.fps)
         filled = self._fill("stage2", layout, prompts, seconds, known, torch.stack(numbers, 1).flatten(0, 1),
                             None, f"to {2 * draft.fps:g} fps", progress)
@@ -204,7 +210,7 @@ class CogVideo:
               last: Sampling | None = None) -> Tensor:
         """Fill in a layout by the model of a stage: codes [B, F, N]."""
         model, sampling = getattr(self.parts, stage), self.sampling[stage]
-        if guidance_scale is not None:
+        if guidance_scale is not None and (stage != "image" or sampling.guided):
             sampling = replace(sampling, guidance_scale=guidance_scale)
         text, plain = (self._text(stage, p, seconds) for p in (prompts, [""] * len(prompts)))
         layout = replace(layout, reference=self.reference_quirks)

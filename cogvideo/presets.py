@@ -94,6 +94,17 @@ PRESETS = {
 }
 
 
+_DRAWN = {"temperature": 1.05, "top_k": 12, "token_temperature": 0.89, "text_boost": 1.4}
+SAMPLING: dict[str, dict[str, Any]] = {  # where not the defaults are meant (SPEC C.1, C.5 to C.8)
+    "cogvideo-9b": {
+        "image": _DRAWN | {"temperature": 1.0, "top_k": 16},
+        "stage1": _DRAWN | {"guidance_scale": 3.0},
+        "stage2": _DRAWN,
+        "superres": {"temperature": 1.0, "top_k": 6, "token_temperature": 0.6},
+    },
+}
+
+
 def find(name: str) -> Any:
     """A System or a DirectSystem."""
     if name not in PRESETS:

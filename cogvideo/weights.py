@@ -71,8 +71,9 @@ class ModelFolder:
                 raise ModelError(f"{file} is damaged: {error}") from None
 
     def version(self) -> list[tuple[str, int, int]]:
-        """What tells these weights from others: place, sizes and times of the files."""
-        files = sorted(self.path.resolve().glob("*.safetensors"))
+        """What tells this model from others: place, sizes and times of the files that it is made of."""
+        kinds = (".safetensors", ".model", ".npy")
+        files = sorted(file for file in self.path.resolve().iterdir() if file.suffix in kinds)
         return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     @property

@@ -151,6 +151,17 @@ def split(states: dict[str, torch.Tensor], ranks: int) -> list[dict[str, torch.T
     return cut
 
 
+def test_ranks_of_different_checkpoints_are_refused(original, tmp_path):
+    states = foreign.read_states(original / "cogvideo-stage1-tiny" / "1000" / FILE)
+    for key, message in (("transformer.final_layernorm.bias", "final_layernorm.bias is not the same in all"),
+                         ("transformer.layers.0.attention.query_key_value.weight", "of different shapes")):
+        ranks = split(states, 2)
+        ranks[1][key] = ranks[1][key] + 1 if "norm" in key else ranks[1][key][:-6]
+        with pytest.raises(ValueError, match=message):
+            convert.convert_sat([sat(tmp_path / message[:5], ranks)], tmp_path / "out", 256, quiet)
+    assert not (tmp_path / "out").exists()
+
+
 def test_ranks_are_put_together(original, folders, tmp_path):
     states = foreign.read_states(original / "cogvideo-stage1-tiny" / "1000" / FILE)
     ranks = split({key: value.half() for key, value in states.items()}, 2)
@@ -322,7 +333,8 @@ def test_bad_super_resolution_is_refused(tmp_path, described, change, message):
 def reconfigure(**values):
     def harm(folder: Path) -> None:
         file = folder / "model_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+        described = {**json.loads(file.read_text()), **values}
+        file.write_text(json.dumps({key: value for key, value in described.items() if value is not None}))
 
     return harm
 
@@ -385,7 +397,8 @@ HARMS = [
     (reconfigure(model_class=["CogVideoModel"]), "what can be converted"),
     (reconfigure(cogvideo_stage=3), "of stage 3; what can be converted"),
     (reconfigure(cogvideo_stage=2), "window_size -1 does not divide 2"),
-    (reconfigure(window_size=2), "window_size 2 is not for stage 1"),
+    (reconfigure(hidden_size=16, num_attention_heads=None), "num_attention_heads is missing, for a width"),
+    (reconfigure(layout=[6, 6 + 10**20, 6 + 3 * 10**20]), "whole square frames"),
     (reconfigure(num_layers=3), "layers.2.attention.dense.bias is missing"),
     (reconfigure(num_layers=1), "layers.1.attention.dense.bias is unknown"),
     (reconfigure(num_layers=10**5), "is missing"),

@@ -133,3 +133,20 @@ def test_impossible_layouts_are_refused():
         Layout(2, 4, 3, (0, 1, 2), given=(0, 2))
     with pytest.raises(ValueError, match="do not divide"):
         STAGES["stage2"].tiles(3, False)
+
+
+@pytest.mark.parametrize("grid, window", [(6, 2), (6, 3), (5, 5), (10, 5)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_windows_of_any_size_are_those_of_the_rolled_map(grid, window, shifted):
+    """The original rolls the map back by half a window, rounded down; what is seen lies in one group."""
+    layout = Layout.interpolation(2, grid, 3)
+    raster = torch.arange(grid**2)
+    back = window // 2 if shifted else 0
+    rows, columns = (raster // grid - back) // window, (raster % grid - back) // window
+    near = (rows[:, None] == rows) & (columns[:, None] == columns)
+    mask = layout.sees("temporal", window, shifted)
+    assert torch.equal(mask[: grid**2, : grid**2], near)  # a given frame
+    together = torch.zeros_like(mask)
+    for group in layout.groups("temporal", window, shifted):
+        together[group[:, None], group] = True
+    assert not (mask & ~together).any()

@@ -80,7 +80,8 @@ def pack(part: nn.Module, dtype: str) -> nn.Module:
     as it is, so that most of a mapped vocabulary is never read."""
     rest = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     make = Int8Linear if dtype == "int8" else partial(PackedLinear, dtype=rest)
-    if dtype == "int8" or torch.backends.mkldnn.is_available():
+    packs = dtype == "int8" or torch.backends.mkldnn.is_available()
+    if packs:
         for module in list(part.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
@@ -88,7 +89,7 @@ def pack(part: nn.Module, dtype: str) -> nn.Module:
         if isinstance(part, Base):
             part.head = make(part.embed.weight[: part.config.codes], None)  # type: ignore[assignment]
     for name, parameter in part.named_parameters():
-        if name != "embed.weight" or rest == torch.bfloat16:
+        if name != "embed.weight" or rest == torch.bfloat16 or not packs:
             parameter.data = parameter.data.to(rest)
     return part
 
