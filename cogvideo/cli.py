@@ -207,14 +207,14 @@ def train(
 def estimate(
     model: Positional[str] = "tiny",
     /,
-    dtype: Literal["float32", "bfloat16", "int8"] = "int8",
+    dtype: Literal["float32", "bfloat16", "int8"] | None = None,
     num_videos: int = 1,
 ) -> None:
     """Tell what generation costs, without loading anything: memory, steps, bytes to read, time here.
 
     Args:
         model: A shipped model, a model folder, a hub id, or a row of the table in cogvideo/presets.py.
-        dtype: Numbers to compute with.
+        dtype: Numbers to compute with. Default: what is fastest on a CPU.
         num_videos: Videos at a time.
     """
     from cogvideo import presets
@@ -227,6 +227,7 @@ def estimate(
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     chosen = folder.config.get("sampling", {}) if folder else presets.SAMPLING.get(model, {})
+    dtype = dtype or ("float32" if system.family == "direct" else "int8")
     print(Estimate(system, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
 
 
@@ -258,7 +259,8 @@ def models(model: Positional[str | None] = None, /) -> None:
 
 
 def convert(
-    kind: Positional[Literal["sat", "cogview2-dsr", "cogview2-itersr", "icetk"]],
+    kind: Positional[Literal["sat", "cogvideo-stage1", "cogvideo-stage2", "cogview2-dsr", "cogview2-itersr",
+                             "icetk"]],
     paths: Positional[tuple[Path, ...]],
     /,
     codes: int | None = None,
@@ -269,9 +271,9 @@ def convert(
     cogvideo convert icetk ICETK_MODELS OUT.
 
     Args:
-        kind: sat for checkpoint folders or the zips as downloaded, of any of the models; cogview2-dsr and
-            cogview2-itersr for those of CogView2's direct and iterative super-resolution, even without a
-            model_config.json; icetk for ice_text.model and ice_image.pt.
+        kind: sat for checkpoint folders or the zips as downloaded, of any of the models; one of the others
+            for those whose model_config.json is missing or does not tell the stage: cogvideo-stage1 and 2,
+            CogView2's direct and iterative super-resolution; icetk for ice_text.model and ice_image.pt.
         paths: Folders or zips to read, and last the model folder to make or to add to.
         codes: How many of the checkpoint's ids are image codes. Default: 20000, as icetk has.
     """
@@ -283,7 +285,8 @@ def convert(
     if kind == "icetk":
         convert_icetk(sources[0], out)
     else:
-        models = {"cogview2-dsr": "DsrModel", "cogview2-itersr": "ItersrModel"}
+        models = {f"cogvideo-stage{number}": f"CogVideoModel of stage {number}" for number in (1, 2)}
+        models |= {"cogview2-dsr": "DsrModel", "cogview2-itersr": "ItersrModel"}
         convert_sat(sources, out, codes, model=models.get(kind))
     print(f"model folder: {out}")
 

@@ -136,8 +136,12 @@ def _convert_checkpoint(checkpoint: Checkpoint, output: Output, codes: int | Non
                         model: str | None) -> None:
     """Write what one checkpoint adds."""
     name, described, ranks = checkpoint
-    stage = f" of stage {described['cogvideo_stage']}" if "cogvideo_stage" in described else ""
-    found = f"{described.get('model_class')}{stage}" if described else model or "without model_config.json"
+    kind, stage = described.get("model_class"), described.get("cogvideo_stage")
+    found = f"{kind} of stage {stage}" if stage is not None else str(kind)
+    if not described:
+        found = model or "without model_config.json"
+    elif model and stage is None and kind == model.partition(" ")[0]:  # the user says which stage it is
+        found = model
     if found not in MODELS or model not in (None, found):
         raise ValueError(f"{name} is {found}; what can be converted: {model or ', '.join(MODELS)}")
     part, table, layout = MODELS[found]
@@ -216,6 +220,8 @@ def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output
 def _read_layout(layout: Any, part: str, grid: int) -> tuple[int, int, int]:
     """Where the text ends, a frame (not of itersr, which has `grid`), and the rest: text_len, grid, and how
     many frames long the rest is."""
+    if isinstance(layout, str) and re.fullmatch(r"[\d, ]+", layout):
+        layout = [int(number) for number in layout.split(",") if number.strip()]
     if (isinstance(layout, list) and [type(n) for n in layout] == [int] * (2 if part == "itersr" else 3)
             and max(layout) < MOST):
         text_len, *spans = (end - begin for begin, end in zip([0, *layout], layout))

@@ -86,11 +86,15 @@ class Speed:
             x = torch.randn(rows, 2048, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
             taken = _fastest(partial(_through, copies, x))
             weights.append(taken / (8 * wide.weight.numel()))
-        block = torch.ones(2**26)
         picture, kernel = torch.randn(1, 128, 96, 96), torch.randn(128, 128, 3, 3)
         conv = _fastest(lambda: nn.functional.conv2d(picture, kernel, padding=1))
-        return cls(dtype, tuple(weights), _a_layer(), block.numel() * 4 / _fastest(block.sum),
-                   2 * picture.numel() * 128 * 9 / conv)
+        return cls(dtype, tuple(weights), _a_layer(), bandwidth(), 2 * picture.numel() * 128 * 9 / conv)
+
+
+def bandwidth() -> float:
+    """Bytes that are read from memory in a second, by a sum."""
+    block = torch.ones(2**26)
+    return block.numel() * 4 / _fastest(block.sum)
 
 
 def _through(layers: list[nn.Module], x: Tensor) -> None:

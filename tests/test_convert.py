@@ -284,6 +284,22 @@ def test_super_resolution_brings_a_base_of_its_own(tmp_path):
         convert.convert_sat(sources[::-1], tmp_path / "other", 20, quiet)
 
 
+def test_a_stage_that_its_description_does_not_tell(tmp_path):
+    """Older files name no stage, no window (stage 2 has the 10 of the original's script), or a layout as
+    words."""
+    first, _ = small(tmp_path, "first", cogvideo_stage=None, window_size=None, layout="6, 10,26")
+    with pytest.raises(ValueError, match="first is CogVideoModel; what can be converted: CogVideoM"):
+        convert.convert_sat([first], tmp_path / "out", 20, quiet)
+    with pytest.raises(ValueError, match="window_size 10 does not divide 2"):
+        convert.convert_sat([first], tmp_path / "out", 20, quiet, "CogVideoModel of stage 2")
+    convert.convert_sat([first], tmp_path / "out", 20, quiet, "CogVideoModel of stage 1")
+    system = ModelFolder(tmp_path / "out").system()
+    assert (system.model.frames, system.model.grid, system.model.text_len) == (5, 2, 6)
+    told, _ = small(tmp_path, "told")
+    with pytest.raises(ValueError, match="told is CogVideoModel of stage 1"):
+        convert.convert_sat([told], tmp_path / "new", 20, quiet, "CogVideoModel of stage 2")
+
+
 def test_super_resolution_needs_no_description(tmp_path):
     """The original's code never read it: the sizes are those of the model before it."""
     stage, _ = small(tmp_path, "stage", vocab_size=40, max_sequence_length=1024, layout=[64, 464, 864],
