@@ -111,7 +111,7 @@ def test_estimate_tells_the_cost_without_any_weights():
     done = cogvideo("estimate", "cogvideo-9b")
     assert done.returncode == 0, done.stderr
     rows = {line.split("  ")[0]: line.split()[-4:] for line in done.stdout.splitlines()}
-    assert rows["key frames"][:2] == ["1600", "1600"] and rows["to 2 fps"][1] == "1600"
+    assert rows["key frames"][:2] == ["1600", "3200"] and rows["to 2 fps"][1] == "1600"
     assert all(float(rows[name][-1]) > 0 for name in ("first frame", "larger frames", "decode", "all"))
 
 

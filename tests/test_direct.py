@@ -280,6 +280,10 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
                        init_embedding=str(tmp_path / f"{name}.safetensors"))
 
 
+    with pytest.raises(ValueError, match="the recipe direct-tiny has words of its own"):
+        loop.train(recipes.find("direct-tiny"), tmp_path / "three", world, NANO, [], init_embedding="x")
+
+
 # -- the face
 
 

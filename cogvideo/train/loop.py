@@ -65,6 +65,9 @@ def train(
     by their number (ValueError), and all must see `out`. `recompute` saves memory for time,
     `compile` time for a slow start; both change no result but by rounding.
     """
+    if init_embedding is not None and recipe.pieces:
+        raise ValueError(f"the recipe {recipe.name} has words of its own; GPT-2's embedding is for recipes "
+                         f"with GPT-2's words, such as direct")
     machine = parallel.start(device, recompute, compile)
     folder = ModelFolder(out / "model")
     try:
@@ -126,7 +129,7 @@ def prepare(folder: ModelFolder, recipe: Recipe, source: Source, system: Family,
         config |= {"text": "gpt2", "words": []}  # which knows all words
     elif not (folder.path / "text.model").exists():
         folder.write_text(inherit.text_model(init, system) or train_text(captions, recipe.pieces))
-    inherit.begin(folder, system, recipe.seed, init, init_embedding if recipe.pieces == 0 else None)
+    inherit.begin(folder, system, recipe.seed, init, init_embedding)
     folder.write_config(config)
 
 

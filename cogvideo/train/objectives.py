@@ -51,14 +51,20 @@ def token_loss(model: DualChannelTransformer, layout: Layout, text: Tensor, code
     Logged: the mean for each frame, by its place in time; frames that are given count only in the log.
     """
     laid = layout.lay(codes)
-    logits = model(torch.cat((text, layout.inputs(laid, model.config.start)), 1), layout)  # [B, S, V]
-    each = F.cross_entropy(logits.flatten(0, 1), laid.flatten(), reduction="none").view(
-        len(codes), -1
-    )  # [B, S]
-    mask = layout.loss_mask(each.device)
-    per_frame = each.detach().view(len(codes), layout.frames, -1).mean((0, 2))
+    hidden = model.body(torch.cat((text, layout.inputs(laid, model.config.start)), 1), layout)  # [B, S, D]
+    first = int(layout.loss_mask().argmax())  # what is not trained comes first
+
+    def cost(places: slice) -> Tensor:  # [B, S']
+        logits, right = model.head(hidden[:, places]), laid.flatten(1)[:, places]
+        return F.cross_entropy(logits.flatten(0, 1), right.flatten(), reduction="none").view_as(right)
+
+    with torch.no_grad():
+        given = cost(slice(0, first))
+    learnt = cost(slice(first, None))
+    each = torch.cat((given, learnt.detach()), 1)
+    per_frame = each.view(len(codes), layout.frames, -1).mean((0, 2))
     numbers = {f"frame{frame}": float(value) for frame, value in zip(layout.order, per_frame)}
-    return (each * mask).sum() / (mask.sum() * len(codes)), numbers
+    return learnt.mean(), numbers
 
 
 def frames_loss(made: Tensor, hierarchical: HierarchicalLoss, clips: Tensor) -> Result:
