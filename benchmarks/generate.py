@@ -29,9 +29,12 @@ PROMPT = "a dog runs to the right across a green field"
 HEAD = f"{'seconds':>9}{'least':>8}{'most':>8}"
 
 
-def verbs(pipe: CogVideo, prompt: str, seed: int) -> dict[str, Callable[[Any], Any]]:
+def verbs(pipe: Any, prompt: str, seed: int) -> dict[str, Callable[[Any], Any]]:
     """The verbs of a video in their order, each from what the one before it made; named as in
     `cogvideo.estimate.plan`."""
+    if not pipe.draws:  # the regression family
+        return {"frames": lambda nothing: pipe.regress([prompt], max(pipe.frame_counts)),
+                "upscale": pipe.upscale}
     rounds = [one.name for one in pipe.estimate().work if one.name.startswith("to ")]
     return {
         "first frame": lambda nothing: pipe.first_frames([prompt], [seed]),
@@ -68,19 +71,20 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     pipe = CogVideo.from_pretrained(arguments.model, dtype=arguments.dtype)
-    pipe(PROMPT, seed=0, progress=False)  # warm: parts loaded, masks made
+    seed = {"seed": 0} if pipe.draws else {}
+    pipe(PROMPT, progress=False, **seed)  # warm: parts loaded, masks made
     memory = Speed.measure(pipe.dtype).bandwidth
     threads = torch.get_num_threads()
     print(f"{arguments.model}, {pipe.dtype}, {threads} threads, memory {memory / 1e9:.1f} GB/s")
     print(f"{'verb':<14}{HEAD}{'share':>8}{'tokens/s':>10}{'MB/step':>9}{'of memory':>11}")
 
-    plan, value, taken = pipe.estimate().work, None, {}
+    plan, value, taken = {one.name: one for one in pipe.estimate().work}, None, {}
     for name, verb in verbs(pipe, PROMPT, 0).items():
         value, taken[name] = timed(partial(verb, value), arguments.runs)
     total = sum(map(statistics.median, taken.values()))
-    for work in plan:
-        middle = statistics.median(taken[work.name])
-        line = f"{work.name:<14}{spread(taken[work.name])}{middle / total:>8.0%}"
+    for name, times in taken.items():
+        work, middle = plan[name], statistics.median(times)
+        line = f"{name:<14}{spread(times)}{middle / total:>8.0%}"
         if work.steps:
             read = work.read(pipe.dtype)
             share = work.steps * read / middle / memory
@@ -93,18 +97,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "a.mp4")
-        command = [
-            sys.executable,
-            "-m",
-            "cogvideo",
-            "generate",
-            PROMPT,
-            "-o",
-            out,
-            "--model",
-            arguments.model,
-        ]
-        _, times = timed(lambda: subprocess.run([*command, "--seed", "0", "--quiet"], check=True), 3)
+        command = [sys.executable, "-m", "cogvideo", "generate", PROMPT, "-o", out]
+        command += ["--model", arguments.model, "--quiet", *(["--seed", "0"] if pipe.draws else [])]
+        _, times = timed(lambda: subprocess.run(command, check=True), 3)
     print(f"{'command':<14}{spread(times)}  start of Python to mp4")
 
 

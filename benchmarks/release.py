@@ -17,8 +17,7 @@ CARD = """# {name}
 
 {about}
 
-- **Method**: CogVideo (Hong et al., 2022) in miniature: a text-to-image transformer as frozen base, a
-  temporal channel for key frames and one for interpolation, a VQ-VAE, a refiner.
+- **Method**: {method}
 - **Data**: the tiny world of this project, rendered from a seed: {sprites} animated sprites (Microsoft Fluent
   Emoji, MIT), 12 motions, 10 places, captions in English and Chinese. One in eight (sprite, motion, place)
   triples was held out of all training.
@@ -33,6 +32,13 @@ CARD = """# {name}
 
 {measured}
 """
+
+METHODS = {
+    "cogvideo": """CogVideo (Hong et al., 2022) in miniature: a text-to-image transformer as frozen base, a
+  temporal channel for key frames and one for interpolation, a VQ-VAE, a refiner.""",
+    "direct": """regression: a text encoder and a video decoder with one embedding, whose places become pixels
+  in one pass; trained on pictures, then at 1, then at 8 frames a second; a refiner.""",
+}
 
 
 def main() -> None:
@@ -60,7 +66,7 @@ def main() -> None:
     with replacing(target.path / "README.md") as file:
         values = {"name": target.path.name, "about": arguments.about, "sprites": recipe.sprites}
         trained = arguments.how or f"`cogvideo train {recipe.name}`, seed {recipe.seed}."
-        values |= {"how": trained, "phases": phases}
+        values |= {"how": trained, "phases": phases, "method": METHODS[source.system().family]}
         file.write_text(CARD.format(**values, measured=measured or "nothing yet"))
     size = sum(file.stat().st_size for file in target.path.iterdir()) / 1e6
     print(f"{target.path}: {size:.1f} MB")

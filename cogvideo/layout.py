@@ -180,7 +180,7 @@ class Layout:
         """
         size, text_len = self.frame_len, self.text_len
         if channel == "spatial":
-            lanes = -(-size // self.lag(window))
+            lanes = min(-(-size // self.lag(window)), max(1, self.frames - len(self.given)))
             start = [place // size % lanes * (text_len + size) for place in range(self.tokens)]
             return start, [start[place] + text_len + place % size for place in range(self.tokens)]
         tile = self.tiles(window, shifted).repeat(self.frames)

@@ -69,9 +69,10 @@ class Parts:
         return join(model) if self.dtype == "int8" else model
 
     def _make_room(self, name: str) -> None:
-        """Let go of the other channels, which are read again when they are needed, if memory asks for it."""
+        """Let go of the other channels, which are read again when they are needed, if memory asks for it: for
+        twice the caches that must fit, since windows are filled as many at a time as there is room."""
         free, due = free_memory(self.device), memory(self.system, self.dtype, 2, self.device.type == "cpu")
-        if free is not None and free < due[name] + due.get(f"{name}_base", 0) + due["caches"]:
+        if free is not None and free < due[name] + due.get(f"{name}_base", 0) + 2 * due["caches"]:
             for other in CHANNELS:
                 vars(self).pop(other, None)
 

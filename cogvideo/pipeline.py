@@ -224,12 +224,12 @@ class CogVideo:
         return torch.cat(filled)
 
     def _at_once(self, layout: Layout, window: int, rows: int) -> int:
-        """Samples of so many rows that are filled together: as many as 70 % of the free memory hold."""
+        """Samples of so many rows that are filled together: as many as 85 % of the free memory hold."""
         free = free_memory(self.device)
         if free is None:
             return MOST
         held = rows * cache_bytes(self.system.model, layout, window, self.dtype)
-        return int(min(max(0.7 * free // held, 1), MOST))
+        return int(min(max(0.85 * free // held, 1), MOST))
 
     @torch.inference_mode()
     def enlarge(self, draft: Draft, *, begin: Draft | None = None,

@@ -42,19 +42,19 @@ def _join(rank: int, ranks: int, port: int, work, arguments: tuple) -> None:
     os._exit(0)  # gloo's threads outlive their group, and may abort a Python that is shutting down
 
 
-def nano_phase(name: str, **changes) -> recipes.Phase:
-    phase = recipes.find("tiny").phase(name)
+def nano_phase(name: str, recipe: str = "tiny", **changes) -> recipes.Phase:
+    phase = recipes.find(recipe).phase(name)
     cut = dataclasses.replace(phase.cut, sizes=(16,))
     plain = dict(steps=STEPS, batch=2, warmup=1, optimizer="adamw", precision="float32", rate=1e-3, cut=cut)
     return dataclasses.replace(phase, **{**plain, **changes})
 
 
-def run(out: Path, phase: recipes.Phase, **options) -> None:
+def run(out: Path, phase: recipes.Phase, preset: str = "nano", **options) -> None:
     objectives.UNQUANTISED = 2  # the tokenizer's codebook is filled after two steps
-    recipe = dataclasses.replace(recipes.find("tiny"), preset="nano", phases=(phase,))
+    recipe = dataclasses.replace(recipes.find("tiny"), preset=preset, phases=(phase,))
     world = Noise() if phase.name == "tokenizer" else TinyWorld(sprites(8), seed=1)
     options = {"save_every": 3, "probe_every": 3, "probe": keep_state, "quiet": True, **options}
-    loop.train(recipe, out, world, presets.find("nano"), [phase], **options)
+    loop.train(recipe, out, world, presets.find(preset), [phase], **options)
 
 
 @dataclasses.dataclass
@@ -97,7 +97,7 @@ def trained(model: Path, phase: recipes.Phase) -> torch.Tensor:
     scores of a query alike, so their gradient is rounding alone, which Adam brings to full size."""
     state = ModelFolder(model).load(phase.trains[0]).state_dict()
     for key in state:
-        if key.endswith("qkv.bias"):
+        if key.endswith(("qkv.bias", "in_proj_bias")):
             state[key].unflatten(0, (3, -1))[1].zero_()
     return torch.cat([value.float().flatten() for value in state.values()])
 
@@ -134,6 +134,17 @@ def test_two_processes_take_the_steps_of_one(nano, tmp_path, name, optimizer, to
     assert difference(one, two, phase) < tolerance
     logs = [json.loads((out / name / "log.jsonl").read_text()) for out in (one, two)]
     assert logs[0].keys() == logs[1].keys() and logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)
+
+
+def test_two_processes_take_the_steps_of_one_in_the_regression_family(nano, tmp_path):
+    phase = nano_phase("low", "direct-tiny")
+    one, two = tmp_path / "1", tmp_path / "2"
+    for out in (one, two):
+        (out / "model").mkdir(parents=True)
+        shutil.copy(nano / "text.model", out / "model")
+    run(one, phase, "direct-nano", probe=None)
+    together(2, partial(run, probe=None), two, phase, "direct-nano")
+    assert difference(one, two, phase) < 1e-5
 
 
 def test_muon_goes_the_same_way_with_two_processes(nano, tmp_path):

@@ -104,7 +104,6 @@ class Listed:
         part = "" if self.end is None and not self.start else f" from {self.start:g} s"
         return f"{self.path}: {self.member}" if self.member else f"{self.path}{part}"
 
-
     def read(self) -> bytes:
         """The file, out of its shard."""
         with open(self.path, "rb") as shard:
