@@ -64,19 +64,9 @@ def generate(
     """
     from cogvideo.video import check_folder, check_output
 
-    if (prompt is None) == (prompts is None):
-        raise ValueError("give either a prompt or --prompts FILE")
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
-    lines = [prompt or ""]
-    if prompts is not None:
-        try:
-            text = prompts.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            raise ValueError(f"cannot read {prompts}: it is not text in UTF-8") from None
-        lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{prompts} holds no prompt; write one on each line")
+    lines = _read_prompts(prompt, prompts)
     asked = [line for line in lines for _ in range(num_videos)]
     paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(len(asked))]
     paths = [out] if len(asked) == 1 else paths
@@ -120,6 +110,21 @@ def generate(
                 frames, height, width, _ = clip.frames.shape
                 drawn = "" if seed is None else f", seed {seed + i}"
                 print(f"{paths[i]}  {frames} frames, {width}x{height}, {clip.fps:g} fps{drawn}")
+
+
+def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """The one prompt, or those of a file, one on each line."""
+    if (prompt is None) == (file is None):
+        raise ValueError("give either a prompt or --prompts FILE")
+    if file is None:
+        return [prompt or ""]
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"cannot read {file}: it is not text in UTF-8") from None
+    if not lines:
+        raise ValueError(f"{file} holds no prompt; write one on each line")
+    return lines
 
 
 def train(
