@@ -665,3 +665,45 @@ def test_the_command_line(tmp_path):
         done = run(*arguments)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("cogvideo: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small", "sr"]
+
+
+WATCHED = """
+import sys, threading, time
+from pathlib import Path
+from cogvideo import convert
+import torch
+
+def held():
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
+
+little, large, out = map(Path, sys.argv[1:])
+convert.convert_sat([little], out / "little", 20, print)  # torch imports much when it is first needed
+most = before = held()
+def watch():
+    global most
+    while True:
+        most = max(most, held())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+convert.convert_sat([large], out / "large", 20, print)
+print(most - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is told by Linux")
+def test_conversion_holds_a_few_tensors_at_a_time(tmp_path):
+    """Also where those of two ranks are put together."""
+    made = {}
+    for size in (8, 512):
+        _, states = small(tmp_path, f"{size}", num_layers=4, hidden_size=size)
+        described = json.loads((tmp_path / f"{size}" / "model_config.json").read_text())
+        sat(tmp_path / f"{size}-2", split(states, 2), **{**described, "model_parallel_size": 2})
+        made[size] = [4 * tensor.numel() for tensor in states.values()]
+    largest = max(made[512])
+    assert sum(made[512]) > 15 * largest
+    for ranks in ("", "-2"):
+        (out := tmp_path / f"out{ranks}").mkdir()
+        command = [sys.executable, "-c", WATCHED, tmp_path / f"8{ranks}", tmp_path / f"512{ranks}", out]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert int(run.stdout.split()[-1]) < 4 * largest
