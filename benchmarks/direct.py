@@ -58,7 +58,7 @@ def regress(folder: ModelFolder, prompts: Sequence[str], rate: float) -> np.ndar
     """9 frames, 2 a second, for each prompt, with the rate's token, of a model that may know only some of
     them: uint8 [B, 9, R, R, 3]."""
     pipe = DirectPipeline(folder)
-    pipe.model.reach(rate, [])
+    pipe.model.get_ready(rate, [])
     text = torch.tensor(pipe.prompts.ids(prompts, 0.0, PLAIN, pipe.system.direct.text_len))
     slots = range(0, pipe.system.direct.frames, 4)
     made = [pipe.model(rows, rate, slots) for rows in text.split(16)]

@@ -174,7 +174,8 @@ def read_embedding(where: str) -> torch.Tensor:
     """GPT-2's embedding of words [ids, width], out of a safetensors file or a repository of the hub."""
     path = Path(where).expanduser()
     if not path.exists() and re.fullmatch(HUB_ID, where):
-        path = _from_hub(where, ["model.safetensors"]) / "model.safetensors"
+        path = _from_hub(where, ["model.safetensors"])
+    path = path / "model.safetensors" if path.is_dir() else path
     try:
         with safe_open(path, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118

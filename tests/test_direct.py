@@ -4,6 +4,7 @@ face."""
 import contextlib
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from typing import ClassVar
@@ -11,13 +12,13 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
 from cogvideo import CogVideo, presets
 from cogvideo.data.tinyworld import TinyWorld
 from cogvideo.model.direct import Direct, DirectConfig
 from cogvideo.preview import probe
-from cogvideo.text import GPT2Tokenizer
+from cogvideo.text import GPT2Tokenizer, train_text
 from cogvideo.train import inherit, loop, recipes
 from cogvideo.weights import ModelFolder
 
@@ -67,9 +68,9 @@ class Two:
 
 @pytest.fixture(scope="module", autouse=True)
 def _small():
-    before, loop.CAPTIONS = loop.CAPTIONS, 1000
+    before, inherit.CAPTIONS = inherit.CAPTIONS, 1000
     yield
-    loop.CAPTIONS = before
+    inherit.CAPTIONS = before
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +129,16 @@ def test_a_frame_keeps_its_number_at_every_rate():
 def test_new_frames_begin_between_those_that_were_trained(model):
     table = model.frame_positions.weight
     first = table[0].clone()
-    model.reach(1.0, [0])
-    model.reach(1.0, range(0, 33, 8))  # after one picture all frames begin as it
+    model.get_ready(1.0, [0])
+    model.get_ready(1.0, range(0, 33, 8))  # after one picture all frames begin as it
     assert torch.equal(table[1:], first.expand(32, -1)) and model.trained.sum() == 5
     with torch.no_grad():
         table[8] += 1.0
-    model.reach(8.0, range(33))
+    model.get_ready(8.0, range(33))
     assert torch.allclose(table[2], first + 0.25) and torch.allclose(table[12], first + 0.5)
     assert model.trained[1].all() and model.trained[0].sum() == 5
     before = table.clone()
-    model.reach(8.0, range(33))  # nothing is left to begin
+    model.get_ready(8.0, range(33))  # nothing is left to begin
     assert torch.equal(table, before)
 
 
@@ -193,6 +194,22 @@ def test_a_phase_begins_with_what_the_one_before_it_made(tmp_path, world):
     assert torch.equal(low.frame_positions.weight[8], image.frame_positions.weight[0])
 
 
+def test_a_finished_phase_is_left_alone(tmp_path, world):
+    """It neither comes back over what went on from it, nor goes on under it."""
+    image, low = nano_phase("image", steps=2), nano_phase("low", steps=2)
+    folder = run(tmp_path, world, image, low)
+    made, recipe = folder.file("direct").read_bytes(), recipes.find("direct-tiny")
+    recipe = dataclasses.replace(recipe, preset="direct-nano", phases=(image, low))
+    loop.train(recipe, tmp_path, world, NANO, [image], quiet=True)
+    assert folder.file("direct").read_bytes() == made
+    with pytest.raises(ValueError, match=r"image cannot go on, for low has gone on from it; delete .*low to"):
+        loop.train(recipe, tmp_path, world, NANO, [dataclasses.replace(image, steps=4)], quiet=True)
+    shutil.rmtree(tmp_path / "low")  # trained again, it begins with what `image` made, not with itself
+    loop.train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
+    again, before = folder.load("direct").state_dict(), load(made)
+    assert all(torch.equal(again[key], before[key]) for key in before)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world):
     class Stop:
         def __call__(self, *_):
@@ -242,18 +259,59 @@ def test_another_model_is_inherited_by_what_fits(trained, nano, tmp_path, world,
     picture = ModelFolder(tmp_path / "picture")
     picture.path.mkdir()
     part = inherit.new_part(system, "direct", 7)
-    part.reach(1.0, [0])
+    part.get_ready(1.0, [0])
     picture.save("direct", part)
     picture.write_config({**system.to_dict(), "words": [], "trained": {}})
     picture.write_text(folder.text().model)
     grown = run(tmp_path / "grown", world, stopped, init=picture).load("direct")
     assert torch.equal(grown.generation.weight, part.generation.weight)
     assert torch.equal(grown.frame_positions.weight[16], part.frame_positions.weight[0])
-    assert "frame_positions.weight from 1 on" in (told := capsys.readouterr().out) and "embed.weight" in told
+    assert torch.equal(grown.embed.weight[:501], part.embed.weight)  # all words, and the token of 1 a second
+    assert "but for 501 of 502 rows, frame_positions.weight but for 1 of 33 rows" in capsys.readouterr().out
 
     other = run(tmp_path / "other", world, nano_phase("low", steps=1), init=ModelFolder(nano))
     assert torch.equal(other.load("refiner").enter.weight, ModelFolder(nano).load("refiner").enter.weight)
     assert "refiner from" in capsys.readouterr().out
+
+
+def test_words_are_inherited_with_their_text_model_or_not_at_all(trained, tmp_path, world, capsys):
+    folder = ModelFolder(trained / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "text.model").write_bytes(train_text(["other words here"] * 9, 290))
+    mine = run(tmp_path, world, nano_phase("low", steps=1, rate=0.0), init=folder)
+    assert mine.text().model != folder.text().model and "captions here" in capsys.readouterr().out
+    theirs, taken = folder.load("direct"), mine.load("direct")
+    assert not torch.equal(taken.embed.weight[:500], theirs.embed.weight[:500])
+    assert torch.equal(taken.embed.weight[500:], theirs.embed.weight[500:])  # the tokens of rates
+    assert torch.equal(taken.generation.weight, theirs.generation.weight)
+    assert not taken.trained[1].any()  # what it could make, it cannot make of these words
+
+
+def test_rates_are_inherited_by_their_number(trained):
+    part = ModelFolder(trained / "model").load("direct")
+    config = dataclasses.replace(NANO.direct, rates=(4.0, 8.0))
+    other = inherit.new_part(dataclasses.replace(NANO, direct=config), "direct", 3)
+    inherit.take(other, part)
+    assert not other.trained[0].any() and other.trained[1].all()
+    assert torch.equal(other.embed.weight[501], part.embed.weight[501])
+    assert not torch.equal(other.embed.weight[500], part.embed.weight[500])
+    wide = dataclasses.replace(NANO.direct, width=32)
+    inherit.take(large := inherit.new_part(dataclasses.replace(NANO, direct=wide), "direct", 3), part)
+    assert not large.trained.any()
+
+
+def test_a_run_that_has_begun_does_not_begin_otherwise(trained, tmp_path, world):
+    folder = ModelFolder(trained / "model")
+    run(tmp_path, world, nano_phase("low", steps=1), init=folder)
+    run(tmp_path, world, nano_phase("low", steps=2), init=folder)  # the same command goes on
+    with pytest.raises(ValueError, match="has begun with {'init': .*choose another --out"):
+        run(tmp_path, world, nano_phase("low", steps=3), init=ModelFolder(tmp_path / "model"))
+    recipe = dataclasses.replace(recipes.find("tiny"), phases=())
+    with pytest.raises(ValueError, match="another model, direct-nano, than the recipe tiny trains, tiny"):
+        loop.train(recipe, tmp_path, world, presets.find("tiny"), [])
+    with pytest.raises(ValueError, match="low cuts frames of 48 pixels, but the model's are of 16"):
+        run(tmp_path / "sizes", world, recipes.find("direct-tiny").phase("low"))
+    assert not (tmp_path / "sizes").exists()
 
 
 def test_nothing_in_common_is_an_error(tmp_path, world, nano_large):

@@ -12,7 +12,7 @@ from data.goldens import DATA
 
 from cogvideo import CogVideo, presets
 from cogvideo.preview import probe
-from cogvideo.train import loop, objectives, recipes
+from cogvideo.train import inherit, loop, objectives, recipes
 from cogvideo.train.optim import learning_rate, optimizers
 from cogvideo.weights import ModelFolder
 
@@ -35,10 +35,10 @@ def run(out, world, *phases, **options) -> ModelFolder:
 @pytest.fixture(scope="module", autouse=True)
 def _small():
     """Fewer captions for the text model, and a codebook filled at once: seconds instead of minutes."""
-    before = loop.CAPTIONS, objectives.UNQUANTISED
-    loop.CAPTIONS, objectives.UNQUANTISED = 1000, 2
+    before = inherit.CAPTIONS, objectives.UNQUANTISED
+    inherit.CAPTIONS, objectives.UNQUANTISED = 1000, 2
     yield
-    loop.CAPTIONS, objectives.UNQUANTISED = before
+    inherit.CAPTIONS, objectives.UNQUANTISED = before
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ class Direct(nn.Module):
                 nn.init.normal_(module.in_proj_weight, std=0.02, generator=generator)
 
     @torch.no_grad()
-    def reach(self, rate: float, slots: Sequence[int]) -> None:
+    def get_ready(self, rate: float, slots: Sequence[int]) -> None:
         """Get ready to train these frames at this rate: positions that were never trained begin on the way
         between those that were, and beyond them as copies. After an image model, all are copies of the
         first."""
@@ -116,6 +116,7 @@ class Direct(nn.Module):
         c = self.config
         slots = list(c.slots(rate) if slots is None else slots)
         padding = text == c.pad
+        padding[:, -1] = False  # an empty caption is one padding, not nothing to look at
         x = self.embed(text) + self.text_positions(text_ranks(text, c.pad))  # [B, T, D]
         memory = self.encoder(x, src_key_padding_mask=padding)
         token = torch.tensor(c.vocab + c.rates.index(rate), device=text.device)

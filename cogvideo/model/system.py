@@ -27,6 +27,7 @@ from cogvideo.model.direct import Direct, DirectConfig
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.superres import SuperResChannel, SuperResConfig
 from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel
+from cogvideo.text import PLAIN, TEMPLATE
 from cogvideo.vqvae import VQVAE, HierarchicalVQVAE, VQVAEConfig
 
 CONFIGS = {"model": ModelConfig, "vqvae": VQVAEConfig, "refiner": RefinerConfig, "superres": SuperResConfig,
@@ -46,7 +47,10 @@ class Family:
     """What a whole model of any family can be asked for."""
 
     family: ClassVar[str]
+    reader: ClassVar[str]  # the part that embeds text
+    template: ClassVar[str]  # of the text that it is trained with
     parts: tuple[str, ...]
+    refiner: RefinerConfig | None
 
     def build(self, part: str) -> Any:
         """A part with fresh weights, a module of the class that the part is."""
@@ -95,7 +99,7 @@ class System(Family):
     superres: SuperResConfig | None = None
     itersr: SuperResConfig | None = None
     bases: tuple[str, ...] = ()  # beside `base`: which of superres and itersr have one of their own
-    family = "cogvideo"
+    family, reader, template = "cogvideo", "base", TEMPLATE
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -141,7 +145,7 @@ class System(Family):
 class DirectSystem(Family):
     direct: DirectConfig
     refiner: RefinerConfig | None = None
-    family = "direct"
+    family, reader, template = "direct", "direct", PLAIN
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]

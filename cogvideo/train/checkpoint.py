@@ -8,6 +8,7 @@ written, so a run may go on with another number of processes.
 
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +57,7 @@ def resume(
     process reads the file and takes its shards."""
     if not path.exists():
         return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=machine.ranks > 1)
-    except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to begin this phase again") from None
+    state = read(path, machine.ranks > 1)
     for name, part in parts.items():
         mine = part.state_dict()
         part.load_state_dict({k: _like(v, mine[k]) for k, v in state["parts"][name].items()})
@@ -72,6 +70,14 @@ def resume(
         except ValueError as error:
             raise ValueError(f"{path} is of another optimizer ({error}); delete it to begin again") from None
     return int(state["step"])
+
+
+def read(path: Path, mapped: bool = True) -> dict[str, Any]:
+    """What `save` wrote; ValueError if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to begin this phase again") from None
 
 
 def _like(value: Tensor, mine: Tensor) -> Tensor:

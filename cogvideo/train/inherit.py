@@ -1,18 +1,26 @@
 """What a new run begins with: another model's weights, GPT-2's embedding of words, or fresh numbers.
 
-A tensor is taken where the other model has one of its name and shape. Two tables may be larger here than
-there: in a `direct` model frames have positions of their own, and one of pictures has that of the first only.
+A tensor is taken where the other model has one of its name and shape. Of two tables it is the rows that mean
+the same: of `embed` the image codes, the words if both models read the same text model, and the tokens of
+equal frame rates; of `frame_positions` the moments that both have.
 """
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from cogvideo.data.clips import Source
+from cogvideo.data.loader import read_captions
+from cogvideo.model.direct import Direct
 from cogvideo.model.system import Family
+from cogvideo.model.transformer import Base
+from cogvideo.text import split_words, train_text
+from cogvideo.train.recipes import Recipe
 from cogvideo.weights import ModelFolder, read_embedding
 
-GROWING = ("frame_positions.weight", "trained")
+Rows = list[tuple[int, int]]  # here and there
+CAPTIONS = 40_000  # that the text model is trained on
 
 
 def new_part(system: Family, name: str, seed: int) -> Any:
@@ -23,51 +31,135 @@ def new_part(system: Family, name: str, seed: int) -> Any:
     return part
 
 
-def text_model(init: ModelFolder | None, system: Family) -> bytes | None:
-    """The text model of `init`, if its pieces are as many as this model has room for."""
-    if init is None or not (init.path / "text.model").exists():
+def shared_parts(system: Family, init: ModelFolder) -> list[str]:
+    """The parts that both models have; ValueError if there are none."""
+    there = init.system().parts
+    if not (shared := [name for name in system.parts if name in there and init.has(name)]):
+        raise ValueError(f"{init.path} has no part of this model; its parts are {', '.join(there)}, "
+                         f"this model's are {', '.join(system.parts)}")
+    return shared
+
+
+def text_model(init: ModelFolder, system: Family) -> bytes | None:
+    """The text model of `init`, if it comes with an embedding of its pieces and this model has room for
+    them."""
+    if init.config.get("text") == "gpt2" or system.reader not in shared_parts(system, init):
         return None
     text = init.text()
-    return text.model if system.first_text + len(text) == system.speaks.vocab else None
+    return text.model if system.first_text + len(text) <= system.speaks.vocab else None
 
 
-def begin(folder: ModelFolder, system: Family, seed: int, init: ModelFolder | None,
+def read_words(system: Family, where: str) -> Tensor:
+    """GPT-2's embedding [ids, width]; ValueError if it is not of this model's size."""
+    given, ids, width = read_embedding(where), system.speaks.vocab, system.speaks.width
+    if given.shape != (ids, width):
+        raise ValueError(f"the embedding in {where} is {given.shape[0]} ids x {given.shape[1]}, this model's "
+                         f"is {ids} x {width}; direct-gpt2 is as wide as the smallest GPT-2, 768")
+    return given
+
+
+def check(folder: ModelFolder, recipe: Recipe, system: Family, init: ModelFolder | None,
           init_embedding: str | None) -> None:
-    """Write the parts that are begun with foreign weights, and say what was taken and what is new."""
+    """Raise ValueError, before anything is made, if a run cannot begin so, or has begun otherwise."""
+    if (folder.path / "config.json").exists():
+        config, asked = folder.config, _asked(init, init_embedding)
+        if folder.system() != system:
+            raise ValueError(f"{folder.path} holds another model, {config.get('preset')}, than the recipe "
+                             f"{recipe.name} trains, {recipe.preset}; choose another --out")
+        if asked and asked != (begun := config.get("begun", {})):
+            raise ValueError(f"the run in {folder.path.parent} has begun with {begun or 'new weights'}; to "
+                             f"begin with {asked} choose another --out")
+        return
     if init is not None:
-        if not (shared := [name for name in system.parts if name in init.system().parts and init.has(name)]):
-            raise ValueError(f"{init.path} has no part of this model; its parts are "
-                             f"{', '.join(init.system().parts)}, this model's are {', '.join(system.parts)}")
-        for name in shared:
-            part = new_part(system, name, seed)
-            print(f"{name} from {init.path}: {take(part, init.load(name))}")
-            folder.save(name, part)
+        shared_parts(system, init)
     if init_embedding is not None:
-        part = folder.load("direct") if folder.has("direct") else new_part(system, "direct", seed)
-        table, given = part.embed.weight, read_embedding(init_embedding)
-        ids, width = system.speaks.vocab, table.shape[1]
-        if given.shape != (ids, width):
-            raise ValueError(f"the embedding in {init_embedding} is {given.shape[0]} ids x {given.shape[1]}, "
-                             f"this model's is {ids} x {width}; choose a preset of that width")
+        if recipe.pieces:
+            raise ValueError(f"the recipe {recipe.name} has words of its own; GPT-2's embedding is for "
+                             f"recipes with GPT-2's words, such as direct-gpt2")
+        read_words(system, init_embedding)
+
+
+def _asked(init: ModelFolder | None, init_embedding: str | None) -> dict[str, str]:
+    asked = {"init": str(init.path) if init else "", "init_embedding": init_embedding or ""}
+    return {name: value for name, value in asked.items() if value}
+
+
+def prepare(folder: ModelFolder, recipe: Recipe, system: Family, source: Source,
+            init: ModelFolder | None = None, init_embedding: str | None = None) -> None:
+    """Begin a model folder, if there is none: its text model, what it inherits, its configuration."""
+    if (folder.path / "config.json").exists():
+        return
+    config = {"preset": recipe.preset, "recipe": recipe.name, **system.to_dict(), "trained": {},
+              "begun": _asked(init, init_embedding)}
+    if recipe.pieces:
+        captions = list(read_captions(source, CAPTIONS, recipe.seed))
+        words = sorted({word for caption in captions for word in split_words(caption)})
+        config |= {"text": "sentencepiece", "words": words}
+        theirs, file = init and text_model(init, system), folder.path / "text.model"
+        if not file.exists():
+            folder.write_text(theirs or train_text(captions, recipe.pieces))
+        same_words = file.read_bytes() == theirs
+    else:
+        config |= {"text": "gpt2", "words": []}  # which knows all words
+        same_words = bool(init and init.config.get("text") == "gpt2")
+    if init is not None:
+        for name in shared_parts(system, init):
+            part = new_part(system, name, recipe.seed)
+            print(f"{name} from {init.path}: {take(part, init.load(name), same_words)}")
+            folder.save(name, part)
+        print(f"words: {'the same' if same_words else 'those of the captions here'}")
+    if init_embedding is not None:
+        part = folder.load("direct") if folder.has("direct") else new_part(system, "direct", recipe.seed)
         with torch.no_grad():
-            table[:ids] = given
-        print(f"embedding of {ids} ids from {init_embedding}")
+            part.embed.weight[: system.speaks.vocab] = read_words(system, init_embedding)
         folder.save("direct", part)
+        print(f"embedding of words from {init_embedding}")
+    folder.write_config(config)
 
 
 @torch.no_grad()
-def take(part: nn.Module, parent: nn.Module) -> str:
+def take(part: nn.Module, parent: nn.Module, same_words: bool = True) -> str:
     """Copy what the two have in common; says what was taken and what stays new."""
-    mine, theirs, new = part.state_dict(), parent.state_dict(), []
+    tables, theirs = _tables(part, parent, same_words), parent.state_dict()
+    mine, new = dict(part.named_parameters()) | dict(part.named_buffers()), []
+    learnt = mine.pop("trained", None)  # of Direct: what it can make
     for name, tensor in mine.items():
-        given = theirs.get(name)
-        if given is not None and given.shape == tensor.shape:
+        given, rows = theirs.get(name), tables.get(name)
+        if given is not None and rows is not None and given.shape[1:] == tensor.shape[1:]:
+            here, there = (list(column) for column in zip(*rows)) if rows else ([], [])
+            tensor[here] = given[there]
+            new += [f"{name} but for {len(rows)} of {len(tensor)} rows"] if len(rows) < len(tensor) else []
+        elif given is not None and given.shape == tensor.shape:
             tensor.copy_(given)
-        elif given is not None and name in GROWING:
-            common = tuple(map(slice, map(min, given.shape, tensor.shape)))
-            tensor[common] = given[common]
-            new.append(f"{name} from {len(given)} on")
         else:
             new.append(name)
+    if learnt is not None and same_words and not mine.keys() & {*new}:
+        for rate, other in _equal_rates(part, parent):
+            frames = len(tables["frame_positions.weight"])
+            learnt[rate, :frames] = theirs["trained"][other, :frames]
     what = f"new: {', '.join(new)}" if new else "nothing is new"
     return f"{len(mine) - len(new)} of {len(mine)} tensors taken; {what}"
+
+
+def _tables(part: nn.Module, parent: nn.Module, same_words: bool) -> dict[str, Rows]:
+    """Rows that mean the same, of the tables of which not all do."""
+    here: Any = part.config
+    there: Any = parent.config
+    if isinstance(part, Base):
+        same = here.vocab if same_words else here.codes
+        return {"embed.weight": _first(same if here.codes == there.codes else 0, there.vocab)}
+    if isinstance(part, Direct):
+        words = _first(here.vocab if same_words else 0, there.vocab)
+        rates = [(here.vocab + i, there.vocab + j) for i, j in _equal_rates(part, parent)]
+        moments = here.frames if here.rates[-1] == there.rates[-1] else 1
+        return {"embed.weight": words + rates, "frame_positions.weight": _first(moments, there.frames)}
+    return {}
+
+
+def _first(*counts: int) -> Rows:
+    return [(i, i) for i in range(min(counts))]
+
+
+def _equal_rates(part: Any, parent: Any) -> Rows:
+    here, there = part.config.rates, parent.config.rates
+    return [(here.index(rate), there.index(rate)) for rate in here if rate in there]

@@ -8,29 +8,29 @@ Killed at any time, the same command goes on where the last save was. Of several
 first one writes; what needs the shards of all is called by all.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from cogvideo.data.clips import Source
-from cogvideo.data.loader import Batch, batches, read_captions
+from cogvideo.data.loader import Batch, batches
 from cogvideo.layout import SECONDS
 from cogvideo.model.direct import Direct
 from cogvideo.model.system import Family
 from cogvideo.model.transformer import Base, TemporalChannel
-from cogvideo.text import TextTokenizer, split_words, train_text
+from cogvideo.text import TextTokenizer
 from cogvideo.train import checkpoint, inherit, parallel
 from cogvideo.train.optim import learning_rate, optimizers, set_rate
 from cogvideo.train.recipes import Phase, Recipe
 from cogvideo.train.report import Report, draw_curve
 from cogvideo.weights import ModelFolder
 
-CAPTIONS = 40_000  # that the text model is trained on
-LOOKED_AT = 2_000  # for their length
+LOOKED_AT = 2_000  # captions of a source without end, for their length
 MOST_SKIPPED = 20  # steps in a row whose gradients overflow
 
 # what shows how a phase is doing: (model folder, parts, phase, batch, picture to write)
@@ -65,22 +65,21 @@ def train(
     by their number (ValueError), and all must see `out`. `recompute` saves memory for time,
     `compile` time for a slow start; both change no result but by rounding.
     """
-    if init_embedding is not None and recipe.pieces:
-        raise ValueError(f"the recipe {recipe.name} has words of its own; GPT-2's embedding is for recipes "
-                         f"with GPT-2's words, such as direct")
     machine = parallel.start(device, recompute, compile)
     folder = ModelFolder(out / "model")
     try:
-        phases = [phase.over(source.count) for phase in phases]
+        phases = remaining(recipe, [phase.over(source.count) for phase in phases], folder)
         for phase in phases:
             machine.share(phase)
+            phase.check(system.resolution, system.refiner.scale if system.refiner else 1)
         check_parts(folder, phases, init)
+        inherit.check(folder, recipe, system, init, init_embedding)
         if machine.first:
-            prepare(folder, recipe, source, system, init, init_embedding)
+            inherit.prepare(folder, recipe, system, source, init, init_embedding)
         machine.wait()
         text = folder.text()
         if machine.first and not quiet:
-            warn_of_long_captions(text, source, system.speaks.text_len)
+            warn_of_long_captions(text, source, system)
         for number, phase in enumerate(recipe.phases):
             chosen = next((p for p in phases if p.name == phase.name), None)
             if chosen is not None:
@@ -91,6 +90,7 @@ def train(
                     source,
                     text,
                     machine,
+                    before=next(begun(recipe.phases[:number][::-1], phase, out), None),
                     seed=recipe.seed + 1000 * number,
                     workers=workers,
                     save_every=save_every,
@@ -102,6 +102,28 @@ def train(
     finally:
         parallel.stop(machine)
     return folder
+
+
+def begun(phases: Iterable[Phase], phase: Phase, out: Path) -> Iterator[Path]:
+    """The states of those phases that train what `phase` trains."""
+    states = (out / other.name / "state.pt" for other in phases if {*other.trains} & {*phase.trains})
+    return (state for state in states if state.exists())
+
+
+def remaining(recipe: Recipe, phases: list[Phase], folder: ModelFolder) -> list[Phase]:
+    """Those that are not at their last step. ValueError if one would go on whose outcome another phase went
+    on from: it would be lost."""
+    out, found = folder.path.parent, []
+    trained = folder.config.get("trained", {}) if (folder.path / "config.json").exists() else {}
+    for phase in phases:
+        if trained.get(phase.name, {}).get("steps", 0) >= phase.steps and any(begun([phase], phase, out)):
+            continue
+        names = [other.name for other in recipe.phases]
+        for state in begun(recipe.phases[names.index(phase.name) + 1 :], phase, out):
+            raise ValueError(f"{phase.name} cannot go on, for {state.parent.name} has gone on from it; "
+                             f"delete {state.parent} to train it again after {phase.name}")
+        found.append(phase)
+    return found
 
 
 def check_parts(folder: ModelFolder, phases: list[Phase], init: ModelFolder | None = None) -> None:
@@ -116,29 +138,12 @@ def check_parts(folder: ModelFolder, phases: list[Phase], init: ModelFolder | No
         made |= set(phase.trains)
 
 
-def prepare(folder: ModelFolder, recipe: Recipe, source: Source, system: Family,
-            init: ModelFolder | None = None, init_embedding: str | None = None) -> None:
-    """Begin a model folder, if there is none: its text model, what it inherits, its configuration."""
-    if (folder.path / "config.json").exists():
-        return
-    captions = list(read_captions(source, CAPTIONS, recipe.seed))
-    words = {word for caption in captions for word in split_words(caption)}
-    config = {"preset": recipe.preset, "recipe": recipe.name, "text": "sentencepiece", **system.to_dict(),
-              "words": sorted(words), "trained": {}}
-    if recipe.pieces == 0:
-        config |= {"text": "gpt2", "words": []}  # which knows all words
-    elif not (folder.path / "text.model").exists():
-        folder.write_text(inherit.text_model(init, system) or train_text(captions, recipe.pieces))
-    inherit.begin(folder, system, recipe.seed, init, init_embedding)
-    folder.write_config(config)
-
-
-def warn_of_long_captions(text: TextTokenizer, source: Source, length: int) -> None:
+def warn_of_long_captions(text: TextTokenizer, source: Source, system: Family) -> None:
     """Say how many captions will be cut."""
-    captions = list(read_captions(source, LOOKED_AT, 0))
-    ids = [text.prompt(caption, SECONDS) for caption in captions]
-    if long := sum(len(row) > length for row in ids):
-        print(f"{long} of {len(captions)} captions are longer than {length} tokens, and will be cut")
+    count, length = source.count or LOOKED_AT, system.speaks.text_len
+    captions = (source.caption(i, np.random.default_rng((0, i))) for i in range(count))
+    if long := sum(len(text.prompt(caption, SECONDS, system.template)) > length for caption in captions):
+        print(f"{long} of {count} captions are longer than {length} tokens, and will be cut")
 
 
 def run_phase(
@@ -149,6 +154,7 @@ def run_phase(
     text: TextTokenizer,
     machine: parallel.Machine,
     *,
+    before: Path | None,
     seed: int,
     workers: int,
     save_every: int,
@@ -157,11 +163,12 @@ def run_phase(
     probe: Probe | None,
     quiet: bool,
 ) -> None:
-    """Train one phase to its last step, save what it made into the model folder."""
+    """Train one phase to its last step, save what it made into the model folder. `before` is the state of the
+    phase that it goes on from."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     parts = {name: folder.load(name) for name in phase.uses if name not in phase.trains}
-    learning = {name: fresh_part(folder, name, phase, seed) for name in phase.trains}
+    learning = {name: fresh_part(folder, name, phase, seed, before) for name in phase.trains}
     parts |= learning
     for part in learning.values():
         part.requires_grad_(True).train()
@@ -176,13 +183,13 @@ def run_phase(
         source, phase.cut, mine, seed=seed, step=first, rank=rank, ranks=machine.ranks, workers=workers
     )
     report = Report(out, phase.name, phase.steps, phase.batch, log_every, quiet, first)
+    passed = {**source.skipped}  # recordings without use, and why
     weights = [p for p in container.parameters() if p.requires_grad]
     skipped = 0  # steps in a row
 
     for step in range(first, phase.steps):
         batch = next(loader)
-        if machine.first:
-            report.skip(batch.skipped)
+        passed |= batch.skipped
         batch = replace(batch, frames=tuple(f.to(machine.device) for f in batch.frames))
         torch.manual_seed(hash((seed, step, rank)) % 2**31)  # for dropout
         generator = torch.Generator().manual_seed(hash((seed, step)) % 2**31)
@@ -207,7 +214,9 @@ def run_phase(
         done = step + 1 == phase.steps
         if done or (step + 1) % save_every == 0:
             checkpoint.save(out / "state.pt", step + 1, learning, optims, machine)
+            passed = machine.union(passed)
             if machine.first:
+                report.skip(passed)
                 draw_curve(out / "log.jsonl", out / "loss.png")
         if probe is not None and (done or (step + 1) % probe_every == 0):
             container.eval()
@@ -231,9 +240,13 @@ def run_phase(
     machine.wait()
 
 
-def fresh_part(folder: ModelFolder, name: str, phase: Phase, seed: int) -> nn.Module:
-    """A part to begin with: what is there of it, else new weights, or a copy of what the phase inherits."""
-    if folder.has(name):
+def fresh_part(folder: ModelFolder, name: str, phase: Phase, seed: int, before: Path | None) -> nn.Module:
+    """A part to begin with: that of the phase before it, or what is there of it, else new weights, or a copy
+    of what the phase inherits."""
+    if before is not None:
+        part = inherit.new_part(folder.system(), name, seed)
+        part.load_state_dict(checkpoint.read(before)["parts"][name])
+    elif folder.has(name):
         part = folder.load(name)
     else:
         part = inherit.new_part(folder.system(), name, seed)
@@ -241,5 +254,5 @@ def fresh_part(folder: ModelFolder, name: str, phase: Phase, seed: int) -> nn.Mo
             parent = folder.load(phase.inherits)
             part.inherit(parent) if isinstance(parent, Base) else part.load_state_dict(parent.state_dict())
     if isinstance(part, Direct):
-        part.reach(rate := phase.cut.rates[0], part.config.slots(rate)[: phase.cut.keep])
+        part.get_ready(rate := phase.cut.rates[0], part.config.slots(rate)[: phase.cut.keep])
     return part

@@ -58,7 +58,6 @@ class Phase:
             if not least <= (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{self.name}.{name} must be {least} or more, got {value}")
 
-
     def over(self, count: int | None) -> "Phase":
         """With the steps that its epochs are, on `count` recordings; ValueError if there is no last one."""
         if not self.epochs:
@@ -67,6 +66,15 @@ class Phase:
             raise ValueError(f"{self.name} takes {self.epochs} epochs, but the data has no end; "
                              f"give --{self.name}.steps")
         return replace(self, steps=max(1, self.epochs * count // self.batch), epochs=0)
+
+    def check(self, resolution: int, scale: int) -> None:
+        """ValueError unless its clips are of the sizes of the model: `resolution` pixels a side, and `scale`
+        times as many where there are two."""
+        due = (resolution, resolution * scale)[: len(self.cut.sizes)]
+        if self.cut.sizes != due:
+            have, want = (" and ".join(map(str, sizes)) for sizes in (self.cut.sizes, due))
+            raise ValueError(f"{self.name} cuts frames of {have} pixels, but the model's are of {want}; "
+                             f"choose another preset")
 
 
 @dataclass(frozen=True)

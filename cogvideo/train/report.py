@@ -59,7 +59,6 @@ class Report:
         self.recent.clear()
         self.began = now
 
-
     def skip(self, skipped: dict[str, str]) -> None:
         """Recordings that were passed over, and why, into one file for the whole phase."""
         if skipped.keys() - self.skipped.keys():
