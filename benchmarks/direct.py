@@ -16,7 +16,6 @@ Runs stay in --out and go on there.
 
 import argparse
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from PIL import Image
 from benchmarks import classifier
 from benchmarks.adherence import TIMES, draw_split, generate, interval, judge_split
 from benchmarks.fidelity import captions, compare, unseen_scenes
+from benchmarks.generate import PROMPT, timed
 from benchmarks.hierarchical import ROWS
 from cogvideo import CogVideo, presets
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
@@ -38,7 +38,7 @@ from cogvideo.text import PLAIN
 from cogvideo.train import loop, recipes
 from cogvideo.train.losses import temporal_distance
 from cogvideo.vqvae import to_frames, to_pictures
-from cogvideo.weights import ModelFolder, find_model
+from cogvideo.weights import ModelFolder
 
 RECIPE = recipes.find("direct-tiny")
 
@@ -65,6 +65,14 @@ def regress(folder: ModelFolder, prompts: Sequence[str], rate: float) -> np.ndar
     return np.stack([to_frames(clip) for clip in torch.cat(made)])
 
 
+def duration(pipe) -> float:
+    """Seconds that the most frames of one prompt take, at the model's own size; the least of three."""
+    pipe(PROMPT, progress=False)  # everything is loaded
+    if not pipe.draws:
+        return min(timed(lambda: pipe.regress([PROMPT], max(pipe.frame_counts)), 3)[1])
+    return min(timed(lambda: pipe(PROMPT, progress=False), 3)[1])
+
+
 def phases_table(out: Path, other: str, count: int) -> None:
     image, low, high = (RECIPE.phase(name) for name in ("image", "low", "high"))
     longer = replace(high, steps=low.steps + high.steps)
@@ -75,14 +83,12 @@ def phases_table(out: Path, other: str, count: int) -> None:
     net, rows = classifier.load(), {}
     for name, (phases, begin) in runs.items():
         folder = train(out / name.replace(" ", "-"), phases, None if begin is None else out / begin)
-        rate = 8.0 if "high" in name else 1.0
-        begin_time = time.perf_counter()
-        clips = regress(folder, split.prompts, rate)
-        rows[f"direct-tiny after {name}"] = (clips, (time.perf_counter() - begin_time) / count)
-    folder = ModelFolder(find_model(other))
-    made = generate(CogVideo(folder), split, 1000, 8, 9, out / folder.path.name)
-    rows[folder.path.name] = (made, None)
-    print("| | sprite % | motion % | place % | all three % | Frechet | sharpness | seconds a clip |")
+        clips = regress(folder, split.prompts, 8.0 if "high" in name else 1.0)
+        rows[f"direct-tiny after {name}"] = (clips, duration(DirectPipeline(folder)))
+    pipe = CogVideo.from_pretrained(other)
+    made = generate(pipe, split, 1000, 8, 9, out / other)
+    rows[other] = (made, duration(pipe))
+    print("| | sprite % | motion % | place % | all three % | Frechet | sharpness | seconds a video |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     real = np.stack([render(scene, TIMES[::4], 48) for scene in split.scenes])
     for name, (clips, seconds) in {**rows, "rendered": (real, None)}.items():

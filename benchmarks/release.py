@@ -59,7 +59,8 @@ def main() -> None:
         config["measured"] = json.loads(arguments.measured.read_text())
     for part in source.system().parts:
         target.save(part, source.load(part), torch.float16)
-    target.write_text(source.text().model)
+    if config.get("text") != "gpt2":
+        target.write_text(source.text().model)
     target.write_config(config)
     phases = "\n".join(f"| {n} | {row['steps']} | {row['batch']} |" for n, row in config["trained"].items())
     measured = "\n".join(f"- {what}: {value}" for what, value in config.get("measured", {}).items())

@@ -74,8 +74,6 @@ def generate(
         check_output(path)
     if keep is not None:
         check_folder(keep)
-        if seed is None:
-            raise ValueError("--keep needs --seed, for the same command must ask for the same videos")
     import torch
 
     from cogvideo.hardware import idle_cores
@@ -98,6 +96,8 @@ def generate(
         print(f"hint: {hint}", file=sys.stderr)
     options: dict[str, Any] = {"image": image, "video": video, "num_frames": num_frames, "keep": keep,
                                "guidance_scale": guidance_scale, "progress": not quiet}
+    if pipe.draws and keep is not None and seed is None:
+        raise ValueError("--keep needs --seed, for the same command must ask for the same videos")
     if not pipe.draws and num_videos > 1:
         raise ValueError(f"--num-videos {num_videos}: {model} draws nothing, so a prompt is one video")
     if pipe.draws:
@@ -131,6 +131,7 @@ def train(
     recipe: Positional[str] = "tiny",
     /,
     data: str = "tinyworld",
+    subset: Literal["training", "validation"] = "training",
     out: Path | None = None,
     init: str | None = None,
     init_embedding: str | None = None,
@@ -155,6 +156,7 @@ def train(
         recipe: A row of the table in cogvideo/train/recipes.py.
         data: "tinyworld", a folder of captioned videos, a .csv or .jsonl, YouCook2's .json, or
             webdataset shards.
+        subset: Of YouCook2.
         out: The folder of the run. Default: runs/RECIPE.
         init: A shipped model, a model folder, or a hub id, to begin with what it has of this model's parts.
         init_embedding: GPT-2's weights (a safetensors file or a hub id), to begin with its embedding.
@@ -187,7 +189,7 @@ def train(
             raise ValueError(f"--{option} must be 1 or more, got {value}")
     if threads is not None:
         torch.set_num_threads(threads)
-    source = open_source(data, seed=chosen.seed, sprites=chosen.sprites)
+    source = open_source(data, seed=chosen.seed, sprites=chosen.sprites, subset=subset)
     folder = loop.train(
         chosen,
         out or Path("runs") / chosen.name,
@@ -232,6 +234,8 @@ def estimate(
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     chosen = folder.config.get("sampling", {}) if folder else presets.SAMPLING.get(model, {})
+    if system.family == "direct" and dtype == "int8":
+        raise ValueError("a direct model computes in float32 or bfloat16, not in int8")
     dtype = dtype or ("float32" if system.family == "direct" else "int8")
     print(Estimate(system, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
 

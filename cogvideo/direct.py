@@ -14,9 +14,8 @@ from cogvideo.model.direct import Direct
 from cogvideo.model.refiner import Refiner
 from cogvideo.parts import refine
 from cogvideo.progress import Progress, telling
-from cogvideo.prompts import Prompts, check_words
+from cogvideo.prompts import Prompts
 from cogvideo.sampling import stages
-from cogvideo.text import PLAIN
 from cogvideo.video import Clip
 from cogvideo.vqvae import to_frames
 from cogvideo.weights import ModelFolder
@@ -70,23 +69,23 @@ class DirectPipeline:
                 raise ValueError(f"{name} means nothing to a direct model, which makes the one clip that it "
                                  f"knows of a prompt; leave it out, or choose a model such as tiny")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if num_frames is None:
-            num_frames = max(self.frame_counts)
-        if num_frames not in self.frame_counts:
-            raise ValueError(f"num_frames {num_frames} cannot be made; "
-                             f"choose one of {', '.join(map(str, self.frame_counts))}")
         if not prompts:
             raise ValueError("there is no prompt")
         for one in prompts:
             self.check_prompt(one)
         self.folder.check(["direct", *self.folder.finishing])
+        if num_frames is None:
+            num_frames = max(self.frame_counts)
         with telling(progress) as told:
             return self.upscale(self.regress(prompts, num_frames, progress=told), progress=told)
 
     @torch.inference_mode()
     def regress(self, prompts: Sequence[str], num_frames: int, *,
                 progress: Progress | None = None) -> list[Clip]:
-        """Clips at the model's own size, one after the other."""
+        """Clips of one of `frame_counts` at the model's own size, one after the other."""
+        if num_frames not in self.frame_counts:
+            raise ValueError(f"num_frames {num_frames} cannot be made; "
+                             f"choose one of {', '.join(map(str, self.frame_counts))}")
         rate, clips = self.frame_counts[num_frames], []
         for i, prompt in enumerate(prompts):
             slots = self.system.direct.slots(rate)[:num_frames]
@@ -102,7 +101,7 @@ class DirectPipeline:
 
     def check_prompt(self, prompt: str) -> None:
         """Raise ValueError if a prompt is empty or too long, saying by how many tokens."""
-        check_words(prompt)
+        self.prompts.check(prompt)
         self._ids(prompt)
 
     def estimate(self, videos: int = 1) -> Estimate:
@@ -110,5 +109,5 @@ class DirectPipeline:
         return Estimate(self.system, stages({}), self.dtype, videos, self.device)
 
     def _ids(self, prompt: str) -> torch.Tensor:
-        return torch.tensor(self.prompts.ids([prompt], 0.0, PLAIN, self.system.direct.text_len),
-                            device=self.device)
+        length, template = self.system.direct.text_len, self.system.template
+        return torch.tensor(self.prompts.ids([prompt], 0.0, template, length), device=self.device)

@@ -146,7 +146,7 @@ def _regression(system: DirectSystem, videos: int) -> list[Work]:
     attention = 4 * c.layers * places * (places + c.text_len) * c.width  # which grows with the square
     refinement = 2 * places * c.patch**2 * 9 * c.refine_width * (2 * c.refine_blocks * c.refine_width + 12)
     return [Work("text", videos, c.text_len, c.layers, 12 * c.layers * c.width**2),
-            Work("frames", videos, places, c.layers, (16 * c.layers + 3) * c.width**2,
+            Work("frames", videos, places, c.layers, 16 * c.layers * c.width**2 + 3 * c.patch**2 * c.width,
                  flops=videos * (attention + refinement))]
 
 

@@ -29,7 +29,7 @@ from cogvideo.hardware import find_device, free_memory
 from cogvideo.layout import SECONDS, Layout, rounds
 from cogvideo.parts import Parts, refine
 from cogvideo.progress import Progress, telling
-from cogvideo.prompts import Prompts, check_words
+from cogvideo.prompts import Prompts
 from cogvideo.sampling import STAGES, Sampling, pick, pick_seeds, read_clusters, stages, uniforms
 from cogvideo.text import TEMPLATE
 from cogvideo.video import VIDEOS, Clip, VideoFile, read_image
@@ -81,6 +81,8 @@ class CogVideo:
         """
         folder = ModelFolder(find_model(model))
         if folder.config.get("family") == "direct":
+            if reference_quirks:
+                raise ValueError("reference_quirks are the original's; leave it out for a direct model")
             return DirectPipeline(folder, device, dtype)
         return cls(folder, device, dtype, reference_quirks)
 
@@ -289,7 +291,7 @@ class CogVideo:
 
     def check_prompt(self, prompt: str) -> None:
         """Raise ValueError if a prompt is empty or too long, saying by how many tokens."""
-        check_words(prompt)
+        self.prompts.check(prompt)
         for stage in STAGES:
             self._text(stage, [prompt], SECONDS)
 

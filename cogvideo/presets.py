@@ -64,6 +64,9 @@ PRESETS = {
     "direct": DirectSystem(
         DirectConfig(layers=32, width=2560, heads=32, vocab=50257, pad=50256),
     ),
+    "direct-gpt2": DirectSystem(  # as wide as the smallest GPT-2, whose embedding it may begin with
+        DirectConfig(layers=12, width=768, heads=12, vocab=50257, pad=50256),
+    ),
     "direct-tiny": DirectSystem(
         DirectConfig(layers=4, width=192, heads=4, vocab=1280, pad=3, text_len=32, resolution=48, patch=8,
                      frames=33),

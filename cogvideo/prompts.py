@@ -21,6 +21,12 @@ class Prompts:
         """A row of `length` ids for each prompt; ValueError if one is too long, saying by how many."""
         return [self.text.pad_left(self.text.prompt(one, seconds, template), length, pad) for one in prompts]
 
+    def check(self, prompt: str) -> None:
+        """Raise ValueError if a prompt says nothing."""
+        if not self.text.encode(prompt.strip()):
+            raise ValueError("the prompt is empty; write a sentence such as 'a dog runs to the right across "
+                             "a green field'")
+
     def unknown_words(self, prompt: str) -> dict[str, list[str]]:
         """Words of a prompt that were in no caption of the training, each with the nearest words that
         were."""
@@ -38,11 +44,3 @@ class Prompts:
         if list(self.languages) == ["zh"] and not chinese:
             found.append("the model was trained on Chinese captions alone; write the prompt in Chinese")
         return found
-
-
-def check_words(prompt: str) -> None:
-    """Raise ValueError if a prompt says nothing."""
-    if not prompt.strip():
-        raise ValueError(
-            "the prompt is empty; write a sentence such as 'a dog runs to the right across a green field'"
-        )

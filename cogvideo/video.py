@@ -28,6 +28,10 @@ _READS = f"a video ({', '.join(VIDEOS)}), a .webp or a folder of .png or .jpg fr
 _WRITES = ".mp4, .gif, .webp, .png (all frames side by side) or no extension (a new folder of frames)"
 
 
+class TooFewFrames(ValueError):
+    """A video does not have a frame for each time that was asked for."""
+
+
 @dataclass(frozen=True, eq=False)
 class Clip:
     frames: np.ndarray  # uint8 [F, H, W, 3]
@@ -128,8 +132,11 @@ class VideoFile:
                     return cls(name, data, start, float(max(times) * stream.time_base) - start, _rate(stream))
         raise ValueError(f"cannot read {name}: its frames have no times")
 
-    def frames(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
-        """The middle squares of the frames nearest to `times` (seconds), uint8 [F, size, size, 3]."""
+    def frames(self, times: Sequence[float] | np.ndarray, size: int, repeat: bool = True) -> np.ndarray:
+        """The middle squares of the frames nearest to `times` (seconds), uint8 [F, size, size, 3].
+
+        TooFewFrames, unless `repeat`, if a frame is the nearest to two of them.
+        """
         times = np.asarray(times, np.float64) + self.start
         out = np.empty((len(times), size, size, 3), np.uint8)
         left = list(np.argsort(-times, kind="stable"))  # the next one is the last of the list
@@ -139,8 +146,11 @@ class VideoFile:
             for frame, until in _spans(container.decode(stream)):
                 if times[left[-1]] <= until:
                     picture = _picture(frame, size)
+                taken = 0
                 while left and times[left[-1]] <= until:
-                    out[left.pop()] = picture
+                    out[left.pop()], taken = picture, taken + 1
+                if taken > 1 and not repeat:
+                    raise TooFewFrames(f"{self.name} has too few frames at {frame.time - self.start:.2f} s")
                 if not left:
                     return out
         raise ValueError(f"cannot read {self.name}: no frames at {times - self.start} seconds")

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -152,8 +153,26 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
         dataclasses.replace(NANO.direct, **changes)
 
 
+def test_the_refinement_layer_looks_at_the_pixels_of_neighbouring_frames(model):
+    """What the generation layer makes of a place changes the next frame too, and no frame after that."""
+    def frames(push: float) -> torch.Tensor:
+        def change(module, inputs, patches):
+            patches = patches.clone()
+            patches[:, 4 * 10] += push  # the first of four patches of frame 10
+            return patches
+
+        hook = model.generation.register_forward_hook(change)
+        made = model(TEXT, 8.0)
+        hook.remove()
+        return made
+
+    changed = (frames(3.0) - frames(0.0)).abs().amax((0, 2, 3, 4)) > 1e-6
+    assert changed.nonzero().flatten().tolist() == [9, 10, 11]
+
+
 def test_a_narrow_reference_model_learns(world):
-    """One step of the reference recipe's `high` phase, narrow, on GPT-2's words."""
+    """Steps of the reference recipe's `high` phase, narrow, on GPT-2's words: every weight learns, those of
+    the refinement layer too as soon as its last one has left zero."""
     from cogvideo.data.loader import batches
     from cogvideo.train import objectives
 
@@ -162,12 +181,16 @@ def test_a_narrow_reference_model_learns(world):
     system = dataclasses.replace(presets.find("direct"), direct=config)
     model = inherit.new_part(system, "direct", 0)
     step = objectives.direct({"direct": model}, GPT2Tokenizer(), phase)
-    loss, numbers = step(next(batches(world, phase.cut, 1, seed=0)), 0, torch.Generator().manual_seed(0))
-    loss.backward()
-    assert numbers.keys() == {"pixel", "perceptual", "temporal", "psnr"}
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-    assert silent in ([], ["refinement.enter.weight", "refinement.enter.bias"]) or all(
-        name.startswith("refinement") for name in silent)  # its last layer begins at zero
+    batch, losses = next(batches(world, phase.cut, 1, seed=0)), []
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for number in range(3):
+        optimizer.zero_grad()
+        loss, numbers = step(batch, number, torch.Generator().manual_seed(0))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert numbers.keys() == {"pixel", "perceptual", "temporal", "psnr"} and losses[2] < losses[0]
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 # -- training
@@ -355,12 +378,16 @@ def test_what_means_nothing_is_refused_by_name(trained, name, value):
 
 def test_bad_prompts_and_frames_are_refused(trained):
     pipe = CogVideo.from_pretrained(trained / "model")
-    for prompt, message in (("  ", "the prompt is empty"), ("dog " * 90, "more than the 64 that fit"),
+    for prompt, message in (("  ", "the prompt is empty"), ("\u200b", "the prompt is empty"),
+                            ("dog " * 90, "more than the 64 that fit"),
                             ([], "there is no prompt")):
         with pytest.raises(ValueError, match=message):
             pipe(prompt, progress=False)
-    with pytest.raises(ValueError, match="num_frames 7 cannot be made; choose one of 5, 33"):
-        pipe("a dog", num_frames=7)
+    for make in (partial(pipe, num_frames=7), partial(pipe.regress, num_frames=7)):
+        with pytest.raises(ValueError, match="num_frames 7 cannot be made; choose one of 5, 33"):
+            make(["a dog"])
+    with pytest.raises(ValueError, match="leave it out for a direct model"):
+        CogVideo.from_pretrained(trained / "model", reference_quirks=True)
     with pytest.raises(ValueError, match="float32 or bfloat16, not in int8"):
         CogVideo.from_pretrained(trained / "model", dtype="int8")
 

@@ -5,18 +5,23 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import ClassVar
 
 import av
 import numpy as np
 import pytest
 import torch
 
-from cogvideo.data.clips import Cut
+from cogvideo import presets
+from cogvideo.data.clips import Cut, cut
 from cogvideo.data.loader import batches
 from cogvideo.data.sources import Captioned, open_source
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
+from cogvideo.text import GPT2Tokenizer
+from cogvideo.train import loop, recipes
 from cogvideo.video import Clip, VideoFile
 from cogvideo.vqvae import to_pictures
 
@@ -214,11 +219,19 @@ def in_memory(name: str, part: int, times: np.ndarray) -> np.ndarray:
     return Clip(render(scene, times, 96), 8).square(32).frames
 
 
-def test_youcook2_segments_are_cut_when_they_are_decoded(kitchen):
+def test_youcook2_segments_are_cut_when_they_are_decoded(kitchen, tmp_path):
     source = open_source(kitchen)
     assert source.count == 6 and len(source.skipped) == 1 and next(iter(source.skipped)).endswith("ccc.mp4")
     assert open_source(kitchen / "youcookii_annotations_trainval.json").count == 6
     assert open_source(kitchen, subset="validation").count == 3
+    away = tmp_path / "usual"  # as it is downloaded, beside what is without captions
+    (away / "annotations").mkdir(parents=True)
+    for name in ("trainval", "test_segments_only"):
+        shutil.copy(kitchen / "youcookii_annotations_trainval.json",
+                    away / "annotations" / f"youcookii_annotations_{name}.json")
+    shutil.copytree(kitchen / "raw_videos", away / "raw_videos")
+    for place in (away, away / "annotations" / "youcookii_annotations_trainval.json"):
+        assert open_source(place).count == 6
     for i, (name, part) in enumerate(product(["aaa", "bbb"], range(3))):
         recording = source[i]
         assert recording.caption(RNG) == f"scene {part} of {name}"
@@ -234,6 +247,58 @@ def test_training_from_files_sees_what_memory_has(kitchen):
         part, name = int(caption.split()[1]), caption.split()[-1]
         assert (frames - to_pictures(in_memory(name, part, np.arange(5)))).abs().mean() < 0.01
     assert sorted(batch.captions) == sorted(f"scene {i} of {n}" for i in range(3) for n in ("aaa", "bbb"))
+
+
+@dataclass
+class Memory:
+    """What the files of `kitchen` were made of, as a recording and as a source of recordings."""
+
+    index: int = 0
+    count = 6
+    seconds, fps = 4.0, 8.0
+    skipped: ClassVar[dict] = {}
+
+    def __getitem__(self, index: int) -> "Memory":
+        return Memory(index)
+
+    def name(self, index: int) -> str:
+        return f"scene {index % 3} of {['aaa', 'bbb'][index // 3]}"
+
+    def caption(self, *index: object) -> str:
+        return self.name(index[0] if len(index) == 2 else self.index)
+
+    def frames(self, times, size: int) -> np.ndarray:
+        part, name = self.index % 3, ["aaa", "bbb"][self.index // 3]
+        return Clip(in_memory(name, part, np.asarray(times)), 8).square(size).frames
+
+
+def test_training_from_files_equals_training_from_memory(kitchen, tmp_path, capsys):
+    """Up to the loss of the codec, step by step; what was of no use is told of at the end."""
+    phase = recipes.find("direct-tiny").phase("low")
+    cut = replace(phase.cut, sizes=(16,))
+    phase = replace(phase, steps=6, batch=2, warmup=1, precision="float32", optimizer="adamw", cut=cut)
+    recipe = replace(recipes.find("direct-tiny"), preset="direct-nano", pieces=290, phases=(phase,))
+    losses = []
+    for name, source in (("files", open_source(kitchen)), ("memory", Memory())):
+        loop.train(recipe, tmp_path / name, source, presets.find("direct-nano"), [phase], log_every=1)
+        log = (tmp_path / name / "low" / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log])
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=0.02)
+    skipped = json.loads((tmp_path / "files" / "low" / "skipped.json").read_text())
+    assert {Path(name).name: why for name, why in skipped.items()} == {"ccc.mp4": "it is not there"}
+    assert "low: 1 recordings were passed over" in capsys.readouterr().out
+    assert not (tmp_path / "memory" / "low" / "skipped.json").exists()
+
+
+def test_captions_that_are_cut_are_counted(capsys):
+    """Each once, as the model reads them: a regression model without a duration in front."""
+    text, system = GPT2Tokenizer(), presets.find("direct")
+    config = replace(system.direct, text_len=7)  # "scene 1 of aaa" is as long as "scene 1 of bbb", or not
+    long = sum(len(text.encode(Memory().caption(i, RNG))) > 4 for i in range(6))
+    loop.warn_of_long_captions(text, Memory(), replace(system, direct=replace(config, text_len=4)))
+    assert f"{long} of 6 captions are longer than 4 tokens" in capsys.readouterr().out and long > 0
+    loop.warn_of_long_captions(text, Memory(), replace(system, direct=config))
+    assert capsys.readouterr().out == ""
 
 
 def test_annotations_of_another_layout_are_named(kitchen, tmp_path):
@@ -267,7 +332,8 @@ def test_a_table_of_paths_and_times(kitchen, tmp_path, suffix):
     rows = [{"path": str(video), "caption": "middle", "start": 5, "end": 9},
             {"path": str(video), "caption": "all", "start": "", "end": ""},
             {"path": str(video), "caption": "backwards", "start": 5, "end": 4},
-            {"path": "missing.mp4", "caption": "gone", "start": "", "end": ""}]
+            {"path": "missing.mp4", "caption": "gone", "start": "", "end": ""},
+            {"path": str(video), "caption": "", "start": 1, "end": 5}]
     table = tmp_path / f"clips{suffix}"
     if suffix == ".csv":
         lines = ["path,caption,start,end", *(",".join(map(str, row.values())) for row in rows)]
@@ -278,9 +344,36 @@ def test_a_table_of_paths_and_times(kitchen, tmp_path, suffix):
     assert [source.caption(i, RNG) for i in range(source.count)] == ["all", "middle"]
     assert source[0].seconds == pytest.approx(119 / 8) and source[1].seconds == 4
     assert np.array_equal(source[1].frames([1], 16), source[0].frames([6], 16))
-    assert sorted(source.skipped.values()) == ["it ends at 4.0 s, before it starts", "it is not there"]
+    assert {name.split("/")[-1]: why for name, why in source.skipped.items()} == {
+        "aaa.mp4, 1 s to 5 s": "its caption is empty", "missing.mp4": "it is not there",
+        "aaa.mp4, 5 s to 4 s": "its start must be 0 s or later, and before its end"}
     with pytest.raises(ValueError, match="there is no .*none.csv"):
         open_source(tmp_path / "none.csv")
+
+
+def test_no_frame_is_taken_twice(tmp_path):
+    """Of a video whose rate changes, which its average hides: the next lower rate, or none."""
+    frames = np.random.default_rng(0).integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:  # 2 s at 24 a second, 6 s at 2 a second
+        stream = container.add_stream("ffv1", rate=24)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "bgr0"
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            picture.pts = i if i < 48 else 48 + 12 * (i - 48)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    (tmp_path / "a.txt").write_text("noise")
+    recording = open_source(tmp_path)[0]
+    rates = set()
+    for seed in range(30):
+        sample = cut(recording, Cut(5, (1, 8), sizes=(16,)), np.random.default_rng(seed))
+        assert len({frame.tobytes() for frame in sample.frames[0]}) == 5
+        rates.add(4 / sample.duration)
+    assert rates == {1, 8}
+    with pytest.raises(ValueError, match="too few frames at"):
+        for seed in range(30):
+            cut(recording, Cut(5, (8,), sizes=(16,)), np.random.default_rng(seed))
 
 
 def test_unusable_videos_are_passed_over_and_counted(kitchen, tmp_path, films):
@@ -310,7 +403,7 @@ def test_unusable_videos_are_passed_over_and_counted(kitchen, tmp_path, films):
         assert torch.equal(one.frames[0], two.frames[0]) and one.skipped == two.skipped
     (folder / "a.txt").unlink()
     (folder / "c.txt").unlink()
-    with pytest.raises(ValueError, match=r"recordings in a row cannot be used: .*mp4"):
+    with pytest.raises(ValueError, match=r"recordings drawn in a row none can be used .*mp4"):
         next(batches(open_source(folder), how, 2, seed=1))
 
 
@@ -342,7 +435,7 @@ def test_broken_tables_and_shards_are_named(tmp_path, films):
         ("captions.jsonl", b'{"file_name": "a.mp4", "text": 5}'),
     ):
         (folder / name).write_bytes(text)
-        with pytest.raises(ValueError, match=f"cannot read .*{name}: each row needs file_name"):
+        with pytest.raises(ValueError, match=f"cannot read .*{name}.*; each row needs file_name"):
             open_source(folder)
         (folder / name).unlink()
     (tmp_path / "bad.tar").write_bytes(b"this is not a tar")

@@ -11,6 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
+from cogvideo.video import TooFewFrames
+
 
 class Recording(Protocol):
     """One captioned video, read lazily."""
@@ -73,7 +75,8 @@ class Sample:
 
 def cut(recording: Recording, how: Cut, rng: np.random.Generator) -> Sample:
     """One clip at random, at one of the rates that the recording has frames for and whose window fits into
-    it; no frame is taken twice. ValueError if there is no such rate."""
+    it, or at the next lower one if it has too few just there: no frame is taken twice. ValueError if there is
+    no such rate."""
     spans = {rate: (how.frames - 1) / rate for rate in how.rates}
     slack = 0.5 / recording.fps  # each time takes the nearest frame
     fitting = [rate for rate in how.rates
@@ -82,8 +85,15 @@ def cut(recording: Recording, how: Cut, rng: np.random.Generator) -> Sample:
         rates = ", ".join(f"{rate:g}" for rate in sorted(set(how.rates)))
         raise ValueError(f"{recording.seconds:.2f} s at {recording.fps:g} frames a second are too few for "
                          f"{how.frames} frames at {rates} frames a second")
-    rate = fitting[rng.integers(len(fitting))]
-    start = rng.uniform(0, max(recording.seconds - spans[rate], 0))
-    times = np.minimum(start + np.arange(how.keep or how.frames) / rate, recording.seconds)
-    frames = tuple(recording.frames(times, size) for size in how.sizes)
-    return Sample(recording.caption(rng), spans[rate], frames)
+    chosen = fitting[rng.integers(len(fitting))]
+    lower = sorted({rate for rate in fitting if rate < chosen}, reverse=True)
+    for rate in (chosen, *lower):
+        start = rng.uniform(0, max(recording.seconds - spans[rate], 0))
+        times = np.minimum(start + np.arange(how.keep or how.frames) / rate, recording.seconds)
+        try:
+            frames = tuple(recording.frames(times, size) for size in how.sizes)
+            return Sample(recording.caption(rng), spans[rate], frames)
+        except TooFewFrames:
+            if rate == min(fitting):
+                raise
+    raise AssertionError  # a rate is the lowest

@@ -47,7 +47,8 @@ class _Cuts(Dataset):
                 skipped[self.source.name(index)] = str(error)
             index = int(rng.integers(self.source.count))
         why = "\n".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        raise ValueError(f"{TRIES} recordings in a row cannot be used: {why}")
+        raise ValueError(f"of {TRIES} recordings drawn in a row none can be used ({len(skipped)} different "
+                         f"ones): {why}")
 
 
 @lru_cache(2)

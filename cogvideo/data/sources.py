@@ -12,6 +12,8 @@ Notable:
 import csv
 import glob
 import json
+import math
+import os
 import re
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -32,7 +34,10 @@ CHOICES = (f"give tinyworld; a folder of videos ({', '.join(VIDEOS)}) with capti
            f"them or in {', '.join(TABLES)}; a .csv or .jsonl with {COLUMNS}; the annotations of YouCook2 "
            "(.json) with the videos in its folder or below; or local shards: a folder of .tar, one .tar, or "
            "a pattern as x-{000..099}.tar")
-SUBSETS = ("training", "validation", "testing")  # of YouCook2
+YOUCOOK = "youcook*trainval*.json"  # what its captions are in
+SUBSETS = ("training", "validation")  # of YouCook2; what it has for testing is not captioned
+
+Place = tuple[Path, float, float | None]  # a video, and the seconds where a part of it begins and ends
 
 
 def open_source(where: str | Path, seed: int = 0, sprites: int | None = 32,
@@ -45,7 +50,7 @@ def open_source(where: str | Path, seed: int = 0, sprites: int | None = 32,
     path = Path(where)
     if str(where) == "tinyworld":
         return tinyworld.TinyWorld(tinyworld.sprites(sprites), seed, even=True)
-    annotations = sorted(path.glob("youcook*annotations*.json")) if path.is_dir() else []
+    annotations = [*path.glob(YOUCOOK), *path.glob(f"annotations/{YOUCOOK}")] if path.is_dir() else []
     skipped: dict[str, str] = {}
     if annotations or path.suffix == ".json":
         videos = _read_youcook(annotations[0] if annotations else path, subset, skipped)
@@ -84,7 +89,7 @@ class Captioned:
 
     def frames(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
         """uint8 [F, size, size, 3] at these seconds."""
-        return self.video.frames(np.asarray(times) + self.start, size)
+        return self.video.frames(np.asarray(times) + self.start, size, repeat=False)
 
 
 @dataclass(frozen=True)
@@ -101,14 +106,22 @@ class Listed:
 
     @property
     def name(self) -> str:
-        part = "" if self.end is None and not self.start else f" from {self.start:g} s"
-        return f"{self.path}: {self.member}" if self.member else f"{self.path}{part}"
+        end = "the end" if self.end is None else f"{self.end:g} s"
+        part = f", {self.start:g} s to {end}" if self.start or self.end is not None else ""
+        return f"{self.file}{part}"
+
+    @property
+    def file(self) -> str:
+        return f"{self.path}: {self.member}" if self.member else str(self.path)
 
     def read(self) -> bytes:
-        """The file, out of its shard."""
-        with open(self.path, "rb") as shard:
-            shard.seek(self.first)
-            return shard.read(self.size)
+        """The file, out of its shard; ValueError if that is not there any more."""
+        try:
+            with open(self.path, "rb") as shard:
+                shard.seek(self.first)
+                return shard.read(self.size)
+        except OSError as error:
+            raise ValueError(f"cannot read {self.file}: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
@@ -134,9 +147,11 @@ class Videos:
         one = self.listed[index]
         data, place = one.path if not one.member else one.read(), (one.path, one.first)
         if place not in self.opened:
-            video = VideoFile.open(data, one.name)
+            video = VideoFile.open(data, one.file)
             self.opened[place] = replace(video, data=b"")  # its rate and length, which take time to find out
         video = replace(self.opened[place], data=data)
+        if one.start >= video.seconds:
+            raise ValueError(f"{one.name} begins after the video's end, at {video.seconds:g} s")
         return Captioned(video, one.captions, one.start, one.end)
 
 
@@ -150,9 +165,9 @@ def _one(captions: tuple[str, ...], rng: np.random.Generator) -> str:
 def _read_folder(folder: Path, skipped: dict[str, str]) -> list[Listed]:
     """The videos in a folder and in the folders within it, by name."""
     table = next((folder / name for name in TABLES if (folder / name).exists()), None)
-    paths = _videos_below(folder)
+    paths = [Path(os.path.normpath(path)) for path in _videos_below(folder)]
     if table:
-        listed = _read_table(table, skipped) if paths else []
+        listed = _read_table(table, skipped)
         known = {one.path for one in listed}
         skipped.update({str(path): f"no caption in {table}" for path in paths if path not in known})
         return listed
@@ -172,22 +187,36 @@ def _videos_below(folder: Path) -> list[Path]:
 
 def _read_table(path: Path, skipped: dict[str, str]) -> list[Listed]:
     """Recordings of a .csv or .jsonl; rows of the same part of a video are its captions."""
-    found: dict[tuple[Path, float, float | None], tuple[str, ...]] = {}
+    found: dict[Place, tuple[str, ...]] = {}
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             lines = (json.loads(line) for line in file if line.strip())
-            for row in csv.DictReader(file) if path.suffix == ".csv" else lines:
-                video = path.parent / (row["path"] if row.get("path") else row["file_name"])
-                texts = _texts(row["caption"] if row.get("caption") else row["text"])
-                start, end = (None if row.get(k) in (None, "") else float(row[k]) for k in ("start", "end"))
-                place = (video, start or 0.0, end)
+            table = csv.DictReader(file, skipinitialspace=True) if path.suffix == ".csv" else lines
+            for number, row in enumerate(table, 1):
+                place, texts = _read_row(row, path.parent, number)
                 found[place] = found.get(place, ()) + texts
     except FileNotFoundError:
         raise ValueError(f"there is no {path}; {CHOICES}") from None
-    except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
-        raise ValueError(f"cannot read {path}: each row needs {COLUMNS} ({error!r})") from error
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"cannot read {path}: {error}; each row needs {COLUMNS}") from error
     listed = [Listed(video, texts, start=start, end=end) for (video, start, end), texts in found.items()]
     return _usable(sorted(listed, key=lambda one: (one.path, one.start)), skipped)
+
+
+def _read_row(row: Any, folder: Path, number: int) -> tuple[Place, tuple[str, ...]]:
+    """The part of a video, and its captions."""
+
+    def column(*names: str) -> Any:
+        if not (there := [name for name in names if name in row]):
+            raise ValueError(f"there is no {' or '.join(names)}")
+        return next((row[name] for name in there if row[name]), "")
+
+    try:
+        video = Path(os.path.normpath(folder / column("path", "file_name")))
+        start, end = (None if row.get(k) in (None, "") else float(row[k]) for k in ("start", "end"))
+        return (video, start or 0.0, end), _texts(column("caption", "text"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"row {number}: {error}") from None
 
 
 def _usable(listed: Iterable[Listed], skipped: dict[str, str]) -> list[Listed]:
@@ -200,8 +229,8 @@ def _usable(listed: Iterable[Listed], skipped: dict[str, str]) -> list[Listed]:
             skipped[str(one.path)] = "it is not there"
         elif not one.captions:
             skipped[one.name] = "its caption is empty"
-        elif one.start < 0 or (one.end is not None and one.end <= one.start):
-            skipped[one.name] = f"it ends at {one.end} s, before it starts"
+        elif not 0 <= one.start < (math.inf if one.end is None else one.end):
+            skipped[one.name] = "its start must be 0 s or later, and before its end"
         else:
             found.append(one)
     return found
@@ -226,7 +255,8 @@ def _texts(value: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _read_youcook(path: Path, subset: str, skipped: dict[str, str]) -> list[Listed]:
-    """The segments of a subset, of the videos that are in the folder of the annotations or below it.
+    """The segments of a subset, of the videos that are in the folder of the annotations or below it, or, if
+    that is called annotations, beside it.
 
     Layout: {"database": {id: {"subset", "annotations": [{"segment": [start, end], "sentence"}], ...}}}; a
     video's name is its id.
@@ -239,7 +269,8 @@ def _read_youcook(path: Path, subset: str, skipped: dict[str, str]) -> list[List
         raise ValueError(f"there are no annotations at {path}") from None
     except ValueError as error:
         raise ValueError(f"cannot read {path}: it is not JSON ({error})") from None
-    videos = {video.stem: video for video in reversed(_videos_below(path.parent))}
+    below = path.parent.parent if path.parent.name == "annotations" else path.parent
+    videos = {video.stem: video for video in reversed(_videos_below(below))}
     listed, asked = [], []
 
     def take(place: str, values: Any, key: str | int, kind: Any) -> Any:
@@ -260,11 +291,13 @@ def _read_youcook(path: Path, subset: str, skipped: dict[str, str]) -> list[List
             if len(segment) != 2 or not all(isinstance(second, (int, float)) for second in segment):
                 raise ValueError(f"{path} is not laid out like the annotations of YouCook2: "
                                  f"{inside}segment is {segment}, not [start, end]")
-            file, captions = videos.get(name, path.parent / f"{name}.mp4"), take(inside, row, "sentence", str)
+            file, captions = videos.get(name, below / f"{name}.mp4"), take(inside, row, "sentence", str)
             listed.append(Listed(file, _texts(captions), start=float(segment[0]), end=float(segment[1])))
     usable = _usable(listed, skipped)
-    if listed and not any(name in videos for name in asked):
-        raise ValueError(f"none of the {len(asked)} videos of the subset {subset} is in {path.parent} or "
+    if not listed:
+        raise ValueError(f"{path} has no segments of the subset {subset}")
+    if not any(name in videos for name in asked):
+        raise ValueError(f"none of the {len(asked)} videos of the subset {subset} is in {below} or "
                          f"below; looked for {', '.join(asked[:3])} ... with {', '.join(VIDEOS)}")
     return usable
 

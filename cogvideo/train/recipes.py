@@ -127,6 +127,12 @@ def direct(name: str, cut: Cut, *, batch: int, rate: float, steps: int = 1, epoc
                  rate=rate, epochs=epochs, optimizer=optimizer, drop=0.0)
 
 
+REFERENCE = (  # of the regression family
+    direct("image", Cut(4, (1,), keep=1, sizes=(64,)), epochs=10, batch=16, rate=1e-4),
+    direct("low", Cut(4, (1,), sizes=(64,)), epochs=10, batch=16, rate=1e-4),
+    direct("high", Cut(32, (8,), sizes=(64,)), epochs=10, batch=16, rate=1e-4),
+)
+
 RECIPES = {
     "tiny": Recipe("tiny", "tiny", (
         Phase("tokenizer", objectives.tokenizer, trains=("vqvae",), uses=(),
@@ -149,11 +155,8 @@ RECIPES = {
               cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, rate=5e-4, optimizer="adamw",
               weight_decay=0.0, loss=LossWeights(perceptual=0.02, temporal=0.02)),
     )),
-    "direct": Recipe("direct", "direct", (
-        direct("image", Cut(4, (1,), keep=1, sizes=(64,)), epochs=10, batch=16, rate=1e-4),
-        direct("low", Cut(4, (1,), sizes=(64,)), epochs=10, batch=16, rate=1e-4),
-        direct("high", Cut(32, (8,), sizes=(64,)), epochs=10, batch=16, rate=1e-4),
-    ), pieces=0),
+    "direct": Recipe("direct", "direct", REFERENCE, pieces=0),
+    "direct-gpt2": Recipe("direct-gpt2", "direct-gpt2", REFERENCE, pieces=0),
 }
 
 
