@@ -211,7 +211,7 @@ def test_a_phase_begins_with_what_the_one_before_it_made(tmp_path, world):
     image = folder.load("direct")
     assert image.trained.nonzero().tolist() == [[0, 0]]
     assert CogVideo.from_pretrained(tmp_path / "model").frame_counts == {1: 1.0}
-    stopped = nano_phase("low", rate=0.0)  # nothing is learnt
+    stopped = nano_phase("low", lr=0.0)  # nothing is learnt
     low = run(tmp_path, world, nano_phase("image"), stopped).load("direct")
     assert torch.equal(low.embed.weight, image.embed.weight)
     assert torch.equal(low.frame_positions.weight[8], image.frame_positions.weight[0])
@@ -251,7 +251,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world):
 
 
 def test_two_clips_can_be_learnt_by_heart(world, tmp_path):
-    run(tmp_path, Two(world), nano_phase("low", steps=120, rate=1e-2), log_every=30)
+    run(tmp_path, Two(world), nano_phase("low", steps=120, lr=1e-2), log_every=30)
     rows = [json.loads(line) for line in (tmp_path / "low" / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
 
@@ -271,7 +271,7 @@ def test_another_model_is_inherited_by_what_fits(trained, nano, tmp_path, world,
     """All of a model of the same shape; of one for pictures all but the later frames; of another family what
     the two have in common."""
     folder = ModelFolder(trained / "model")
-    stopped = nano_phase("low", steps=1, rate=0.0)
+    stopped = nano_phase("low", steps=1, lr=0.0)
     same = run(tmp_path / "same", world, stopped, init=folder)
     assert torch.equal(same.load("direct").embed.weight, folder.load("direct").embed.weight)
     assert same.text().model == folder.text().model
@@ -301,7 +301,7 @@ def test_words_are_inherited_with_their_text_model_or_not_at_all(trained, tmp_pa
     folder = ModelFolder(trained / "model")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "text.model").write_bytes(train_text(["other words here"] * 9, 290))
-    mine = run(tmp_path, world, nano_phase("low", steps=1, rate=0.0), init=folder)
+    mine = run(tmp_path, world, nano_phase("low", steps=1, lr=0.0), init=folder)
     assert mine.text().model != folder.text().model and "captions here" in capsys.readouterr().out
     theirs, taken = folder.load("direct"), mine.load("direct")
     assert not torch.equal(taken.embed.weight[:500], theirs.embed.weight[:500])

@@ -45,7 +45,7 @@ def _join(rank: int, ranks: int, port: int, work, arguments: tuple) -> None:
 def nano_phase(name: str, recipe: str = "tiny", **changes) -> recipes.Phase:
     phase = recipes.find(recipe).phase(name)
     cut = dataclasses.replace(phase.cut, sizes=(16,))
-    plain = dict(steps=STEPS, batch=2, warmup=1, optimizer="adamw", precision="float32", rate=1e-3, cut=cut)
+    plain = dict(steps=STEPS, batch=2, warmup=1, optimizer="adamw", precision="float32", lr=1e-3, cut=cut)
     return dataclasses.replace(phase, **{**plain, **changes})
 
 

@@ -61,7 +61,7 @@ def test_every_phase_reports(trained):
     for name in ("tokenizer", "image", "stage1", "stage2", "refiner"):
         rows = [json.loads(line) for line in (trained / name / "log.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [2, 4, 6]
-        assert all(row["clips_per_second"] > 0 and row["rate"] > 0 and row["loss"] > 0 for row in rows)
+        assert all(row["clips_per_second"] > 0 and row["lr"] > 0 and row["loss"] > 0 for row in rows)
         assert (trained / name / "loss.png").exists()
         assert (trained / name / "strips" / "0000006.png").exists()
 
@@ -99,7 +99,7 @@ def test_parts_that_a_phase_does_not_train_stay_as_they_are(trained, tmp_path, w
         for part in ("vqvae", "base", "stage2")
     }
     stage1 = (tmp_path / "model" / "stage1.safetensors").read_bytes()
-    run(tmp_path, world, nano_phase("stage1", steps=2, rate=1e-2))
+    run(tmp_path, world, nano_phase("stage1", steps=2, lr=1e-2))
     for part, data in before.items():
         assert (tmp_path / "model" / f"{part}.safetensors").read_bytes() == data
     assert (tmp_path / "model" / "stage1.safetensors").read_bytes() != stage1
@@ -108,14 +108,14 @@ def test_parts_that_a_phase_does_not_train_stay_as_they_are(trained, tmp_path, w
 @pytest.mark.parametrize("name", ["image", "stage1", "stage2"])
 def test_a_few_clips_can_be_learnt_by_heart(trained, world, name):
     """The loss of one batch, seen again and again, falls far: gradients reach what the phase trains."""
-    folder, phase = ModelFolder(trained / "model"), nano_phase(name, rate=1e-2, optimizer="adamw")
+    folder, phase = ModelFolder(trained / "model"), nano_phase(name, lr=1e-2, optimizer="adamw")
     parts = {part: folder.load(part) for part in ("vqvae", "base", "stage1", "stage2")}
     for part in phase.trains:
         parts[part].requires_grad_(True)
     model = torch.nn.ModuleDict({part: parts[part] for part in phase.trains})
     (optimizer,) = optimizers(model, "adamw", 0.0, (0.9, 0.95))
     for group in optimizer.param_groups:
-        group["lr"] = phase.rate
+        group["lr"] = phase.lr
     step = phase.objective(parts, folder.text(), phase)
     batch = next(loop.batches(world, phase.cut, 2, seed=0))
     losses = []
@@ -145,7 +145,7 @@ def test_the_learning_rate_of_the_released_models():
 
 @pytest.mark.parametrize("field, value, message", [
     ("schedule", "linear", "one of trapezoid, cosine"), ("precision", "half", "one of float32, bfloat16"),
-    ("batch", 0, "image.batch must be 1 or more"), ("rate", float("nan"), "image.rate must be 0 or more"),
+    ("batch", 0, "image.batch must be 1 or more"), ("lr", float("nan"), "image.lr must be 0 or more"),
 ])
 def test_what_a_phase_cannot_be_is_refused(field, value, message):
     with pytest.raises(ValueError, match=message):

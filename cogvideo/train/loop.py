@@ -194,8 +194,8 @@ def run_phase(
         torch.manual_seed(hash((seed, step, rank)) % 2**31)  # for dropout
         generator = torch.Generator().manual_seed(hash((seed, step)) % 2**31)
         torch.rand(rank * mine, generator=generator)  # a number a clip: go to those of this process
-        rate = learning_rate(step, phase.steps, phase.rate, phase.warmup, phase.decay, phase.schedule)
-        set_rate(optims, rate)
+        lr = learning_rate(step, phase.steps, phase.lr, phase.warmup, phase.decay, phase.schedule)
+        set_rate(optims, lr)
         with machine.arithmetic(phase.precision):
             loss, numbers = model(batch, step, generator)
             loss.backward()
@@ -206,11 +206,11 @@ def run_phase(
                 optimizer.step()
         elif (skipped := skipped + 1) == MOST_SKIPPED:
             raise ValueError(f"{phase.name}: {skipped} steps in a row overflowed; go on from the last save "
-                             f"with a lower --{phase.name}.rate, or --{phase.name}.precision float32")
+                             f"with a lower --{phase.name}.lr, or --{phase.name}.precision float32")
         container.zero_grad(set_to_none=True)
         numbers = machine.mean({"loss": float(loss.detach()), **numbers})
         if machine.first:
-            report.step(step, rate, {**numbers, "norm": float(norm)})
+            report.step(step, lr, {**numbers, "norm": float(norm)})
         done = step + 1 == phase.steps
         if done or (step + 1) % save_every == 0:
             checkpoint.save(out / "state.pt", step + 1, learning, optims, machine)

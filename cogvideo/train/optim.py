@@ -64,7 +64,7 @@ def optimizers(
     return found
 
 
-def set_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+def set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = lr

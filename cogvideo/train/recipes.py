@@ -34,11 +34,11 @@ class Phase:
     cut: Cut
     steps: int
     batch: int  # clips
-    rate: float  # peak learning rate
+    lr: float  # peak learning rate
     epochs: int = 0  # if not 0, what decides on the steps; of data that has an end
     inherits: str | None = None  # the part that a new temporal channel starts as a copy of
     warmup: int = 200  # steps
-    decay: float = 0.3  # share of the steps, at the end, over which the rate falls to 0
+    decay: float = 0.3  # share of the steps, at the end, over which it falls to 0
     schedule: str = "trapezoid"
     optimizer: str = "muon"
     weight_decay: float = 0.01
@@ -53,7 +53,7 @@ class Phase:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{self.name}.{name} must be one of {', '.join(known)}; got {value!r}")
-        for name in ("steps", "batch", "rate", "epochs", "warmup", "decay", "weight_decay", "clip", "drop"):
+        for name in ("steps", "batch", "lr", "epochs", "warmup", "decay", "weight_decay", "clip", "drop"):
             least = 1 if name in ("steps", "batch") else 0
             if not least <= (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{self.name}.{name} must be {least} or more, got {value}")
@@ -120,39 +120,39 @@ class Recipe:
         return found
 
 
-def direct(name: str, cut: Cut, *, batch: int, rate: float, steps: int = 1, epochs: int = 0,
+def direct(name: str, cut: Cut, *, batch: int, lr: float, steps: int = 1, epochs: int = 0,
            optimizer: str = "adamw") -> Phase:
     """A phase of the regression family; it goes on with what the phase before it made."""
     return Phase(name, objectives.direct, trains=("direct",), uses=(), cut=cut, steps=steps, batch=batch,
-                 rate=rate, epochs=epochs, optimizer=optimizer, drop=0.0)
+                 lr=lr, epochs=epochs, optimizer=optimizer, drop=0.0)
 
 
 REFERENCE = (  # of the regression family
-    direct("image", Cut(4, (1,), keep=1, sizes=(64,)), epochs=10, batch=16, rate=1e-4),
-    direct("low", Cut(4, (1,), sizes=(64,)), epochs=10, batch=16, rate=1e-4),
-    direct("high", Cut(32, (8,), sizes=(64,)), epochs=10, batch=16, rate=1e-4),
+    direct("image", Cut(4, (1,), keep=1, sizes=(64,)), epochs=10, batch=16, lr=1e-4),
+    direct("low", Cut(4, (1,), sizes=(64,)), epochs=10, batch=16, lr=1e-4),
+    direct("high", Cut(32, (8,), sizes=(64,)), epochs=10, batch=16, lr=1e-4),
 )
 
 RECIPES = {
     "tiny": Recipe("tiny", "tiny", (
         Phase("tokenizer", objectives.tokenizer, trains=("vqvae",), uses=(),
-              cut=Cut(3, (8,)), steps=2750, batch=8, rate=1e-3, optimizer="adamw", weight_decay=0.0),
+              cut=Cut(3, (8,)), steps=2750, batch=8, lr=1e-3, optimizer="adamw", weight_decay=0.0),
         Phase("image", objectives.image, trains=("base",), uses=("vqvae",),
-              cut=Cut(5, (1, 1, 2, 4, 8), keep=1), steps=6500, batch=32, rate=2e-3),
+              cut=Cut(5, (1, 1, 2, 4, 8), keep=1), steps=6500, batch=32, lr=2e-3),
         Phase("stage1", objectives.stage1, trains=("stage1",), uses=("vqvae", "base"),
-              cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4)), steps=9000, batch=8, rate=2e-3, inherits="base"),
+              cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4)), steps=9000, batch=8, lr=2e-3, inherits="base"),
         Phase("stage2", objectives.stage2, trains=("stage2",), uses=("vqvae", "base"),
-              cut=Cut(5, (2, 2, 4, 8)), steps=3000, batch=8, rate=2e-3, inherits="stage1"),
+              cut=Cut(5, (2, 2, 4, 8)), steps=3000, batch=8, lr=2e-3, inherits="stage1"),
         Phase("refiner", objectives.refiner, trains=("refiner",), uses=("vqvae",),
-              cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, rate=5e-4, optimizer="adamw",
+              cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, lr=5e-4, optimizer="adamw",
               weight_decay=0.0, loss=LossWeights(perceptual=0.02, temporal=0.02)),
     )),
     "direct-tiny": Recipe("direct-tiny", "direct-tiny", (
-        direct("image", Cut(5, (1,), keep=1), steps=2000, batch=32, rate=1e-3, optimizer="muon"),
-        direct("low", Cut(5, (1,)), steps=2000, batch=8, rate=1e-3, optimizer="muon"),
-        direct("high", Cut(33, (8,)), steps=600, batch=4, rate=1e-3, optimizer="muon"),
+        direct("image", Cut(5, (1,), keep=1), steps=2000, batch=32, lr=1e-3, optimizer="muon"),
+        direct("low", Cut(5, (1,)), steps=2000, batch=8, lr=1e-3, optimizer="muon"),
+        direct("high", Cut(33, (8,)), steps=600, batch=4, lr=1e-3, optimizer="muon"),
         Phase("refiner", objectives.refiner, trains=("refiner",), uses=(),
-              cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, rate=5e-4, optimizer="adamw",
+              cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, lr=5e-4, optimizer="adamw",
               weight_decay=0.0, loss=LossWeights(perceptual=0.02, temporal=0.02)),
     )),
     "direct": Recipe("direct", "direct", REFERENCE, pieces=0),

@@ -28,7 +28,7 @@ class Report:
         self.recent: deque[dict[str, float]] = deque()
         self.began = time.perf_counter()
 
-    def step(self, step: int, rate: float, numbers: dict[str, float]) -> None:
+    def step(self, step: int, lr: float, numbers: dict[str, float]) -> None:
         """Numbers of step `step` (counted from 0)."""
         self.recent.append(numbers)
         if (step + 1) % self.every and step + 1 < self.steps:
@@ -44,7 +44,7 @@ class Report:
             "phase": self.phase,
             "step": step + 1,
             **means,
-            "rate": rate,
+            "lr": lr,
             "clips_per_second": speed * self.clips,
         }
         with open(self.log, "a") as log:
@@ -54,7 +54,7 @@ class Report:
         if not self.quiet:
             left = timedelta(seconds=int((self.steps - step - 1) / speed))
             words = "  ".join(f"{k} {v:.4g}" for k, v in means.items())
-            pace = f"lr {rate:.2g}  {speed * self.clips:.1f} clips/s  {left} left"
+            pace = f"lr {lr:.2g}  {speed * self.clips:.1f} clips/s  {left} left"
             print(f"{self.phase} {step + 1}/{self.steps}  {words}  {pace}", flush=True)
         self.recent.clear()
         self.began = now
