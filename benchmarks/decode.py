@@ -21,8 +21,9 @@ import torch
 
 from cogvideo.data.clips import Cut
 from cogvideo.data.loader import batches
-from cogvideo.data.sources import Videos, open_source
+from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
+from cogvideo.data.videos import Videos
 from cogvideo.video import Clip
 
 CUT = Cut(33, (8,), sizes=(48,))

@@ -18,8 +18,9 @@ import torch
 from cogvideo import presets
 from cogvideo.data.clips import Cut, cut
 from cogvideo.data.loader import batches
-from cogvideo.data.sources import Captioned, open_source
+from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
+from cogvideo.data.videos import Captioned
 from cogvideo.text import GPT2Tokenizer
 from cogvideo.train import loop, recipes
 from cogvideo.video import Clip, VideoFile

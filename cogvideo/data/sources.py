@@ -1,12 +1,7 @@
 """Where captioned videos come from: the tiny world, a folder of videos, a table, YouCook2, shards.
 
-Notable:
-- Videos are listed once and read one by one, when asked for. A shard is a plain tar, so its list says where
-  each video begins and how long it is: any of them, in any order, without unpacking.
-- A recording may be a part of a video, from `start` to `end`; it is cut out when it is decoded.
-- A recording may have several captions: one of them is drawn each time.
-- What the list shows to be unusable (a video that is not there, an empty caption) is left out and told of in
-  `skipped`; an error is only what leaves nothing, or what is not understood.
+Here they are listed. What the list shows to be unusable (a video that is not there, an empty caption) is left
+out and told of in `skipped`; an error is only what leaves nothing, or what is not understood.
 """
 
 import csv
@@ -16,17 +11,15 @@ import math
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cogvideo.data import tinyworld
 from cogvideo.data.clips import Source
-from cogvideo.video import VIDEOS, VideoFile
+from cogvideo.data.videos import Listed, Videos
+from cogvideo.video import VIDEOS
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 COLUMNS = "file_name (or path) and text (or caption), and start and end if only a part is meant"
@@ -65,98 +58,6 @@ def open_source(where: str | Path, seed: int = 0, sprites: int | None = 32,
         more = f" ({len(found)} without use: {'; '.join(found[:3])})" if found else ""
         raise ValueError(f"no captioned videos at {where}{more}; {CHOICES}")
     return Videos(tuple(videos), skipped)
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """A `Recording`: a video, or a part of it, and what can be said of it."""
-
-    video: VideoFile
-    captions: tuple[str, ...]
-    start: float = 0.0  # seconds after the first frame
-    end: float | None = None  # None: of the video
-
-    @property
-    def seconds(self) -> float:
-        return min(self.video.seconds, self.end or self.video.seconds) - self.start
-
-    @property
-    def fps(self) -> float:
-        return self.video.fps
-
-    def caption(self, rng: np.random.Generator) -> str:
-        return _one(self.captions, rng)
-
-    def frames(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
-        """uint8 [F, size, size, 3] at these seconds."""
-        return self.video.frames(np.asarray(times) + self.start, size, repeat=False)
-
-
-@dataclass(frozen=True)
-class Listed:
-    """A recording that was found, not yet opened."""
-
-    path: Path  # of the video, or of the shard that holds it
-    captions: tuple[str, ...]
-    member: str = ""  # of a shard
-    first: int = 0  # byte
-    size: int = 0  # bytes
-    start: float = 0.0
-    end: float | None = None
-
-    @property
-    def name(self) -> str:
-        end = "the end" if self.end is None else f"{self.end:g} s"
-        part = f", {self.start:g} s to {end}" if self.start or self.end is not None else ""
-        return f"{self.file}{part}"
-
-    @property
-    def file(self) -> str:
-        return f"{self.path}: {self.member}" if self.member else str(self.path)
-
-    def read(self) -> bytes:
-        """The file, out of its shard; ValueError if that is not there any more."""
-        try:
-            with open(self.path, "rb") as shard:
-                shard.seek(self.first)
-                return shard.read(self.size)
-        except OSError as error:
-            raise ValueError(f"cannot read {self.file}: {error.strerror}") from None
-
-
-@dataclass(frozen=True)
-class Videos:
-    """A `Source` of the videos of a folder, a table, or shards."""
-
-    listed: tuple[Listed, ...]
-    skipped: dict[str, str] = field(default_factory=dict)
-    opened: dict[tuple[Path, int], VideoFile] = field(default_factory=dict, compare=False)
-
-    @property
-    def count(self) -> int:
-        return len(self.listed)
-
-    def name(self, index: int) -> str:
-        return self.listed[index].name
-
-    def caption(self, index: int, rng: np.random.Generator) -> str:
-        return _one(self.listed[index].captions, rng)
-
-    def __getitem__(self, index: int) -> Captioned:
-        """Raises ValueError, with the name of the video, if it cannot be read."""
-        one = self.listed[index]
-        data, place = one.path if not one.member else one.read(), (one.path, one.first)
-        if place not in self.opened:
-            video = VideoFile.open(data, one.file)
-            self.opened[place] = replace(video, data=b"")  # its rate and length, which take time to find out
-        video = replace(self.opened[place], data=data)
-        if one.start >= video.seconds:
-            raise ValueError(f"{one.name} begins after the video's end, at {video.seconds:g} s")
-        return Captioned(video, one.captions, one.start, one.end)
-
-
-def _one(captions: tuple[str, ...], rng: np.random.Generator) -> str:
-    return captions[rng.integers(len(captions))]
 
 
 # -- folders and tables --
