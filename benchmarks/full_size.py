@@ -5,9 +5,9 @@
 Writes a model folder of random weights at the exact released shapes (23 GB of float16: one base, both
 temporal channels, super-resolution, the tokenizer), then makes one video of noise with it: first frame, four
 key frames with guidance, three rounds of interpolation, super-resolution, 33 frames of 480 x 480 as an mp4.
-Prints the time of every verb beside what `cogvideo estimate` predicts, and the most memory that was not file
-cache. Tokens are kept in --out after every verb, and after every frame of super-resolution: a killed run goes
-on.
+Prints the time of every verb beside what `cogvideo estimate` predicts, the time of reading its weights before
+it, and the most memory that was not file cache. Tokens are kept in --out after every verb, and after every
+frame of super-resolution: a killed run goes on.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.generate import verbs
+from benchmarks.generate import timed, verbs
 from cogvideo import CogVideo, presets
 from cogvideo.convert import PROMPTS, SAMPLING
 from cogvideo.data.loader import read_captions
@@ -32,6 +32,7 @@ from cogvideo.text import TextTokenizer, train_text
 from cogvideo.weights import ModelFolder
 
 PROMPT = "一只小狗在草地上向右跑"
+PART = {"first frame": "image", "key frames": "stage1", "larger frames": "superres", "decode": "vqvae"}
 
 
 def write_random(path: Path, preset: str) -> ModelFolder:
@@ -97,7 +98,7 @@ def main() -> None:
     print(f"opened in {time.perf_counter() - begin:.1f} s, {torch.get_num_threads()} threads", flush=True)
     predicted = {one.name: one.seconds(speed) for one in pipe.estimate().work}
     value, total = None, 0.0
-    print(f"{'verb':<16}{'seconds':>10}{'predicted':>11}{'peak GB':>9}")
+    print(f"{'verb':<16}{'reading':>8}{'seconds':>9}{'predicted':>11}{'peak GB':>9}")
     part = arguments.out / "larger-so-far.npz"  # a frame takes minutes
     begun = Draft.load(part) if part.exists() else None
     larger = partial(pipe.enlarge, begin=begun, each=lambda draft: draft.save(part))
@@ -106,21 +107,20 @@ def main() -> None:
         if told.exists() and tokens.exists():
             value, figures = Draft.load(tokens), json.loads(told.read_text())
         else:
-            begin = time.perf_counter()
-            value = verb(value)
-            seconds = time.perf_counter() - begin
+            _, (reading,) = timed(partial(getattr, pipe.parts, PART.get(name, "stage2")), 1)
+            value, (seconds,) = timed(partial(verb, value), 1)
             if name == "larger frames" and begun:  # measured on the frames that were left
                 frames = value.codes.shape[1]
                 seconds *= frames / (frames - begun.codes.shape[1])
-            figures = {"seconds": seconds, "peak": peak.most}
+            figures = {"reading": reading, "seconds": seconds, "peak": peak.most}
             if isinstance(value, Draft):
                 value.save(tokens)
                 told.write_text(json.dumps(figures))
-        line = f"{name:<16}{figures['seconds']:>10.1f}{predicted.get(name, 0.0):>11.1f}"
-        print(f"{line}{figures['peak'] / 1e9:>9.1f}", flush=True)
-        if name.startswith("to "):
+        line = f"{name:<16}{figures['reading']:>8.1f}{figures['seconds']:>9.1f}"
+        print(f"{line}{predicted.get(name, 0.0):>11.1f}{figures['peak'] / 1e9:>9.1f}", flush=True)
+        if name != "larger frames" and isinstance(value, Draft):
             frames = value.codes.shape[1]
-        total += figures["seconds"] if name != "larger frames" and isinstance(value, Draft) else 0
+            total += figures["reading"] + figures["seconds"]
     value[0].save(arguments.out / "noise.mp4")
     _, height, width, _ = value[0].frames.shape
     print(f"{total / 60:.1f} minutes up to the {frames} frames of tokens; {width}x{height} pixels written")

@@ -337,6 +337,16 @@ def test_a_run_that_has_begun_does_not_begin_otherwise(trained, tmp_path, world)
     assert not (tmp_path / "sizes").exists()
 
 
+def test_what_cannot_fit_is_refused_before_it_is_built(tmp_path, world, monkeypatch):
+    """6 billion weights, with gradients and two averages in float32: 96 GB."""
+    monkeypatch.setattr(loop, "free_memory", lambda device: 24e9)
+    recipe = dataclasses.replace(recipes.find("direct"), pieces=500)
+    low = dataclasses.replace(recipe.phase("low"), steps=1, epochs=0)
+    with pytest.raises(ValueError, match=r"low needs 96\.\d GB .* 24\.0 GB are free; choose a smaller preset"):
+        loop.train(recipe, tmp_path, world, presets.find("direct"), [low])
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_in_common_is_an_error(tmp_path, world, nano_large):
     with pytest.raises(ValueError, match="has no part of this model; its parts are vqvae, base"):
         run(tmp_path, world, nano_phase("low"), init=ModelFolder(nano_large))

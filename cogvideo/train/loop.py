@@ -19,6 +19,7 @@ from torch import nn
 
 from cogvideo.data.clips import Source
 from cogvideo.data.loader import Batch, batches
+from cogvideo.hardware import free_memory
 from cogvideo.layout import SECONDS
 from cogvideo.model.direct import Direct
 from cogvideo.model.system import Family
@@ -73,6 +74,7 @@ def train(
             machine.share(phase)
             phase.check(system.resolution, system.refiner.scale if system.refiner else 1)
         check_parts(folder, phases, init)
+        check_memory(phases, system, machine)
         inherit.check(folder, recipe, system, init, init_embedding)
         if machine.first:
             inherit.prepare(folder, recipe, system, source, init, init_embedding)
@@ -136,6 +138,17 @@ def check_parts(folder: ModelFolder, phases: list[Phase], init: ModelFolder | No
                 raise ValueError(f"the phase {phase.name} needs the part {part}, which is not in "
                                  f"{folder.path}; train the phase that makes it first")
         made |= set(phase.trains)
+
+
+def check_memory(phases: list[Phase], system: Family, machine: parallel.Machine) -> None:
+    """Raise ValueError where not even weights, gradients and the optimizer's averages fit."""
+    free = free_memory(machine.device)
+    for phase in phases:
+        numbers = sum(shape.numel() for part in phase.trains for shape in system.shapes(part).values())
+        due = 4 * numbers * (4 if phase.optimizer == "adamw" else 3) / machine.ranks
+        if free is not None and due > free:
+            raise ValueError(f"{phase.name} needs {due / 1e9:.1f} GB for weights, gradients and averages alone, "
+                             f"and {free / 1e9:.1f} GB are free; choose a smaller preset, or more devices")
 
 
 def warn_of_long_captions(text: TextTokenizer, source: Source, system: Family) -> None:
