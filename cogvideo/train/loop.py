@@ -148,7 +148,8 @@ def check_memory(phases: list[Phase], system: Family, machine: parallel.Machine)
         due = 4 * numbers * (4 if phase.optimizer == "adamw" else 3) / machine.ranks
         if free is not None and due > free:
             raise ValueError(f"{phase.name} needs {due / 1e9:.1f} GB for weights, gradients and averages "
-                             f"alone, and {free / 1e9:.1f} GB are free; choose a smaller preset, or more devices")
+                             f"alone, and {free / 1e9:.1f} GB are free; choose a smaller preset, or more "
+                             f"devices")
 
 
 def warn_of_long_captions(text: TextTokenizer, source: Source, system: Family) -> None:
