@@ -35,15 +35,16 @@ def verbs(pipe: Any, prompt: str, seed: int) -> dict[str, Callable[[Any], Any]]:
     if not pipe.draws:  # the regression family
         return {"frames": lambda nothing: pipe.regress([prompt], max(pipe.frame_counts)),
                 "upscale": pipe.upscale}
-    rounds = [one.name for one in pipe.estimate().work if one.name.startswith("to ")]
-    return {
+    planned = [one.name for one in pipe.estimate().work]
+    found = {
         "first frame": lambda nothing: pipe.first_frames([prompt], [seed]),
         "key frames": lambda draft: pipe.keyframes([prompt], [seed], begin=draft),
-        **dict.fromkeys(rounds, pipe.interpolate),
+        **dict.fromkeys([name for name in planned if name.startswith("to ")], pipe.interpolate),
         "larger frames": pipe.enlarge,
         "decode": pipe.decode,
         "upscale": pipe.upscale,
     }
+    return {name: verb for name, verb in found.items() if name in planned}
 
 
 def timed(action: Callable[[], Any], runs: int) -> tuple[Any, list[float]]:

@@ -195,7 +195,7 @@ def _picture(frame, size: int | None = None) -> np.ndarray:
         width, height = round(width * size / side), round(height * size / side)
     how = CHROMA | (AREA if width < frame.width else BICUBIC)
     convert = _converter(get_ident(), frame.width, frame.height, frame.format.name, width, height).reformat
-    made = convert(frame, width, height, "rgb24", interpolation=how).to_ndarray()
+    made = convert(frame, width, height, "rgb24", interpolation=how, threads=1).to_ndarray()
     if size is not None:
         top, left = (made.shape[0] - size) // 2, (made.shape[1] - size) // 2
         made = made[top : top + size, left : left + size]
