@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from benchmarks import classifier
-from benchmarks.adherence import TIMES, draw_split, generate, interval, judge_split
+from benchmarks.adherence import TIMES, claim, draw_split, generate, interval, judge_split
 from benchmarks.fidelity import captions, compare, unseen_scenes
 from benchmarks.generate import PROMPT, timed
 from benchmarks.hierarchical import ROWS
@@ -34,6 +34,7 @@ from cogvideo.data.tinyworld import TinyWorld, render, sprites
 from cogvideo.direct import DirectPipeline
 from cogvideo.eval.features import PictureFeatures
 from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
+from cogvideo.files import replacing
 from cogvideo.text import PLAIN
 from cogvideo.train import loop, recipes
 from cogvideo.train.losses import temporal_distance
@@ -46,8 +47,8 @@ RECIPE = recipes.find("direct-tiny")
 def train(out: Path, phases: Sequence[recipes.Phase], begin: Path | None = None) -> ModelFolder:
     """Train phases in a folder, which begins as a copy of another run's model; goes on where it stopped."""
     if begin is not None and not (out / "model").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(begin / "model", out / "model")
+        with replacing(out / "model") as copy:
+            shutil.copytree(begin / "model", copy)
     world = TinyWorld(sprites(RECIPE.sprites), RECIPE.seed, even=True)
     system = presets.find(RECIPE.preset)
     return loop.train(RECIPE, out, world, system, list(phases), log_every=100, save_every=100)
@@ -86,18 +87,20 @@ def phases_table(out: Path, other: str, count: int) -> None:
         clips = regress(folder, split.prompts, 8.0 if "high" in name else 1.0)
         rows[f"direct-tiny after {name}"] = (clips, duration(DirectPipeline(folder)))
     pipe = CogVideo.from_pretrained(other)
-    made = generate(pipe, split, 1000, 8, 9, out / other)
+    clips_of_it = out / pipe.folder.path.name
+    claim(clips_of_it, pipe.folder, seed=1000, batch=8, frames=9, dtype=pipe.dtype)
+    made = generate(pipe, split, 1000, 8, 9, clips_of_it)
     rows[other] = (made, duration(pipe))
     print("| | sprite % | motion % | place % | all three % | Frechet | sharpness | seconds a video |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     real = np.stack([render(scene, TIMES[::4], 48) for scene in split.scenes])
     for name, (clips, seconds) in {**rows, "rendered": (real, None)}.items():
-        judged = judge_split(net, split, others, clips).generated
+        judged = judge_split(net, split, others, clips)
         shares = []
-        for right in judged.right.sum(0).tolist():
+        for right in judged.generated.right.sum(0).tolist():
             low_end, high_end = interval(right, count)
             shares.append(f"{100 * right / count:.1f} ({100 * low_end:.1f}..{100 * high_end:.1f})")
-        distance = frechet_distance(judged.features, judge_split(net, split, others).others.features)
+        distance = frechet_distance(judged.generated.features, judged.others.features)
         sharp = float(torch.stack([sharpness(to_pictures(clip)) for clip in clips]).mean())
         taken = "" if seconds is None else f"{seconds:.2f}"
         print(f"| {name} | {' | '.join(shares)} | {distance:.0f} | {sharp:.2f} | {taken} |", flush=True)

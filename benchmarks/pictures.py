@@ -1,6 +1,6 @@
 """The pictures of the README: videos of a model side by side, as one moving picture.
 
-    python -m benchmarks.pictures --model tiny -o docs/tiny.webp
+    python -m benchmarks.pictures --model tiny -o docs/pictures/tiny.webp
 
 Prompts and seeds were not chosen by what comes out. Rocket, cat, ghost and penguin are in compositions
 that were held out of all training.
@@ -30,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--columns", type=int, default=3)
-    parser.add_argument("-o", "--out", type=Path, default=Path("docs/tiny.webp"))
+    parser.add_argument("-o", "--out", type=Path, default=Path("docs/pictures/tiny.webp"))
     arguments = parser.parse_args()
     pipe = CogVideo.from_pretrained(arguments.model)
     clips = pipe(PROMPTS, **({"seed": 1} if pipe.draws else {}))

@@ -187,6 +187,8 @@ def train(
                           "probe-every": probe_every}.items():
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be 1 or more, got {value}")
+    if workers < 0:
+        raise ValueError(f"--workers must be 0 or more, got {workers}")
     if threads is not None:
         torch.set_num_threads(threads)
     source = open_source(data, seed=chosen.seed, sprites=chosen.sprites, subset=subset)

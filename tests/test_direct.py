@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load, save_file
 
 from cogvideo import CogVideo, presets
+from cogvideo.data.clips import Cut
 from cogvideo.data.tinyworld import TinyWorld
 from cogvideo.model.direct import Direct, DirectConfig
 from cogvideo.preview import probe
 from cogvideo.text import GPT2Tokenizer, train_text
 from cogvideo.train import inherit, loop, recipes
+from cogvideo.train.losses import LossWeights
 from cogvideo.weights import ModelFolder
 
 NANO = presets.find("direct-nano")
@@ -308,6 +310,9 @@ def test_words_are_inherited_with_their_text_model_or_not_at_all(trained, tmp_pa
     assert torch.equal(taken.embed.weight[500:], theirs.embed.weight[500:])  # the tokens of rates
     assert torch.equal(taken.generation.weight, theirs.generation.weight)
     assert not taken.trained[1].any()  # what it could make, it cannot make of these words
+    theirs.trained[:] = torch.arange(33) == 0  # had it been a model of pictures
+    inherit.take(grown := inherit.new_part(NANO, "direct", 3), theirs, same_words=False)
+    assert torch.equal(grown.frame_positions.weight, theirs.frame_positions.weight[:1].expand(33, -1))
 
 
 def test_rates_are_inherited_by_their_number(trained):
@@ -334,6 +339,10 @@ def test_a_run_that_has_begun_does_not_begin_otherwise(trained, tmp_path, world)
         loop.train(recipe, tmp_path, world, presets.find("tiny"), [])
     with pytest.raises(ValueError, match="low cuts frames of 48 pixels, but the model's are of 16"):
         run(tmp_path / "sizes", world, recipes.find("direct-tiny").phase("low"))
+    with pytest.raises(ValueError, match="unknown feature network 'vgg61'; choose one of"):
+        run(tmp_path / "sizes", world, nano_phase("low", loss=LossWeights(features="vgg61")))
+    with pytest.raises(ValueError, match="high finds no clip to train on: .* too few for 65 frames"):
+        run(tmp_path / "sizes", world, nano_phase("low"), nano_phase("high", cut=Cut(65, (8,), sizes=(16,))))
     assert not (tmp_path / "sizes").exists()
 
 
@@ -362,6 +371,9 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
                         init_embedding=str(tmp_path / "gpt2.safetensors"))
     assert torch.equal(folder.load("direct").embed.weight[:50257], table)
     assert isinstance(folder.text(), GPT2Tokenizer)
+    both = loop.train(recipe, tmp_path / "both", world, system, [], quiet=True, init=folder,
+                      init_embedding=str(tmp_path / "gpt2.safetensors")).load("direct").state_dict()
+    assert all(torch.equal(both[key], value) for key, value in folder.load("direct").state_dict().items())
     save_file({"wte.weight": table[:, :4].contiguous()}, tmp_path / "narrow.safetensors")
     save_file({"x": table[:2]}, tmp_path / "none.safetensors")
     for name, message in (("narrow", "is 50257 ids x 4, this model's is 50257 x 8"),
@@ -369,8 +381,6 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
         with pytest.raises(ValueError, match=message):
             loop.train(recipe, tmp_path / name, world, system, [],
                        init_embedding=str(tmp_path / f"{name}.safetensors"))
-
-
     with pytest.raises(ValueError, match="the recipe direct-tiny has words of its own"):
         loop.train(recipes.find("direct-tiny"), tmp_path / "three", world, NANO, [], init_embedding="x")
 
@@ -409,18 +419,20 @@ def test_a_prompt_is_the_same_clip_alone_or_among_others(trained):
 
 
 def test_the_command_line_makes_and_describes_it(trained, tmp_path):
-    def cogvideo(*arguments: str) -> str:
+    def cogvideo(*arguments: str, fails: bool = False) -> str:
         done = subprocess.run([sys.executable, "-m", "cogvideo", *arguments], capture_output=True, text=True)
+        assert done.returncode == (2 if fails else 0), done.stderr
         return done.stdout + done.stderr
 
-    model = str(trained / "model")
-    told = cogvideo("generate", "a dog runs", "--model", model, "-o", str(tmp_path / "dog.gif"))
+    make = ("generate", "a dog runs", "--model", model := str(trained / "model"), "-o")
+    told = cogvideo(*make, str(tmp_path / "dog.gif"))
     assert "33 frames, 32x32, 8 fps" in told and "seed" not in told and (tmp_path / "dog.gif").exists()
     assert "1 and 1 layers" in cogvideo("models", model)
-    assert "frames" in cogvideo("estimate", model)
-    for option in ("--seed", "--num-videos"):
-        assert option.strip("-").replace("-", "_") in cogvideo(
-            "generate", "a dog", "--model", model, option, "2").replace("-", "_")
+    estimated = cogvideo("estimate", model)
+    assert all(row in estimated for row in ("\ndirect ", "\nrefiner ", "\nframes ", "\nupscale "))
+    for option, why in {"--seed": "seed means nothing", "--num-videos": "a prompt is one video"}.items():
+        assert why in cogvideo(*make, str(tmp_path / "no.gif"), option, "2", fails=True)
+    assert not (tmp_path / "no.gif").exists()
 
 
 def test_direct_config_reads_back():

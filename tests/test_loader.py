@@ -153,3 +153,16 @@ def test_a_folder_of_videos_goes_through(tmp_path):
     for batch in take(3, open_source(tmp_path), Cut(3, (2, 8), sizes=(8, 16))):
         for caption, pictures in zip(batch.captions, batch.frames[0], strict=True):
             assert abs(float(pictures.mean()) * 255 - int(caption)) < 3
+
+
+class Few(Clocks):
+    """One recording in 500 is long enough."""
+
+    def __getitem__(self, index: int) -> Clock:
+        return Clock(index, 10.0 if index == 321 else 0.1)
+
+
+def test_one_usable_recording_is_found_among_many_that_are_not():
+    found = take(3, Few(500), ANY, batch=2)
+    assert {caption for batch in found for caption in batch.captions} == {"clock 321"}
+    assert "clock 321" not in found[0].skipped and "too few" in next(iter(found[0].skipped.values()))

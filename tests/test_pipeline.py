@@ -162,6 +162,24 @@ def test_the_shipped_model_makes_what_its_own_tokens_say():
     assert pipe.hints(prompts) == []
 
 
+def test_the_shipped_regression_model_makes_what_was_asked_for():
+    """It is whole, small enough, moves to the side that the prompt names, and its ground is that of the
+    place."""
+    pipe = CogVideo.from_pretrained("direct-tiny")
+    assert sum(file.stat().st_size for file in pipe.folder.path.iterdir()) < 12e6
+    prompts = [f"a red car drives to the {side} in the desert" for side in ("left", "right")]
+    left, right = pipe.regress(prompts, 33)
+    assert left.frames.shape == (33, 48, 48, 3)
+    [large] = pipe.upscale([left])
+    assert large.frames.shape == (33, 192, 192, 3) and large.fps == 8
+    for clip, towards in ((left, -1), (right, 1)):
+        changed = np.abs(clip.frames.astype(float) - clip.frames.mean(0)).sum((1, 3))  # [F, columns]
+        where = (changed * np.arange(48)).sum(1) / changed.sum(1)
+        assert towards * (where[-1] - where[0]) > 4  # pixels, of all that changes
+    red, green, blue = left.frames[0, -10:].reshape(-1, 3).mean(0)
+    assert red > green > blue  # sand
+
+
 @pytest.mark.parametrize("killed", ["interpolate", "larger", "decode"])
 def test_a_killed_call_goes_on_where_it_was(nano_large, tmp_path, monkeypatch, killed):
     """Only what was under way is made again, and the clip is that of a call that was left alone."""

@@ -404,7 +404,7 @@ def test_unusable_videos_are_passed_over_and_counted(kitchen, tmp_path, films):
         assert torch.equal(one.frames[0], two.frames[0]) and one.skipped == two.skipped
     (folder / "a.txt").unlink()
     (folder / "c.txt").unlink()
-    with pytest.raises(ValueError, match=r"recordings drawn in a row none can be used .*mp4"):
+    with pytest.raises(ValueError, match=r"none of the 3 recordings can be used: .*mp4"):
         next(batches(open_source(folder), how, 2, seed=1))
 
 
@@ -431,6 +431,7 @@ def test_broken_tables_and_shards_are_named(tmp_path, films):
         ("metadata.jsonl", b'{"file_name": "a.mp4"}'),
         ("captions.jsonl", b"{oops"),
         ("captions.csv", b"name,caption\na.mp4,one\n"),
+        ("captions.csv", b"file_name,text\na.mp4,a dog, running\n"),
         ("captions.jsonl", b"[1]"),
         ("metadata.csv", b"file_name,text\n\xff,a\n"),
         ("captions.jsonl", b'{"file_name": "a.mp4", "text": 5}'),

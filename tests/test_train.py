@@ -14,6 +14,7 @@ from cogvideo import CogVideo, presets
 from cogvideo.preview import probe
 from cogvideo.train import inherit, loop, objectives, recipes
 from cogvideo.train.optim import learning_rate, optimizers
+from cogvideo.train.report import Report, draw_curve
 from cogvideo.weights import ModelFolder
 
 
@@ -79,6 +80,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world, nam
                 run(out, world, whole, save_every=1, probe_every=1, probe=probe_at)
         results.append(ModelFolder(out / "model").load(whole.trains[0]).state_dict())
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
+
+
+def test_a_log_that_a_full_disk_cut_off_goes_on(tmp_path):
+    whole = Report(tmp_path, "image", 4, 1, every=1, quiet=True)
+    for step in range(3):
+        whole.step(step, 0.1, {"loss": 1.0 / (step + 1)})
+    log = tmp_path / "log.jsonl"
+    log.write_text(log.read_text()[:-9])
+    again = Report(tmp_path, "image", 4, 1, every=1, quiet=True, first=2)
+    for step in (2, 3):
+        again.step(step, 0.1, {"loss": 0.1})
+    draw_curve(log, tmp_path / "loss.png")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 0.5), (3, 0.1), (4, 0.1)]
 
 
 class Stop:

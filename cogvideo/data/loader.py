@@ -2,8 +2,8 @@
 number.
 
 Sample k of a run is a function of (seed, k) alone, so the state of the loader is the step it has reached. A
-recording that cannot be used (missing, damaged, too short) is passed over and told of; the next one, drawn
-from the same numbers, takes its place.
+recording that cannot be used (missing, damaged, too short) is passed over and told of; the next one of the
+epoch's order takes its place.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from cogvideo.data.clips import Cut, Sample, Source, cut
 from cogvideo.vqvae import to_pictures
-
-TRIES = 200  # recordings that may be passed over in a row
 
 
 @dataclass(frozen=True)
@@ -39,16 +37,13 @@ class _Cuts(Dataset):
         if self.source.count is None:
             return cut(self.source[k], self.how, rng), {}
         epoch, place = divmod(k, self.source.count)  # each epoch is an order of its own
-        index = int(_order(self.seed, epoch, self.source.count)[place])
-        for _ in range(TRIES):
+        for index in np.roll(_order(self.seed, epoch, self.source.count), -place).tolist():
             try:
                 return cut(self.source[index], self.how, rng), skipped
             except ValueError as error:
                 skipped[self.source.name(index)] = str(error)
-            index = int(rng.integers(self.source.count))
         why = "\n".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        raise ValueError(f"of {TRIES} recordings drawn in a row none can be used ({len(skipped)} different "
-                         f"ones): {why}")
+        raise ValueError(f"none of the {self.source.count} recordings can be used: {why}")
 
 
 @lru_cache(2)

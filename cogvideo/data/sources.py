@@ -113,6 +113,8 @@ def _read_row(row: Any, folder: Path, number: int) -> tuple[Place, tuple[str, ..
         return next((row[name] for name in there if row[name]), "")
 
     try:
+        if None in row:
+            raise ValueError("it has more fields than there are columns; put captions with commas in quotes")
         video = Path(os.path.normpath(folder / column("path", "file_name")))
         start, end = (None if row.get(k) in (None, "") else float(row[k]) for k in ("start", "end"))
         return (video, start or 0.0, end), _texts(column("caption", "text"))

@@ -97,18 +97,21 @@ class Direct(nn.Module):
             if isinstance(module, nn.MultiheadAttention):
                 nn.init.normal_(module.in_proj_weight, std=0.02, generator=generator)
 
-    @torch.no_grad()
     def get_ready(self, rate: float, slots: Sequence[int]) -> None:
-        """Get ready to train these frames at this rate: positions that were never trained begin on the way
-        between those that were, and beyond them as copies. After an image model, all are copies of the
-        first."""
-        table, known = self.frame_positions.weight, self.trained.any(0).nonzero().flatten().tolist()
-        if known:
-            rows = table[known].cpu().double().numpy()
-            for slot in set(range(len(table))) - set(known):
-                between = [np.interp(slot, known, column) for column in rows.T]
-                table[slot] = torch.tensor(np.array(between)).to(table)
+        """Get ready to train these frames at this rate."""
+        self.spread(self.trained.any(0))
         self.trained[self.config.rates.index(rate), list(slots)] = True
+
+    @torch.no_grad()
+    def spread(self, known: Tensor) -> None:
+        """Put the positions of all other frames on the way between those that are known, bool [F], and beyond
+        them to copies. After an image model, all are copies of the first."""
+        table, there = self.frame_positions.weight, known.nonzero().flatten().tolist()
+        if there:
+            rows = table[there].cpu().double().numpy()
+            for slot in set(range(len(table))) - set(there):
+                between = [np.interp(slot, there, column) for column in rows.T]
+                table[slot] = torch.tensor(np.array(between)).to(table)
 
     def forward(self, text: Tensor, rate: float, slots: Sequence[int] | None = None) -> Tensor:
         """text [B, T], left-padded ids, to frames [B, F, 3, R, R] in 0..1: those of `slots`, by default all

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cogvideo.data.clips import Source
 from cogvideo.data.loader import read_captions
+from cogvideo.files import replacing_folder
 from cogvideo.model.direct import Direct
 from cogvideo.model.system import Family
 from cogvideo.model.transformer import Base
@@ -96,25 +97,29 @@ def prepare(folder: ModelFolder, recipe: Recipe, system: Family, source: Source,
         words = sorted({word for caption in captions for word in split_words(caption)})
         config |= {"text": "sentencepiece", "words": words}
         theirs, file = init and text_model(init, system), folder.path / "text.model"
-        if not file.exists():
-            folder.write_text(theirs or train_text(captions, recipe.pieces))
-        same_words = file.read_bytes() == theirs
+        text = file.read_bytes() if file.exists() else theirs or train_text(captions, recipe.pieces)
+        same_words = text == theirs
     else:
         config |= {"text": "gpt2", "words": []}  # which knows all words
         same_words = bool(init and init.config.get("text") == "gpt2")
+    parts: dict[str, nn.Module] = {}
     if init is not None:
         for name in shared_parts(system, init):
-            part = new_part(system, name, recipe.seed)
-            print(f"{name} from {init.path}: {take(part, init.load(name), same_words)}")
-            folder.save(name, part)
+            parts[name] = new_part(system, name, recipe.seed)
+            print(f"{name} from {init.path}: {take(parts[name], init.load(name), same_words)}")
         print(f"words: {'the same' if same_words else 'those of the captions here'}")
     if init_embedding is not None:
-        part = folder.load("direct") if folder.has("direct") else new_part(system, "direct", recipe.seed)
+        part: Any = parts.setdefault("direct", new_part(system, "direct", recipe.seed))
         with torch.no_grad():
             part.embed.weight[: system.speaks.vocab] = read_words(system, init_embedding)
-        folder.save("direct", part)
         print(f"embedding of words from {init_embedding}")
-    folder.write_config(config)
+    with replacing_folder(folder.path) as path:
+        made = ModelFolder(path)
+        if recipe.pieces:
+            made.write_text(text)
+        for name, part in parts.items():
+            made.save(name, part)
+        made.write_config(config)
 
 
 @torch.no_grad()
@@ -133,10 +138,12 @@ def take(part: nn.Module, parent: nn.Module, same_words: bool = True) -> str:
             tensor.copy_(given)
         else:
             new.append(name)
+    moments = len(tables.get("frame_positions.weight", ()))
+    if isinstance(part, Direct):
+        part.spread(theirs["trained"][:, :moments].any(0))
     if learnt is not None and same_words and not mine.keys() & {*new}:
         for rate, other in _equal_rates(part, parent):
-            frames = len(tables["frame_positions.weight"])
-            learnt[rate, :frames] = theirs["trained"][other, :frames]
+            learnt[rate, :moments] = theirs["trained"][other, :moments]
     what = f"new: {', '.join(new)}" if new else "nothing is new"
     return f"{len(mine) - len(new)} of {len(mine)} tensors taken; {what}"
 

@@ -76,6 +76,7 @@ def train(
         check_parts(folder, phases, init)
         check_memory(phases, system, machine)
         inherit.check(folder, recipe, system, init, init_embedding)
+        check_data(phases, source)
         if machine.first:
             inherit.prepare(folder, recipe, system, source, init, init_embedding)
         machine.wait()
@@ -150,6 +151,15 @@ def check_memory(phases: list[Phase], system: Family, machine: parallel.Machine)
             raise ValueError(f"{phase.name} needs {due / 1e9:.1f} GB for weights, gradients and averages "
                              f"alone, and {free / 1e9:.1f} GB are free; choose a smaller preset, or more "
                              f"devices")
+
+
+def check_data(phases: list[Phase], source: Source) -> None:
+    """Raise ValueError if there is nothing that a phase could cut its clips from."""
+    for phase in phases:
+        try:
+            next(batches(source, phase.cut, 1, seed=0))
+        except ValueError as error:
+            raise ValueError(f"{phase.name} finds no clip to train on: {error}") from None
 
 
 def warn_of_long_captions(text: TextTokenizer, source: Source, system: Family) -> None:

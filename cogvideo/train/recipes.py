@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from cogvideo.data.clips import Cut
 from cogvideo.train import objectives
-from cogvideo.train.losses import LossWeights
+from cogvideo.train.losses import HierarchicalLoss, LossWeights
 from cogvideo.train.optim import OPTIMIZERS, SCHEDULES
 
 PRECISIONS = ("float32", "bfloat16")
@@ -68,13 +68,14 @@ class Phase:
         return replace(self, steps=max(1, self.epochs * count // self.batch), epochs=0)
 
     def check(self, resolution: int, scale: int) -> None:
-        """ValueError unless its clips are of the sizes of the model: `resolution` pixels a side, and `scale`
-        times as many where there are two."""
+        """ValueError unless its clips are of the sizes of the model, `resolution` pixels a side and `scale`
+        times as many where there are two, and its loss can be computed."""
         due = (resolution, resolution * scale)[: len(self.cut.sizes)]
         if self.cut.sizes != due:
             have, want = (" and ".join(map(str, sizes)) for sizes in (self.cut.sizes, due))
             raise ValueError(f"{self.name} cuts frames of {have} pixels, but the model's are of {want}; "
                              f"choose another preset")
+        HierarchicalLoss(self.loss)  # knows its network, and finds the file for it
 
 
 @dataclass(frozen=True)

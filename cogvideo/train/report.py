@@ -4,6 +4,7 @@ picture."""
 import json
 import time
 from collections import deque
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,10 +20,10 @@ class Report:
                  first: int = 0):
         self.log, self.phase, self.steps, self.clips = folder / "log.jsonl", phase, steps, clips
         self.every, self.quiet = every, quiet
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= first]  # those after it come again
-        if len(kept) < len(lines):
-            self.log.write_text("".join(f"{line}\n" for line in kept))
+        if self.log.exists():
+            kept = [row for row in read_log(self.log) if row["step"] <= first]  # those after it come again
+            with replacing(self.log) as whole:
+                whole.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
         file = folder / "skipped.json"
         self.skipped: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self.recent: deque[dict[str, float]] = deque()
@@ -74,10 +75,18 @@ class Report:
                   f"{self.log.with_name('skipped.json')}; the first is {name}: {why}", flush=True)
 
 
+def read_log(log: Path) -> list[dict[str, float]]:
+    """The rows of a JSONL log, but for one that a full disk cut off."""
+    rows = []
+    for line in log.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def draw_curve(log: Path, out: Path, key: str = "loss", size: tuple[int, int] = (640, 360)) -> None:
     """The numbers `key` of a JSONL log over steps, as a PNG."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    points = [(row["step"], row[key]) for row in rows if key in row]
+    points = [(row["step"], row[key]) for row in (read_log(log) if log.exists() else []) if key in row]
     if len(points) < 2:
         return
     (left, top, right, bottom), (width, height) = (56, 16, 16, 28), size
