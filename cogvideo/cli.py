@@ -131,7 +131,7 @@ def train(
     recipe: Positional[str] = "tiny",
     /,
     data: str = "tinyworld",
-    subset: Literal["training", "validation"] = "training",
+    subset: Literal["training", "validation"] | None = None,
     out: Path | None = None,
     init: str | None = None,
     init_embedding: str | None = None,
@@ -156,7 +156,7 @@ def train(
         recipe: A row of the table in cogvideo/train/recipes.py.
         data: "tinyworld", a folder of captioned videos, a .csv or .jsonl, YouCook2's .json, or
             webdataset shards.
-        subset: Of YouCook2.
+        subset: Of YouCook2. Default: training.
         out: The folder of the run. Default: runs/RECIPE.
         init: A shipped model, a model folder, or a hub id, to begin with what it has of this model's parts.
         init_embedding: GPT-2's weights (a safetensors file or a hub id), to begin with its embedding.

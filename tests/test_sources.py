@@ -325,6 +325,8 @@ def test_annotations_of_another_layout_are_named(kitchen, tmp_path):
         open_source(tmp_path / "missing.json")
     with pytest.raises(ValueError, match="unknown subset 'train'; choose one of training, validation"):
         open_source(kitchen, subset="train")
+    with pytest.raises(ValueError, match="tinyworld has no subset validation; leave it out"):
+        open_source("tinyworld", subset="validation")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])

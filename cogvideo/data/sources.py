@@ -34,19 +34,23 @@ Place = tuple[Path, float, float | None]  # a video, and the seconds where a par
 
 
 def open_source(where: str | Path, seed: int = 0, sprites: int | None = 32,
-                subset: str = "training") -> Source:
+                subset: str | None = None) -> Source:
     """Recordings to train on: "tinyworld", a folder of videos, a table, YouCook2, or webdataset shards.
 
-    `seed` and how many `sprites` (None: all) are for the tiny world, `subset` for YouCook2. Raises ValueError
-    if nothing is there, or a table or shard is broken.
+    `seed` and how many `sprites` (None: all) are for the tiny world, `subset` (None: training) for YouCook2.
+    Raises ValueError if nothing is there, or a table or shard is broken.
     """
     path = Path(where)
+    annotations = [*path.glob(YOUCOOK), *path.glob(f"annotations/{YOUCOOK}")] if path.is_dir() else []
+    if path.suffix == ".json":
+        annotations = [path]
+    if subset is not None and not annotations:
+        raise ValueError(f"{where} has no subset {subset}; leave it out for all but YouCook2")
     if str(where) == "tinyworld":
         return tinyworld.TinyWorld(tinyworld.sprites(sprites), seed, even=True)
-    annotations = [*path.glob(YOUCOOK), *path.glob(f"annotations/{YOUCOOK}")] if path.is_dir() else []
     skipped: dict[str, str] = {}
-    if annotations or path.suffix == ".json":
-        videos = _read_youcook(annotations[0] if annotations else path, subset, skipped)
+    if annotations:
+        videos = _read_youcook(annotations[0], subset or SUBSETS[0], skipped)
     elif path.is_dir():
         videos = _read_folder(path, skipped) or _read_shards(sorted(path.glob("*.tar")), skipped)
     elif path.suffix in (".csv", ".jsonl"):
