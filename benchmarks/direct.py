@@ -16,8 +16,10 @@ Runs stay in --out and go on there.
 
 import argparse
 import shutil
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,7 @@ from PIL import Image
 from benchmarks import classifier
 from benchmarks.adherence import TIMES, claim, draw_split, generate, interval, judge_split
 from benchmarks.fidelity import captions, compare, unseen_scenes
-from benchmarks.generate import PROMPT, timed
+from benchmarks.generate import PROMPT, timed, verbs
 from benchmarks.hierarchical import ROWS
 from cogvideo import CogVideo, presets
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
@@ -67,11 +69,13 @@ def regress(folder: ModelFolder, prompts: Sequence[str], rate: float) -> np.ndar
 
 
 def duration(pipe) -> float:
-    """Seconds that the most frames of one prompt take, at the model's own size; the least of three."""
-    pipe(PROMPT, progress=False)  # everything is loaded
-    if not pipe.draws:
-        return min(timed(lambda: pipe.regress([PROMPT], max(pipe.frame_counts)), 3)[1])
-    return min(timed(lambda: pipe(PROMPT, progress=False), 3)[1])
+    """Seconds that the most frames of one prompt take, before they are refined: the medians of all verbs."""
+    value, seconds = None, 0.0
+    for name, verb in verbs(pipe, PROMPT, 0).items():
+        verb(value)  # everything is loaded
+        value, times = timed(partial(verb, value), 3)
+        seconds += statistics.median(times) if name != "upscale" else 0
+    return seconds
 
 
 def phases_table(out: Path, other: str, count: int) -> None:
@@ -101,9 +105,9 @@ def phases_table(out: Path, other: str, count: int) -> None:
             low_end, high_end = interval(right, count)
             shares.append(f"{100 * right / count:.1f} ({100 * low_end:.1f}..{100 * high_end:.1f})")
         distance = frechet_distance(judged.generated.features, judged.others.features)
-        sharp = float(torch.stack([sharpness(to_pictures(clip)) for clip in clips]).mean())
+        numbers = f"{distance:.0f} | {mean(sharpness, clips):.2f}"
         taken = "" if seconds is None else f"{seconds:.2f}"
-        print(f"| {name} | {' | '.join(shares)} | {distance:.0f} | {sharp:.2f} | {taken} |", flush=True)
+        print(f"| {name} | {' | '.join(shares)} | {numbers} | {taken} |", flush=True)
 
 
 def losses_table(out: Path, steps: int, count: int) -> None:

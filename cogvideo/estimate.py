@@ -281,7 +281,9 @@ class Estimate:
         lines += [f"{name:<16}{size / 1e9:>8.2f}" for name, size in self.held.items()]
         have = "" if self.free is None else f"  of {self.free / 1e9:.1f} that are free"
         lines.append(f"{'all':<16}{sum(self.held.values()) / 1e9:>8.2f}{have}")
-        lines += [f"{'at least':<16}{self.least / 1e9:>8.2f}  with one channel at a time", ""]
+        if self.least < sum(self.held.values()):
+            lines.append(f"{'at least':<16}{self.least / 1e9:>8.2f}  with one channel at a time")
+        lines.append("")
         lines.append(f"{'verb':<16}{'steps':>8}{'tokens':>10}{'MB/step':>10}{'seconds' if speed else '':>10}")
         for one in self.work:
             seconds = f"{one.seconds(speed):.1f}" if speed else ""

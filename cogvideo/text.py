@@ -8,7 +8,9 @@ four seconds.
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import sentencepiece
@@ -18,6 +20,7 @@ PAD, START, NEWLINE = "<pad>", "<start_of_image>", "<n>"
 TEMPLATE = "{seconds:.1f}秒<n>{prompt}"  # what the token models are trained with
 PLAIN = "{prompt}"  # and the regression models, which have a token for the rate
 DURATIONS = (4.0, 2.0, 1.0, 0.5)
+TAKEN = 256 + 6 + len(DURATIONS)  # pieces: bytes, markers, durations
 
 
 class TextTokenizer:
@@ -88,12 +91,18 @@ class GPT2Tokenizer(TextTokenizer):
 
 
 def train_text(captions: Iterable[str], pieces: int) -> bytes:
-    """A unigram model of `pieces` pieces with byte fallback, as the bytes of its file; the same for the same
-    captions."""
+    """A unigram model of `pieces` pieces, as the bytes of its file; the same for the same captions. Where
+    there are more characters than pieces, the rare ones are spelt in bytes. ValueError if none can be
+    made."""
+    captions = list(captions)
+    room = pieces - TAKEN
+    counts = Counter(chain.from_iterable(captions))
+    spelt = {c for c, _ in counts.most_common()[max(room // 2, 0) :]} if len(counts) > room else set()
     written = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions), model_writer=written, model_type="unigram", vocab_size=pieces,
+            sentence_iterator=("".join(c for c in caption if c not in spelt) for caption in captions),
+            model_writer=written, model_type="unigram", vocab_size=pieces,
             byte_fallback=True, character_coverage=1.0, normalization_rule_name="nmt_nfkc_cf",
             hard_vocab_limit=False, num_threads=1, minloglevel=2,
             pad_id=3, pad_piece=PAD, control_symbols=[START],

@@ -17,12 +17,14 @@ from safetensors.torch import load, save_file
 
 from cogvideo import CogVideo, presets
 from cogvideo.data.clips import Cut
+from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld
 from cogvideo.model.direct import Direct, DirectConfig
 from cogvideo.preview import probe
 from cogvideo.text import GPT2Tokenizer, train_text
 from cogvideo.train import inherit, loop, recipes
 from cogvideo.train.losses import LossWeights
+from cogvideo.video import Clip
 from cogvideo.weights import ModelFolder
 
 NANO = presets.find("direct-nano")
@@ -235,6 +237,19 @@ def test_a_finished_phase_is_left_alone(tmp_path, world):
     assert all(torch.equal(again[key], before[key]) for key in before)
 
 
+def test_a_phase_does_not_go_on_from_one_that_was_stopped(tmp_path, world):
+    image, low = nano_phase("image", steps=4), nano_phase("low", steps=2)
+    folder = run(tmp_path, world, dataclasses.replace(image, steps=2))
+    config = folder.config
+    del config["trained"]["image"]  # as if it had been killed at step 2
+    folder.write_config(config)
+    recipe = dataclasses.replace(recipes.find("direct-tiny"), preset="direct-nano", phases=(image, low))
+    with pytest.raises(ValueError, match="low would go on from image, which was stopped before its end"):
+        loop.train(recipe, tmp_path, world, NANO, [low], quiet=True)
+    loop.train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
+    assert {name: row["steps"] for name, row in folder.config["trained"].items()} == {"image": 4, "low": 2}
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world):
     class Stop:
         def __call__(self, *_):
@@ -341,8 +356,12 @@ def test_a_run_that_has_begun_does_not_begin_otherwise(trained, tmp_path, world)
         run(tmp_path / "sizes", world, recipes.find("direct-tiny").phase("low"))
     with pytest.raises(ValueError, match="unknown feature network 'vgg61'; choose one of"):
         run(tmp_path / "sizes", world, nano_phase("low", loss=LossWeights(features="vgg61")))
-    with pytest.raises(ValueError, match="high finds no clip to train on: .* too few for 65 frames"):
+    with pytest.raises(ValueError, match="high cuts 65 frames, but the model has 33 at 8 frames a second"):
         run(tmp_path / "sizes", world, nano_phase("low"), nano_phase("high", cut=Cut(65, (8,), sizes=(16,))))
+    Clip(np.zeros((9, 16, 16, 3), np.uint8), 8).save(tmp_path / "short.mp4")
+    (tmp_path / "short.txt").write_text("a second")
+    with pytest.raises(ValueError, match="high finds no clip to train on: .* too few for 33 frames"):
+        run(tmp_path / "sizes", open_source(tmp_path), nano_phase("high"))
     assert not (tmp_path / "sizes").exists()
 
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from cogvideo.data.loader import read_captions
@@ -37,6 +38,13 @@ def test_the_same_captions_make_the_same_model(world, text):
 def test_too_few_pieces_is_a_clear_error(world):
     with pytest.raises(ValueError, match="no text model of 50 pieces"):
         train_text(read_captions(world, 200, seed=0), 50)
+
+
+def test_more_characters_than_pieces_are_spelt_in_bytes():
+    rng = np.random.default_rng(0)
+    captions = ["".join(map(chr, rng.integers(0x4E00, 0x4E00 + 1500, 8))) for _ in range(3000)]
+    text = TextTokenizer(train_text(captions, 900), 0)
+    assert all(text.decode(text.encode(caption)) == caption for caption in captions[:50])
 
 
 def test_split_words():

@@ -13,6 +13,7 @@ from data.goldens import DATA
 from cogvideo import CogVideo, presets
 from cogvideo.preview import probe
 from cogvideo.train import inherit, loop, objectives, recipes
+from cogvideo.train.losses import LossWeights
 from cogvideo.train.optim import learning_rate, optimizers
 from cogvideo.train.report import Report, draw_curve
 from cogvideo.weights import ModelFolder
@@ -161,10 +162,41 @@ def test_the_learning_rate_of_the_released_models():
 @pytest.mark.parametrize("field, value, message", [
     ("schedule", "linear", "one of trapezoid, cosine"), ("precision", "half", "one of float32, bfloat16"),
     ("batch", 0, "image.batch must be 1 or more"), ("lr", float("nan"), "image.lr must be 0 or more"),
+    ("drop", 1.5, "image.drop is a share and must be 1 or less"), ("decay", 7, "image.decay is a share"),
 ])
 def test_what_a_phase_cannot_be_is_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         nano_phase("image", **{field: value})
+
+
+@pytest.mark.parametrize("weights, message", [
+    ({"perceptual": float("nan")}, "loss.perceptual must be 0 or more, got nan"),
+    ({"pixel": -1.0}, "loss.pixel must be 0 or more"),
+    ({"pixel": 0, "perceptual": 0, "temporal": 0}, "one of loss.pixel, loss.perceptual"),
+])
+def test_what_a_loss_cannot_be_is_refused(weights, message):
+    with pytest.raises(ValueError, match=message):
+        LossWeights(**weights)
+
+
+def test_what_a_phase_cannot_do_is_known_before_the_first(tmp_path, world, monkeypatch):
+    recipe = recipes.find("tiny")
+    short = dataclasses.replace(recipe.phase("tokenizer"), steps=objectives.UNQUANTISED)
+    with pytest.raises(ValueError, match="tokenizer: there are no codes before step"):
+        loop.train(recipe, tmp_path, world, presets.find("tiny"), [short])
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match="'muon' needs torch 2.9 or later"):
+        loop.train(recipe, tmp_path, world, presets.find("tiny"), list(recipe.phases))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_is_the_same_for_the_same_seed():
+    for preset, name in (("nano", "refiner"), ("direct-nano", "direct")):
+        one, two, other = (
+            inherit.new_part(presets.find(preset), name, seed).state_dict() for seed in (1, 1, 2)
+        )
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert not all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_learning_rate_rises_stays_and_falls():

@@ -108,10 +108,9 @@ class Direct(nn.Module):
         them to copies. After an image model, all are copies of the first."""
         table, there = self.frame_positions.weight, known.nonzero().flatten().tolist()
         if there:
-            rows = table[there].cpu().double().numpy()
-            for slot in set(range(len(table))) - set(there):
-                between = [np.interp(slot, there, column) for column in rows.T]
-                table[slot] = torch.tensor(np.array(between)).to(table)
+            columns = table[there].cpu().double().numpy().T
+            spread = [np.interp(np.arange(len(table)), there, column) for column in columns]
+            table.copy_(torch.from_numpy(np.stack(spread, 1)))
 
     def forward(self, text: Tensor, rate: float, slots: Sequence[int] | None = None) -> Tensor:
         """text [B, T], left-padded ids, to frames [B, F, 3, R, R] in 0..1: those of `slots`, by default all

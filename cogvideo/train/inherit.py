@@ -26,7 +26,9 @@ CAPTIONS = 40_000  # that the text model is trained on
 
 def new_part(system: Family, name: str, seed: int) -> Any:
     """A part with fresh weights, the same for the same seed."""
-    part = system.build(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        part = system.build(name)
     if hasattr(part, "init_weights"):
         part.init_weights(torch.Generator().manual_seed(seed))
     return part

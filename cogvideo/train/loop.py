@@ -72,8 +72,9 @@ def train(
         phases = remaining(recipe, [phase.over(source.count) for phase in phases], folder)
         for phase in phases:
             machine.share(phase)
-            phase.check(system.resolution, system.refiner.scale if system.refiner else 1)
+            phase.check(system)
         check_parts(folder, phases, init)
+        check_begun(recipe, phases, folder)
         check_memory(phases, system, machine)
         inherit.check(folder, recipe, system, init, init_embedding)
         check_data(phases, source)
@@ -113,11 +114,16 @@ def begun(phases: Iterable[Phase], phase: Phase, out: Path) -> Iterator[Path]:
     return (state for state in states if state.exists())
 
 
+def finished(folder: ModelFolder) -> dict[str, dict]:
+    """The phases that came to their end, with their steps."""
+    return folder.config.get("trained", {}) if (folder.path / "config.json").exists() else {}
+
+
 def remaining(recipe: Recipe, phases: list[Phase], folder: ModelFolder) -> list[Phase]:
     """Those that are not at their last step. ValueError if one would go on whose outcome another phase went
     on from: it would be lost."""
     out, found = folder.path.parent, []
-    trained = folder.config.get("trained", {}) if (folder.path / "config.json").exists() else {}
+    trained = finished(folder)
     for phase in phases:
         if trained.get(phase.name, {}).get("steps", 0) >= phase.steps and any(begun([phase], phase, out)):
             continue
@@ -127,6 +133,18 @@ def remaining(recipe: Recipe, phases: list[Phase], folder: ModelFolder) -> list[
                              f"delete {state.parent} to train it again after {phase.name}")
         found.append(phase)
     return found
+
+
+def check_begun(recipe: Recipe, phases: list[Phase], folder: ModelFolder) -> None:
+    """Raise ValueError if a phase would go on from one that was stopped before its end."""
+    names = [phase.name for phase in recipe.phases]
+    done = {*finished(folder), *(phase.name for phase in phases)}
+    for phase in phases:
+        earlier = recipe.phases[: names.index(phase.name)][::-1]
+        before = next(begun(earlier, phase, folder.path.parent), None)
+        if before is not None and before.parent.name not in done:
+            raise ValueError(f"{phase.name} would go on from {before.parent.name}, which was stopped before "
+                             f"its end; finish that first, or delete {before.parent}")
 
 
 def check_parts(folder: ModelFolder, phases: list[Phase], init: ModelFolder | None = None) -> None:

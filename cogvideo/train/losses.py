@@ -17,13 +17,22 @@ from cogvideo.eval.features import PictureFeatures, perceptual_distance
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How much each level counts; a weight of 0 leaves the level out."""
+    """How much each level counts, 0 or more and not all of them 0 (else ValueError); a weight of 0 leaves the
+    level out."""
 
     pixel: float = 1.0
     perceptual: float = 0.1
     temporal: float = 0.05
     features: str = "efficientnet-lite0"
     weights: str = ""  # a file for the feature network; empty: its own
+
+    def __post_init__(self) -> None:
+        levels = {name: getattr(self, name) for name in ("pixel", "perceptual", "temporal")}
+        for name, value in levels.items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"loss.{name} must be 0 or more, got {value}")
+        if not any(levels.values()):
+            raise ValueError(f"one of loss.{', loss.'.join(levels)} must be over 0")
 
 
 class HierarchicalLoss(nn.Module):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cogvideo.data.loader import Batch
 from cogvideo.layout import Layout
+from cogvideo.model.system import DirectSystem, Family
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.text import PLAIN, TEMPLATE, TextTokenizer
 from cogvideo.train.losses import HierarchicalLoss
@@ -96,9 +97,19 @@ def encode_clips(vqvae: VQVAE, clips: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------
 
 
-def tokenizer(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    if phase.steps <= UNQUANTISED:
+def check(phase: Phase, system: Family) -> None:
+    """ValueError if the objective of a phase can do nothing with its steps or its clips."""
+    if phase.objective is tokenizer and phase.steps <= UNQUANTISED:
         raise ValueError(f"{phase.name}: there are no codes before step {UNQUANTISED}; give it more steps")
+    if phase.objective is direct and isinstance(system, DirectSystem):
+        (rate,) = phase.cut.rates
+        have, due = len(system.direct.slots(rate)[: phase.cut.keep]), phase.cut.keep or phase.cut.frames
+        if have != due:
+            raise ValueError(f"{phase.name} cuts {due} frames, but the model has {have} at {rate:g} frames a "
+                             f"second")
+
+
+def tokenizer(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
     vqvae = parts["vqvae"]
     hierarchical = HierarchicalLoss(phase.loss).to(next(vqvae.parameters()).device)
 
@@ -159,9 +170,6 @@ def direct(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
     """Captions to frames at the one rate of the phase."""
     model, (rate,) = parts["direct"], phase.cut.rates
     slots = model.config.slots(rate)[: phase.cut.keep]
-    if len(slots) != (phase.cut.keep or phase.cut.frames):
-        raise ValueError(f"{phase.name} cuts {phase.cut.frames} frames, but the model has {len(slots)} at "
-                         f"{rate:g} frames a second")
     hierarchical = HierarchicalLoss(phase.loss).to(next(model.parameters()).device)
 
     def step(batch: Batch, number: int, generator: torch.Generator) -> Result:

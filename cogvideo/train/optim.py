@@ -28,6 +28,16 @@ def learning_rate(
     return peak * rise * (1 + 9 * (1 + math.cos(math.pi * way)) / 2) / 10
 
 
+def check_optimizer(name: str) -> None:
+    """ValueError if there is no optimizer of this name here."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(
+            f"the optimizer 'muon' needs torch 2.9 or later, here is {torch.__version__}; choose 'adamw'"
+        )
+
+
 def optimizers(
     model: nn.Module, name: str, weight_decay: float, betas: tuple[float, float]
 ) -> list[torch.optim.Optimizer]:
@@ -36,12 +46,7 @@ def optimizers(
     "adamw" updates all; "muon" gives hidden matrices to `torch.optim.Muon` (torch 2.9 or later), at a rate
     that matches AdamW's, and the rest to AdamW. Only matrices decay.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
-    if name == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(
-            f"the optimizer 'muon' needs torch 2.9 or later, here is {torch.__version__}; choose 'adamw'"
-        )
+    check_optimizer(name)
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     hidden, decayed, plain = [], [], []
     for p in model.parameters():

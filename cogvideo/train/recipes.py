@@ -18,9 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 from cogvideo.data.clips import Cut
+from cogvideo.model.system import Family
 from cogvideo.train import objectives
 from cogvideo.train.losses import HierarchicalLoss, LossWeights
-from cogvideo.train.optim import OPTIMIZERS, SCHEDULES
+from cogvideo.train.optim import OPTIMIZERS, SCHEDULES, check_optimizer
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -57,6 +58,9 @@ class Phase:
             least = 1 if name in ("steps", "batch") else 0
             if not least <= (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{self.name}.{name} must be {least} or more, got {value}")
+        for name in ("decay", "drop"):
+            if (value := getattr(self, name)) > 1:
+                raise ValueError(f"{self.name}.{name} is a share and must be 1 or less, got {value}")
 
     def over(self, count: int | None) -> "Phase":
         """With the steps that its epochs are, on `count` recordings; ValueError if there is no last one."""
@@ -67,15 +71,18 @@ class Phase:
                              f"give --{self.name}.steps")
         return replace(self, steps=max(1, self.epochs * count // self.batch), epochs=0)
 
-    def check(self, resolution: int, scale: int) -> None:
-        """ValueError unless its clips are of the sizes of the model, `resolution` pixels a side and `scale`
-        times as many where there are two, and its loss can be computed."""
-        due = (resolution, resolution * scale)[: len(self.cut.sizes)]
+    def check(self, system: Family) -> None:
+        """ValueError unless it can train this model here: its clips are of the right sizes and rates, its
+        loss can be computed, and there is its optimizer."""
+        size, scale = system.resolution, system.refiner.scale if system.refiner else 1
+        due = (size, size * scale)[: len(self.cut.sizes)]
         if self.cut.sizes != due:
             have, want = (" and ".join(map(str, sizes)) for sizes in (self.cut.sizes, due))
             raise ValueError(f"{self.name} cuts frames of {have} pixels, but the model's are of {want}; "
                              f"choose another preset")
         HierarchicalLoss(self.loss)  # knows its network, and finds the file for it
+        check_optimizer(self.optimizer)
+        objectives.check(self, system)
 
 
 @dataclass(frozen=True)
@@ -139,11 +146,11 @@ RECIPES = {
         Phase("tokenizer", objectives.tokenizer, trains=("vqvae",), uses=(),
               cut=Cut(3, (8,)), steps=2750, batch=8, lr=1e-3, optimizer="adamw", weight_decay=0.0),
         Phase("image", objectives.image, trains=("base",), uses=("vqvae",),
-              cut=Cut(5, (1, 1, 2, 4, 8), keep=1), steps=6500, batch=32, lr=2e-3),
+              cut=Cut(5, (1, 1, 2, 4, 8), keep=1), steps=13000, batch=32, lr=2e-3),
         Phase("stage1", objectives.stage1, trains=("stage1",), uses=("vqvae", "base"),
-              cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4)), steps=9000, batch=8, lr=2e-3, inherits="base"),
+              cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4)), steps=14000, batch=8, lr=2e-3, inherits="base"),
         Phase("stage2", objectives.stage2, trains=("stage2",), uses=("vqvae", "base"),
-              cut=Cut(5, (2, 2, 4, 8)), steps=3000, batch=8, lr=2e-3, inherits="stage1"),
+              cut=Cut(5, (2, 2, 4, 8)), steps=9400, batch=8, lr=2e-3, inherits="stage1"),
         Phase("refiner", objectives.refiner, trains=("refiner",), uses=("vqvae",),
               cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, lr=5e-4, optimizer="adamw",
               weight_decay=0.0, loss=LossWeights(perceptual=0.02, temporal=0.02)),
