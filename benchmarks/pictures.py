@@ -7,10 +7,10 @@ that were held out of all training.
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from cogvideo import CogVideo
 
@@ -36,7 +36,9 @@ def main() -> None:
     clips = pipe(PROMPTS, **({"seed": 1} if pipe.draws else {}))
     rows = [clips[i : i + arguments.columns] for i in range(0, len(clips), arguments.columns)]
     wall = np.concatenate([np.concatenate([clip.frames for clip in row], 2) for row in rows], 1)
-    replace(clips[0], frames=wall).save(arguments.out)
+    first, *rest = (Image.fromarray(frame) for frame in wall)
+    pace = round(1000 / clips[0].fps)
+    first.save(arguments.out, save_all=True, append_images=rest, duration=pace, loop=0, quality=80, method=6)
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1000:.0f} kB")
 
 
