@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from cogvideo.data.clips import Cut, cut
-from cogvideo.data.loader import batches, to_pictures
-from cogvideo.data.tinyworld import TinyWorld, sprites
+from cogvideo.data.loader import _Cuts, batches, read_captions, to_pictures
+from cogvideo.data.tinyworld import MOTIONS, TinyWorld, sprites
+from cogvideo.text import split_words
 from cogvideo.video import Clip
 
 
@@ -166,3 +167,13 @@ def test_one_usable_recording_is_found_among_many_that_are_not():
     found = take(3, Few(500), ANY, batch=2)
     assert {caption for batch in found for caption in batch.captions} == {"clock 321"}
     assert "clock 321" not in found[0].skipped and "too few" in next(iter(found[0].skipped.values()))
+
+
+def test_what_is_said_of_a_scene_does_not_follow_from_the_scene():
+    """Source and loader may have the same seed: each word, rate and language comes with each motion."""
+    world, how = TinyWorld(sprites(8), 1, even=True), Cut(3, (2, 4), keep=1, sizes=(8,))
+    same, other = ({w for c in read_captions(world, 4000, seed) for w in split_words(c)} for seed in (1, 2))
+    assert len(same ^ other) < 0.02 * len(same)
+    clips = _Cuts(world, how, seed=1)
+    found = {(world[k].scene.motion, clips[k][0].duration, clips[k][0].caption.isascii()) for k in range(400)}
+    assert len(found) == len(MOTIONS) * 2 * 2

@@ -1,7 +1,8 @@
 """Batches without end, the same ones for the same seed: shuffled, split by rank, resumable from a single
 number.
 
-Sample k of a run is a function of (seed, k) alone, so the state of the loader is the step it has reached. A
+Sample k of a run is a function of (seed, k) alone, so the state of the loader is the step it has reached. Its
+random numbers are of a stream of their own, since a source may have drawn recording k from (seed, k). A
 recording that cannot be used (missing, damaged, too short) is passed over and told of; the next one of the
 epoch's order takes its place.
 """
@@ -33,7 +34,7 @@ class _Cuts(Dataset):
         self.source, self.how, self.seed = source, how, seed
 
     def __getitem__(self, k: int) -> tuple[Sample, dict[str, str]]:
-        rng, skipped = np.random.default_rng((self.seed, k)), dict[str, str]()
+        rng, skipped = np.random.default_rng((self.seed, k, 1)), dict[str, str]()
         if self.source.count is None:
             return cut(self.source[k], self.how, rng), {}
         epoch, place = divmod(k, self.source.count)  # each epoch is an order of its own
@@ -88,4 +89,4 @@ def read_captions(source: Source, count: int, seed: int) -> Iterator[str]:
     recording, but no more than `count`."""
     for k in range(count if source.count is None else min(count, 4 * source.count)):
         index = k if source.count is None else k % source.count
-        yield source.caption(index, np.random.default_rng((seed, k)))
+        yield source.caption(index, np.random.default_rng((seed, k, 2)))
