@@ -292,7 +292,7 @@ def test_training_from_files_equals_training_from_memory(kitchen, tmp_path, caps
         loop.train(recipe, tmp_path / name, source, presets.find("direct-nano"), [phase], log_every=1)
         log = (tmp_path / name / "low" / "log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in log])
-    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=3e-3)  # wrong times: 7e-3
     skipped = json.loads((tmp_path / "files" / "low" / "skipped.json").read_text())
     assert {Path(name).name: why for name, why in skipped.items()} == {"ccc.mp4": "it is not there"}
     assert "low: 1 recordings were passed over" in capsys.readouterr().out
@@ -430,7 +430,8 @@ def test_real_videos_at_their_own_rate(tmp_path):
     rates = dict(zip(batch.captions, (8 / np.array(batch.durations)).round().tolist()))
     assert rates["bikes"] == rates["bigbuckbunny"] == 4 and set(rates) == {
         "bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine"}
-    assert all(clip.std() > 0.05 and (clip[1:] - clip[:-1]).abs().mean() > 0.003 for clip in batch.frames[0])
+    moved = (batch.frames[0][:, 1:] - batch.frames[0][:, :-1]).abs().mean((2, 3, 4))  # [B, F - 1]
+    assert moved.min() > 3e-4 and batch.frames[0].std((1, 2, 3, 4)).min() > 0.05
     rows = [{"id": 0, "segment": [1, 3.5], "sentence": "they move"}]
     annotated = {name: {"subset": "training", "annotations": rows} for name in sorted(rates)}
     (tmp_path / "youcookii_annotations_trainval.json").write_text(json.dumps({"database": annotated}))
