@@ -19,7 +19,6 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ from PIL import Image
 from benchmarks import classifier
 from benchmarks.adherence import TIMES, claim, draw_split, generate, interval, judge_split
 from benchmarks.fidelity import captions, compare, unseen_scenes
-from benchmarks.generate import PROMPT, timed, verbs
+from benchmarks.generate import time_verbs
 from benchmarks.hierarchical import ROWS
 from cogvideo import CogVideo, presets
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
@@ -70,12 +69,8 @@ def regress(folder: ModelFolder, prompts: Sequence[str], rate: float) -> np.ndar
 
 def duration(pipe) -> float:
     """Seconds that the most frames of one prompt take, before they are refined: the medians of all verbs."""
-    value, seconds = None, 0.0
-    for name, verb in verbs(pipe, PROMPT, 0).items():
-        verb(value)  # everything is loaded
-        value, times = timed(partial(verb, value), 3)
-        seconds += statistics.median(times) if name != "upscale" else 0
-    return seconds
+    _, taken = time_verbs(pipe, 3)
+    return sum(statistics.median(times) for name, times in taken.items() if name != "upscale")
 
 
 def phases_table(out: Path, other: str, count: int) -> None:

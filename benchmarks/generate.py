@@ -56,6 +56,15 @@ def timed(action: Callable[[], Any], runs: int) -> tuple[Any, list[float]]:
     return result, times
 
 
+def time_verbs(pipe: Any, runs: int) -> tuple[Any, dict[str, list[float]]]:
+    """What the verbs make of one prompt in a row, and the seconds of each run of each."""
+    pipe(PROMPT, progress=False, **({"seed": 0} if pipe.draws else {}))  # warm: parts loaded, masks made
+    value, taken = None, {}
+    for name, verb in verbs(pipe, PROMPT, 0).items():
+        value, taken[name] = timed(partial(verb, value), runs)
+    return value, taken
+
+
 def spread(times: list[float]) -> str:
     return f"{statistics.median(times):>9.2f}{min(times):>8.2f}{max(times):>8.2f}"
 
@@ -72,16 +81,13 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     pipe = CogVideo.from_pretrained(arguments.model, dtype=arguments.dtype)
-    seed = {"seed": 0} if pipe.draws else {}
-    pipe(PROMPT, progress=False, **seed)  # warm: parts loaded, masks made
+    value, taken = time_verbs(pipe, arguments.runs)
     memory = Speed.measure(pipe.dtype).bandwidth
     threads = torch.get_num_threads()
     print(f"{arguments.model}, {pipe.dtype}, {threads} threads, memory {memory / 1e9:.1f} GB/s")
     print(f"{'verb':<14}{HEAD}{'share':>8}{'tokens/s':>10}{'MB/step':>9}{'of memory':>11}")
 
-    plan, value, taken = {one.name: one for one in pipe.estimate().work}, None, {}
-    for name, verb in verbs(pipe, PROMPT, 0).items():
-        value, taken[name] = timed(partial(verb, value), arguments.runs)
+    plan = {one.name: one for one in pipe.estimate().work}
     total = sum(map(statistics.median, taken.values()))
     for name, times in taken.items():
         work, middle = plan[name], statistics.median(times)

@@ -38,7 +38,8 @@ class _Cuts(Dataset):
         if self.source.count is None:
             return cut(self.source[k], self.how, rng), {}
         epoch, place = divmod(k, self.source.count)  # each epoch is an order of its own
-        for index in np.roll(_order(self.seed, epoch, self.source.count), -place).tolist():
+        order = _order(self.seed, epoch, self.source.count)
+        for index in (int(order[(place + i) % len(order)]) for i in range(len(order))):
             try:
                 return cut(self.source[index], self.how, rng), skipped
             except ValueError as error:

@@ -111,9 +111,10 @@ def prepare(folder: ModelFolder, recipe: Recipe, system: Family, source: Source,
             print(f"{name} from {init.path}: {take(parts[name], init.load(name), same_words)}")
         print(f"words: {'the same' if same_words else 'those of the captions here'}")
     if init_embedding is not None:
-        part: Any = parts.setdefault("direct", new_part(system, "direct", recipe.seed))
+        direct: Any = parts["direct"] if "direct" in parts else new_part(system, "direct", recipe.seed)
+        parts["direct"] = direct
         with torch.no_grad():
-            part.embed.weight[: system.speaks.vocab] = read_words(system, init_embedding)
+            direct.embed.weight[: system.speaks.vocab] = read_words(system, init_embedding)
         print(f"embedding of words from {init_embedding}")
     with replacing_folder(folder.path) as path:
         made = ModelFolder(path)

@@ -94,7 +94,7 @@ def train(
                     source,
                     text,
                     machine,
-                    before=next(begun(recipe.phases[:number][::-1], phase, out), None),
+                    before=came_before(recipe, phase, out),
                     seed=recipe.seed + 1000 * number,
                     workers=workers,
                     save_every=save_every,
@@ -112,6 +112,12 @@ def begun(phases: Iterable[Phase], phase: Phase, out: Path) -> Iterator[Path]:
     """The states of those phases that train what `phase` trains."""
     states = (out / other.name / "state.pt" for other in phases if {*other.trains} & {*phase.trains})
     return (state for state in states if state.exists())
+
+
+def came_before(recipe: Recipe, phase: Phase, out: Path) -> Path | None:
+    """The state of the last phase before this one that trains what it trains."""
+    names = [other.name for other in recipe.phases]
+    return next(begun(recipe.phases[: names.index(phase.name)][::-1], phase, out), None)
 
 
 def finished(folder: ModelFolder) -> dict[str, dict]:
@@ -137,11 +143,9 @@ def remaining(recipe: Recipe, phases: list[Phase], folder: ModelFolder) -> list[
 
 def check_begun(recipe: Recipe, phases: list[Phase], folder: ModelFolder) -> None:
     """Raise ValueError if a phase would go on from one that was stopped before its end."""
-    names = [phase.name for phase in recipe.phases]
     done = {*finished(folder), *(phase.name for phase in phases)}
     for phase in phases:
-        earlier = recipe.phases[: names.index(phase.name)][::-1]
-        before = next(begun(earlier, phase, folder.path.parent), None)
+        before = came_before(recipe, phase, folder.path.parent)
         if before is not None and before.parent.name not in done:
             raise ValueError(f"{phase.name} would go on from {before.parent.name}, which was stopped before "
                              f"its end; finish that first, or delete {before.parent}")
