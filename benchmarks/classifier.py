@@ -1,6 +1,7 @@
 """The judge of prompt adherence: a small classifier that says which sprite moves how, and where, in a clip.
 
     python -m benchmarks.classifier --out runs/classifier        trains it (~20 minutes on one core)
+    python -m benchmarks.classifier --judge frame                the grey frame judge: frame_judge.py
 
 Notable:
 - It is trained on rendered clips only, never on anything a model made. Blur, noise, block noise, colours and
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks import frame_judge
 from cogvideo.data.tinyworld import MOTIONS, PLACES, Scene, TinyWorld, render, sample_scene, sprites
 
 SIZE, FRAMES = 48, 9
@@ -199,7 +201,7 @@ def train(
         optimizer.step()
         schedule.step()
         recent.append([loss.item() for loss in losses])
-        if step % 100 == 99:
+        if step % 100 == 99 or step + 1 == steps:
             numbers = " ".join(f"{name} {loss:.4f}" for name, loss in zip(HEADS, np.mean(recent, 0)))
             print(f"{step + 1}/{steps}  {numbers}  {time.time() - begun:.0f} s", flush=True)
             recent.clear()
@@ -221,18 +223,26 @@ def test(net: ClipClassifier, names: Sequence[str], count: int, seed: int = 777)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="train and test the judge of prompt adherence")
-    parser.add_argument("--out", type=Path, default=FILE.parent)
-    parser.add_argument("--sprites", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--judge", choices=("clip", "frame"), default="clip",
+                        help="clip: of sprite, motion and place; frame: of the sprite in one grey frame")
+    parser.add_argument("--out", type=Path, help="default: runs/classifier or runs/judge")
+    parser.add_argument("--sprites", type=int, default=64, help="of the clip judge; the other knows all")
+    parser.add_argument("--steps", type=int, help="default: 1600 or 4500")
+    parser.add_argument("--crops", type=int, help="of the frame judge: steps on crops, default: 3 of 4")
+    parser.add_argument("--init", type=Path, help="of the frame judge: weights to start from")
     parser.add_argument(
         "--count", type=int, default=1000, help="clips to test on, seen and held-out triples each"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-only", action="store_true", help="test the one in --out")
     args = parser.parse_args()
+    args.out = args.out or (FILE if args.judge == "clip" else frame_judge.FILE).parent
+    if args.judge == "frame":
+        frame_judge.run(args)
+        return
     names = sprites(args.sprites)
     if not args.test_only:
-        train(args.out, names, args.steps, seed=args.seed)
+        train(args.out, names, args.steps or 1600, seed=args.seed)
     test(load(args.out / FILE.name), names, args.count)
 
 

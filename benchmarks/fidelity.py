@@ -20,6 +20,7 @@ from cogvideo.data.tinyworld.world import SceneRecording
 from cogvideo.eval.features import PictureFeatures, perceptual_distance
 from cogvideo.eval.metrics import psnr, ssim
 from cogvideo.model.refiner import Refiner, enlarge
+from cogvideo.text import split_words
 from cogvideo.vqvae import VQVAE, to_frames, to_pictures
 from cogvideo.weights import ModelFolder, find_model
 
@@ -27,10 +28,10 @@ TIMES = np.arange(33) / 8  # seconds
 
 
 def trained_sprites(folder: ModelFolder) -> int:
-    """How many sprites of the tiny world a model was trained on."""
-    from cogvideo.train import recipes
-
-    return recipes.find(folder.config["recipe"]).sprites
+    """How many sprites of the tiny world a model was trained on: those whose names its captions had."""
+    words = set(folder.config.get("words", ()))
+    known = [set(split_words(name)) <= words for name in sprites()]
+    return known.index(False) if False in known else len(known)
 
 
 def unseen_scenes(names: Sequence[str], count: int, seed: int) -> list[Scene]:

@@ -102,7 +102,7 @@ def main() -> None:
     part = arguments.out / "larger-so-far.npz"  # a frame takes minutes
     begun = Draft.load(part) if part.exists() else None
     larger = partial(pipe.enlarge, begin=begun, each=lambda draft: draft.save(part))
-    for name, verb in verbs(pipe, PROMPT, 1).items():
+    for name, verb in verbs(pipe, [PROMPT], [1]).items():
         verb = larger if name == "larger frames" else verb
         tokens, told = arguments.out / f"{name}.npz", arguments.out / f"{name}.json"
         if told.exists() and tokens.exists():

@@ -16,7 +16,6 @@ from benchmarks.adherence import TIMES
 from benchmarks.fidelity import captions, trained_sprites, unseen_scenes
 from cogvideo import CogVideo
 from cogvideo.data.tinyworld import render, sprites
-from cogvideo.layout import Layout
 from cogvideo.video import Clip
 
 STAGES = {"image": (1, 1), "stage1": (5, 8), "stage2": (5, 4)}  # frames, and eighths of a second between
@@ -26,10 +25,7 @@ STAGES = {"image": (1, 1), "stage1": (5, 8), "stage2": (5, 4)}  # frames, and ei
 def logits(pipe: CogVideo, stage: str, clips: list[Clip], prompts: list[str]) -> torch.Tensor:
     """[B, S, V] of the codes of clips, by the model of a stage."""
     c = pipe.system.model
-    make = {"image": lambda: Layout.image(c.text_len, c.grid),
-            "stage1": lambda: Layout.keyframes(c.text_len, c.grid, c.frames),
-            "stage2": lambda: Layout.interpolation(c.text_len, c.grid, c.frames)}
-    layout = make[stage]()
+    layout = c.layout(stage)
     codes = layout.lay(pipe.encode(clips, prompts, range(len(clips))).codes)
     seconds = 4.0 if stage == "image" else (len(clips[0].frames) - 1) / clips[0].fps
     text = pipe._text(stage, prompts, seconds)

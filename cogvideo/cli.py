@@ -49,7 +49,8 @@ def generate(
         model: A shipped model, a model folder, or a hub id.
         prompts: A text file with a prompt on each line, instead of one prompt.
         num_videos: Videos for each prompt.
-        num_frames: Frames of a video: fewer rounds of interpolation for fewer frames.
+        num_frames: Frames of a video: fewer rounds of interpolation for fewer frames; 1 is a picture, made by
+            the text-to-image model alone.
         seed: The same seed makes the same video. Default: a random one, which is printed.
         guidance_scale: How strongly the prompt is followed, 1 or more. Default: what suits the model.
         image: A picture to begin with.
@@ -136,10 +137,12 @@ def train(
     init: str | None = None,
     init_embedding: str | None = None,
     phases: tuple[str, ...] = (),
-    device: str = "cpu",
+    device: str = "auto",
+    processes: int | None = None,
+    shard: bool = False,
     recompute: bool = False,
     compile: bool = False,
-    workers: int = 0,
+    workers: int | None = None,
     threads: int | None = None,
     save_every: int = 250,
     log_every: int = 25,
@@ -149,8 +152,8 @@ def train(
     """Train a model by a recipe, phase after phase; goes on where it stopped.
 
     A field of a phase is set by --PHASE.FIELD VALUE, as in --image.steps 20000 --stage1.batch 16.
-    On several devices: torchrun --nproc-per-node N -m cogvideo train ...; the N processes share each batch of
-    a phase, so N must divide --PHASE.batch, and each holds one N-th of the weights.
+    On a CPU, several processes with a thread each share every batch of a phase; their number must divide
+    --PHASE.batch. On several devices: --processes N, or torchrun --nproc-per-node N -m cogvideo train ...
 
     Args:
         recipe: A row of the table in cogvideo/train/recipes.py.
@@ -161,11 +164,15 @@ def train(
         init: A shipped model, a model folder, or a hub id, to begin with what it has of this model's parts.
         init_embedding: GPT-2's weights (a safetensors file or a hub id), to begin with its embedding.
         phases: Only these phases, in the order of the recipe. Default: all.
-        device: Where to compute: cpu, cuda, mps.
+        device: Where to compute: cpu, cuda, mps; auto is cuda if there is one, else cpu.
+        processes: Processes that share the work. Default: one an idle core on a CPU, else one.
+        shard: Cut the weights into shards, one a process, instead of holding all in each. So it is also where
+            they would not fit.
         recompute: Compute activations of the transformer again in the backward pass, to save memory.
         compile: Compile the transformer's blocks.
-        workers: Processes that read data, for each device.
-        threads: CPU threads. Default: torch's own choice.
+        workers: Processes that read and draw clips ahead, for each process. Default: 0 on a CPU, else the
+            cores, shared out.
+        threads: CPU threads of each process. Default: the idle cores, shared out.
         save_every: Steps between saves to resume from.
         log_every: Steps between lines of the log.
         probe_every: Steps between sample strips.
@@ -176,29 +183,36 @@ def train(
 
     from cogvideo import presets
     from cogvideo.data.sources import open_source
+    from cogvideo.hardware import find_device, idle_cores
     from cogvideo.preview import probe
-    from cogvideo.train import loop, recipes
+    from cogvideo.train import loop, parallel, recipes
     from cogvideo.weights import ModelFolder, find_model
 
     chosen = recipes.find(recipe).changed(fields or {})
     for name in phases:
         chosen.phase(name)
-    for option, value in {"threads": threads, "save-every": save_every, "log-every": log_every,
-                          "probe-every": probe_every}.items():
+    for option, value in {"processes": processes, "threads": threads, "save-every": save_every,
+                          "log-every": log_every, "probe-every": probe_every}.items():
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be 1 or more, got {value}")
-    if workers < 0:
+    if workers is not None and workers < 0:
         raise ValueError(f"--workers must be 0 or more, got {workers}")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    where, some = find_device(device), [p for p in chosen.phases if not phases or p.name in phases]
+    processes = processes or parallel.fitting_processes(some, where)
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or max(1, idle_cores() // processes))
+    if workers is None:
+        workers = 0 if where.type == "cpu" else (os.cpu_count() or 1) // processes
     source = open_source(data, seed=chosen.seed, sprites=chosen.sprites, subset=subset)
     folder = loop.train(
         chosen,
         out or Path("runs") / chosen.name,
         source,
         presets.find(chosen.preset),
-        [p for p in chosen.phases if not phases or p.name in phases],
-        device=device,
+        some,
+        device=where,
+        processes=processes,
+        shard=shard,
         recompute=recompute,
         compile=compile,
         workers=workers,
@@ -218,14 +232,28 @@ def estimate(
     /,
     dtype: Literal["float32", "bfloat16", "int8"] | None = None,
     num_videos: int = 1,
+    train: str | None = None,
+    device: str = "auto",
+    processes: int | None = None,
+    fields: Suppress[Fixed[dict[str, str] | None]] = None,
 ) -> None:
     """Tell what generation costs, without loading anything: memory, steps, bytes to read, time here.
+
+    With --train RECIPE, hours of training on this machine, measured by a few steps of each phase; fields of
+    phases are set as for `cogvideo train`.
 
     Args:
         model: A shipped model, a model folder, a hub id, or a row of the table in cogvideo/presets.py.
         dtype: Numbers to compute with. Default: what is fastest on a CPU.
         num_videos: Videos at a time.
+        train: A recipe to be measured, instead of generation.
+        device: Where to train: cpu, cuda, mps; auto is cuda if there is one, else cpu.
+        processes: Processes that train together. Default: as `cogvideo train` chooses.
     """
+    if train is not None:
+        return _estimate_training(train, device, processes, fields or {})
+    if fields:
+        raise ValueError(f"--{next(iter(fields))} is a field of a phase, for --train RECIPE")
     from cogvideo import presets
     from cogvideo.estimate import Estimate, Speed
     from cogvideo.sampling import stages
@@ -240,6 +268,25 @@ def estimate(
         raise ValueError("a direct model computes in float32 or bfloat16, not in int8")
     dtype = dtype or ("float32" if system.family == "direct" else "int8")
     print(Estimate(system, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
+
+
+def _estimate_training(recipe: str, device: str, processes: int | None, fields: dict[str, str]) -> None:
+    import torch
+
+    from cogvideo import presets
+    from cogvideo.data.sources import open_source
+    from cogvideo.hardware import find_device, idle_cores
+    from cogvideo.train import pace, parallel, recipes
+
+    chosen, where = recipes.find(recipe).changed(fields), find_device(device)
+    processes = processes or parallel.fitting_processes([*chosen.phases], where)
+    torch.set_num_threads(max(1, idle_cores() // processes))
+    workers = 0 if where.type == "cpu" else (os.cpu_count() or 1) // processes
+    source = open_source("tinyworld", seed=chosen.seed, sprites=chosen.sprites)
+    print(f"measured by a few steps of each phase, {processes} processes on {where}")
+    phases = [*chosen.phases]
+    print(pace.table([*pace.measure(chosen, source, presets.find(chosen.preset), phases, device=where,
+                                    processes=processes, workers=workers)]))
 
 
 def models(model: Positional[str | None] = None, /) -> None:
@@ -332,7 +379,7 @@ def main() -> None:
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
     """The command with its arguments, to be run; ValueError, in one line, for what tyro says in a box."""
-    training = arguments[:1] == ["train"]
+    training = arguments[:1] in (["train"], ["estimate"])
     fields, arguments = _take_fields(arguments) if training else ({}, arguments)
     told = io.StringIO()
     try:

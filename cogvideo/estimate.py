@@ -152,9 +152,7 @@ def _regression(system: DirectSystem, videos: int) -> list[Work]:
 
 def _stages(system: System, sampling: dict[str, Sampling], videos: int) -> list[Work]:
     c = system.model
-    image = Layout.image(c.text_len, c.grid)
-    keyframes = Layout.keyframes(c.text_len, c.grid, c.frames)
-    between = Layout.interpolation(c.text_len, c.grid, c.frames)
+    image, keyframes, between = (c.layout(stage) for stage in ("image", "stage1", "stage2"))
     rows = {name: videos * (1 + one.guided) for name, one in sampling.items()}
     work = [_fill("first frame", c, image, 0, None, rows["image"]),
             _fill("key frames", c, keyframes, 1, 0, rows["stage1"])]
@@ -168,7 +166,8 @@ def _stages(system: System, sampling: dict[str, Sampling], videos: int) -> list[
         tokens = s.text_len + s.grid**2 + s.side**2
         work.append(Work("larger frames", videos * frames, tokens, c.layers, matrices(c, False)))
     grid = system.superres.side if system.superres else c.grid
-    work.append(Work("decode", flops=videos * frames * _decode_flops(system, grid)))
+    flops = _decoder_flops(system, frames) if system.decoder else frames * _decode_flops(system, grid)
+    work.append(Work("decode", flops=videos * flops))
     return work
 
 
@@ -179,8 +178,9 @@ def _fill(name: str, c: ModelConfig, layout: Layout, known: int, window: int | N
     seen = 0.0
     for kind in kinds:
         for shifted in (False, True):
-            start, slot = layout.segments(kind, window or 0, shifted)
-            seen += sum(slot[p] + 1 - start[p] for step in steps for p in step) * c.layers / 2 * 2 * c.width
+            segments = layout.segments(kind, window or 0, shifted)
+            reads = {(segments.start[p], segments.end[p], n) for n, step in enumerate(steps) for p in step}
+            seen += sum(end - start for start, end, _ in reads) * c.layers / 2 * 2 * c.width
     tokens = sum(len(step) for step in steps)
     before = rows * (layout.text_len + known * layout.frame_len)
     return Work(name, len(steps), rows * tokens / len(steps), c.layers, matrices(c, window is not None),
@@ -195,6 +195,13 @@ def matrices(c: ModelConfig, temporal: bool) -> int:
 def _decode_flops(system: System, grid: int) -> float:
     vqvae, codes = system.outline("vqvae"), torch.zeros(1, grid * grid, dtype=torch.long, device="meta")
     return _flops(lambda: vqvae.decode(codes))
+
+
+def _decoder_flops(system: System, frames: int) -> float:
+    decoder, c = system.outline("decoder"), system.model
+    z = torch.zeros(1, frames, system.vqvae.code_width, c.grid, c.grid, device="meta")
+    text = torch.zeros(1, c.text_len, dtype=torch.long, device="meta")
+    return _flops(lambda: decoder(z, text))
 
 
 def _upscale_flops(system: Any, frames: int) -> float:
@@ -220,7 +227,7 @@ def memory(system: Any, dtype: str, rows: int, cpu: bool = True) -> dict[str, fl
         part = system.outline(name)
         linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
         rest = sum(p.numel() for p in part.state_dict().values()) - linear
-        kind = dtype if name not in ("vqvae", "refiner") else "float32"
+        kind = dtype if name not in ("vqvae", "decoder", "refiner") else "float32"
         if name.endswith("base") and cpu:  # the head is a copy; the embedding is mapped, not read
             linear += system.model.codes * system.model.width
             rest -= system.model.vocab * system.model.width if kind != "bfloat16" else 0
@@ -228,15 +235,15 @@ def memory(system: Any, dtype: str, rows: int, cpu: bool = True) -> dict[str, fl
     if system.family == "direct":
         return held
     c = system.model
-    keyframes = cache_bytes(c, Layout.keyframes(c.text_len, c.grid, c.frames), 0, dtype)
-    between = cache_bytes(c, Layout.interpolation(c.text_len, c.grid, c.frames), c.window, dtype)
+    keyframes = cache_bytes(c, c.layout("stage1"), 0, dtype)
+    between = cache_bytes(c, c.layout("stage2"), c.window, dtype)
     held["caches"] = max(keyframes * rows, between)  # windows are filled as many at a time as there is room
     return held
 
 
 def cache_bytes(c: ModelConfig, layout: Layout, window: int, dtype: str) -> float:
     """Of the keys and values of one row, in both channels of all layers."""
-    slots = sum(max(layout.segments(kind, window, shifted)[1]) + 1
+    slots = sum(max(layout.segments(kind, window, shifted).slot) + 1
                 for kind in ("spatial", "temporal") for shifted in (False, True))
     return slots * c.layers * c.width * (2 if dtype == "bfloat16" else 4)
 

@@ -56,12 +56,16 @@ def fill(
     inputs = layout.inputs(known, model.config.start)
     cache = model.new_cache(layout, len(rows))
     prompt = torch.cat((rows, inputs.repeat(2, 1) if guided else inputs), 1)
-    model.body(prompt, layout, cache, boost=0.0 if guided else sampling.text_boost)
+    boost = 0.0 if guided else sampling.text_boost
+    # on a CPU sums of a product depend on how many rows it has, and a sample must not on its neighbours
+    group = 1 if text.device.type == "cpu" else len(rows)
+    for i in range(0, len(rows), group):
+        model.prefill(prompt[i : i + group], layout, cache.rows(i, group), boost)
     first, total, done = count * size, (layout.frames - count) * size, 0
     flat = frames.view(len(text), -1)
     for places in layout.waves(count, model.window):
-        at = torch.tensor(places, device=text.device)
-        entering = flat[:, at - 1].masked_fill(at % size == 0, model.config.start)  # [B, m]
+        at, come = torch.tensor([places, layout.entering(places)], device=text.device)
+        entering = flat[:, come].masked_fill(come < 0, model.config.start)  # [B, m]
         logits = model(entering.repeat(2, 1) if guided else entering, layout, cache, places)
         if guided:
             logits = guide(logits, sampling.guidance_scale)

@@ -1,13 +1,17 @@
 """What this machine has: devices, memory, cores that are idle."""
 
 import os
+import time
 from pathlib import Path
 
 import torch
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """ValueError, with those that are there, unless tensors can be made on the device."""
+    """ValueError, with those that are there, unless tensors can be made on the device. "auto" is cuda where
+    there is one, else the cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type != "meta":
@@ -18,6 +22,34 @@ def find_device(name: str | torch.device) -> torch.device:
     found = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found += ["mps"] if torch.backends.mps.is_available() else []
     raise ValueError(f"no device {str(name)!r} here; choose one of {', '.join(found)}")
+
+
+def gemm_rate(device: torch.device, precision: str, seconds: float = 0.3) -> float:
+    """Operations a second of large matrix products, the best of some: what a step can at most reach, with as
+    many threads as are set. On a CPU that is by CPU time, so other work on the machine hardly changes it."""
+    size = 8192 if device.type == "cuda" else 768
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, precision))
+    clock, threads = time.perf_counter, 1
+    if device.type == "cpu":
+        clock, threads = time.process_time, torch.get_num_threads()
+    best, begin = float("inf"), time.perf_counter()
+    while time.perf_counter() - begin < seconds or best == float("inf"):
+        one = clock()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, clock() - one)
+    return 2 * size**3 * threads / best
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; a CPU that only imitates it is slower than in
+    float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def free_memory(device: torch.device | str = "cpu") -> float | None:

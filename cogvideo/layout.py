@@ -29,15 +29,22 @@ What enters the model: slot 0 of each frame holds the start-of-image token and s
 frame, so the output at slot k predicts token k and the last token of a frame enters nowhere (SPEC: CogVideo
 section 3, "B.1, B.2").
 
+Diagonals: with a `skew` the codes of a frame are not predicted one after another but in steps, a diagonal at
+a time: column c of row r belongs to step c + skew * r. A code then sees all earlier steps of its frame and
+its own, and its slot holds the code to its left (in the first column the one above). With a skew of 2 the
+neighbours to the left and the three above are known, and a frame of 16 x 16 takes 46 steps instead of 256.
+
 Tiles: the map is cut into `window` x `window` tiles; a shifted layer moves the cuts by half a window, which
 leaves half tiles at the border. For computing, tokens are gathered into groups of one size (the shifted map
 is rolled, so that border tiles share a group, kept apart by the mask); for stepping, each tile's tokens lie
 side by side, in laid order.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -52,12 +59,23 @@ def rounds(frames: int) -> dict[int, float]:
 
 
 @dataclass(frozen=True)
+class Segments:
+    """Where a cache keeps each laid place, as lists by place: a token sees slots start .. end - 1 and lies at
+    `slot` itself."""
+
+    start: list[int]
+    slot: list[int]
+    end: list[int]
+
+
+@dataclass(frozen=True)
 class Layout:
     text_len: int
     grid: int  # tokens a side of one frame
     frames: int = 1
     order: tuple[int, ...] = (0,)  # frames, by their place in time, as they are laid
     given: tuple[int, ...] = ()  # known frames that see each other; laid first
+    skew: int = 0  # columns by which each row of codes is behind the one above; 0: one code after another
     reference: bool = False  # the prompt as in the original's inference: given frames see around the border
 
     def __post_init__(self) -> None:
@@ -67,17 +85,17 @@ class Layout:
             raise ValueError(f"given frames {self.given} must be laid first, in the order {self.order}")
 
     @classmethod
-    def image(cls, text_len: int, grid: int) -> "Layout":
-        return cls(text_len, grid)
+    def image(cls, text_len: int, grid: int, skew: int = 0) -> "Layout":
+        return cls(text_len, grid, skew=skew)
 
     @classmethod
-    def keyframes(cls, text_len: int, grid: int, frames: int) -> "Layout":
-        return cls(text_len, grid, frames, tuple(range(frames)))
+    def keyframes(cls, text_len: int, grid: int, frames: int, skew: int = 0) -> "Layout":
+        return cls(text_len, grid, frames, tuple(range(frames)), skew=skew)
 
     @classmethod
-    def interpolation(cls, text_len: int, grid: int, frames: int) -> "Layout":
+    def interpolation(cls, text_len: int, grid: int, frames: int, skew: int = 0) -> "Layout":
         given = tuple(range(0, frames, 2))
-        return cls(text_len, grid, frames, given + tuple(range(1, frames, 2)), given)
+        return cls(text_len, grid, frames, given + tuple(range(1, frames, 2)), given, skew)
 
     def first(self, count: int) -> "Layout":
         """The first `count` laid frames alone, renumbered: the same masks, cut off."""
@@ -100,6 +118,32 @@ class Layout:
         known = self.given or self.order[: min(1, self.frames - 1)]
         return tuple(f for f in self.order if f not in known)
 
+    # -- steps of one frame
+
+    @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """[N] the step of its frame in which each place of the map is predicted."""
+        if not self.skew:
+            return tuple(range(self.frame_len))
+        return tuple(column + self.skew * row for row in range(self.grid) for column in range(self.grid))
+
+    @property
+    def length(self) -> int:
+        """Steps of one frame."""
+        return self.steps[-1] + 1
+
+    @cached_property
+    def before(self) -> tuple[int, ...]:
+        """[N] the place of the map whose code enters at each place; -1: start-of-image enters."""
+        if not self.skew:
+            return tuple(range(-1, self.frame_len - 1))
+        return (-1, *(k - 1 if k % self.grid else k - self.grid for k in range(1, self.frame_len)))
+
+    def entering(self, places: Sequence[int]) -> list[int]:
+        """The laid places whose codes enter at some laid places; -1: start-of-image enters."""
+        rasters = [self.before[place % self.frame_len] for place in places]
+        return [-1 if at < 0 else place - place % self.frame_len + at for place, at in zip(places, rasters)]
+
     # -- packing
 
     def lay(self, frames: Tensor) -> Tensor:
@@ -113,7 +157,8 @@ class Layout:
     def inputs(self, codes: Tensor, start: int) -> Tensor:
         """Codes [B, f, N] of the first f laid frames to what enters the model [B, f * N]; `start` is the
         start-of-image id."""
-        return torch.cat((torch.full_like(codes[..., :1], start), codes[..., :-1]), -1).flatten(1)
+        before = torch.tensor(self.before, device=codes.device)
+        return torch.cat((torch.full_like(codes[..., :1], start), codes), -1)[..., before + 1].flatten(1)
 
     @lru_cache(maxsize=32)
     def loss_mask(self, device: torch.device | str = "cpu") -> Tensor:
@@ -128,6 +173,14 @@ class Layout:
         with torch.inference_mode(False):
             frame = torch.tensor(self.order, device=device).repeat_interleave(self.frame_len)
             return frame * self.frame_len + torch.arange(self.frame_len, device=device).repeat(self.frames)
+
+    @lru_cache(maxsize=32)
+    def axes(self, device: torch.device | str = "cpu") -> Tensor:
+        """[F * N, 3] in laid order: time (in frames), row and column of each place."""
+        with torch.inference_mode(False):
+            raster = self.positions(device) % self.frame_len
+            time = self.positions(device) // self.frame_len
+            return torch.stack((time, raster // self.grid, raster % self.grid), 1)
 
     # -- who sees whom
 
@@ -147,6 +200,7 @@ class Layout:
         """Bool [F * N, F * N]: row sees column, in laid order. `channel` is "spatial" or "temporal"."""
         place = torch.arange(self.tokens)
         frame, raster = place // self.frame_len, place % self.frame_len
+        turn = frame * self.length + torch.tensor(self.steps)[raster]  # when a place is predicted
         given = frame < len(self.given)
         both = given[:, None] & given[None, :]
         tile = frame if channel == "spatial" else self.tiles(window, shifted)[raster]
@@ -154,7 +208,7 @@ class Layout:
         if self.reference and channel == "temporal":
             tile = self.tiles(window, shifted, rolled=True)[raster]
             near |= both & (tile[:, None] == tile[None, :])
-        return ((place[None, :] <= place[:, None]) | both) & near
+        return ((turn[None, :] <= turn[:, None]) | both) & near
 
     def groups(self, channel: str, window: int = 0, shifted: bool = False) -> Tensor:
         """[G, n] laid places that attend together (before the mask): frames, rolled windows, or
@@ -170,54 +224,66 @@ class Layout:
         return cut.permute(1, 2, 0, 3, 4).reshape(-1, self.frames * window * window)
 
     @lru_cache(maxsize=32)
-    def segments(self, channel: str, window: int = 0, shifted: bool = False) -> tuple[list[int], list[int]]:
-        """Where keys lie in a cache so that what a token sees is one slice: (start, slot) of every laid
-        place.
+    def segments(self, channel: str, window: int = 0, shifted: bool = False) -> "Segments":
+        """Where keys lie in a cache so that what a token sees is one slice.
 
-        Each tile has a segment: the text, then its tokens in laid order; a token at place i sees start[i] ..
-        slot[i]. The spatial channel has a segment for each frame that is under way at one time, used again
-        and again.
+        Each tile has a segment: the text, then its tokens, frame after frame, in the order of their steps.
+        The spatial channel has a segment for each frame that is under way at one time, used again and again.
         """
         size, text_len = self.frame_len, self.text_len
         if channel == "spatial":
-            lanes = min(-(-size // self.lag(window)), max(1, self.frames - len(self.given)))
-            start = [place // size % lanes * (text_len + size) for place in range(self.tokens)]
-            return start, [start[place] + text_len + place % size for place in range(self.tokens)]
-        tile = self.tiles(window, shifted).repeat(self.frames)
-        start, slot = [0] * self.tokens, [0] * self.tokens
-        end = 0
-        for one in tile.unique().tolist():
-            members = (tile == one).nonzero().flatten().tolist()
-            for rank, place in enumerate(members):
-                start[place], slot[place] = end, end + text_len + rank
-            end += text_len + len(members)
-        return start, slot
+            lanes = min(-(-self.length // self.lag(window)), max(1, self.frames - len(self.given)))
+            tiles = [range(frame * size, (frame + 1) * size) for frame in range(self.frames)]
+            starts = [frame % lanes * (text_len + size) for frame in range(self.frames)]
+        else:
+            tile = self.tiles(window, shifted).repeat(self.frames)
+            tiles = [(tile == one).nonzero().flatten().tolist() for one in tile.unique().tolist()]
+            starts = [0, *accumulate(text_len + len(members) for members in tiles)]
+
+        def turn(place: int) -> tuple[int, int]:
+            return place // size, self.steps[place % size]
+
+        found = Segments(*([0] * self.tokens for _ in range(3)))
+        for start, members in zip(starts, tiles):
+            turns = sorted(map(turn, members))
+            for rank, place in enumerate(sorted(members, key=turn)):
+                found.start[place] = start
+                found.slot[place] = start + text_len + rank
+                found.end[place] = start + text_len + bisect_right(turns, turn(place))
+        return found
 
     # -- which tokens can be made at the same time
 
     @lru_cache(maxsize=32)
     def lag(self, window: int) -> int:
-        """Tokens by which a frame must be behind the frame laid before it, to be made at the same time.
+        """Steps by which a frame must be behind the frame laid before it, to be made at the same time.
 
         Token j of a frame needs the tokens of its tiles in the frame before, of both cuts, to be there. With
         full attention that is the whole frame (CogVideo section 3.3.2: parallel generation).
         """
         if window == 0:
-            return self.frame_len
-        raster = torch.arange(self.frame_len)
+            return self.length
+        steps = torch.tensor(self.steps)
         needs = 0
         for shifted in (False, True):
             tile = self.tiles(window, shifted)
-            last = torch.stack([raster[tile == one].max() for one in tile])
-            needs = max(needs, int((last - raster).max()))
-        return min(needs + 1, self.frame_len)
+            last = torch.stack([steps[tile == one].max() for one in tile])
+            needs = max(needs, int((last - steps).max()))
+        return min(needs + 1, self.length)
 
     def waves(self, known: int, window: int) -> Iterator[list[int]]:
         """The laid places after `known` frames, those that can be made at the same time together."""
         lag, making = self.lag(window), self.frames - known
-        for tick in range(self.frame_len + (making - 1) * lag if making else 0):
-            rasters = [(known + k, tick - k * lag) for k in range(making)]
-            yield [frame * self.frame_len + at for frame, at in rasters if 0 <= at < self.frame_len]
+        rasters: list[list[int]] = [[] for _ in range(self.length)]  # of each step of a frame
+        for raster, step in enumerate(self.steps):
+            rasters[step].append(raster)
+        for tick in range(self.length + (making - 1) * lag if making else 0):
+            wave: list[int] = []
+            for k in range(making):
+                step, first = tick - k * lag, (known + k) * self.frame_len
+                if 0 <= step < self.length:
+                    wave += [first + raster for raster in rasters[step]]
+            yield wave
 
     def draw(self, channel: str, window: int = 0, shifted: bool = False) -> str:
         """The mask as text: a row for each frame token, `#` where it sees, a gap between frames."""

@@ -13,6 +13,7 @@ import torch
 
 from cogvideo.estimate import BYTES, CHANNELS, memory
 from cogvideo.hardware import free_memory
+from cogvideo.model.decoder import VideoDecoder
 from cogvideo.model.packed import join, pack
 from cogvideo.model.refiner import Refiner
 from cogvideo.model.superres import SuperRes
@@ -36,6 +37,10 @@ class Parts:
     @cached_property
     def vqvae(self) -> VQVAE:
         return self.folder.load("vqvae", self.device)
+
+    @cached_property
+    def decoder(self) -> VideoDecoder:
+        return self.folder.load("decoder", self.device).to(memory_format=torch.channels_last)
 
     @cached_property
     def refiner(self) -> Refiner:

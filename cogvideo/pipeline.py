@@ -25,7 +25,7 @@ from cogvideo.direct import DirectPipeline
 from cogvideo.draft import Draft, Kept
 from cogvideo.estimate import Estimate, cache_bytes
 from cogvideo.generate import fill
-from cogvideo.hardware import find_device, free_memory
+from cogvideo.hardware import find_device, free_memory, has_fast_bfloat16
 from cogvideo.layout import SECONDS, Layout, rounds
 from cogvideo.parts import Parts, refine
 from cogvideo.progress import Progress, telling
@@ -37,7 +37,7 @@ from cogvideo.vqvae import to_frames, to_pictures
 from cogvideo.weights import ModelError, ModelFolder, find_model
 
 ROWS = 400  # of logits at a time
-MOST = 256  # samples that are filled together
+MOST = {"cpu": 16}  # samples that are filled together: more of them are slower where caches are small
 
 
 class CogVideo:
@@ -88,17 +88,19 @@ class CogVideo:
 
     @property
     def frame_counts(self) -> dict[int, float]:
-        """Frames that can be asked for, and the rate each comes with."""
-        return rounds(self.system.model.frames)
+        """Frames that can be asked for, and the rate each comes with: 1 is a picture by the image model
+        alone."""
+        return {1: self._keyframe_rate} | rounds(self.system.model.frames)
 
     @property
     def _keyframe_rate(self) -> float:
         return (self.system.model.frames - 1) / SECONDS
 
     def _needed(self, num_frames: int) -> list[str]:
-        between = ["stage2"] if num_frames > self.system.model.frames else []
+        stages = ["stage1"] if num_frames > 1 else []
+        stages += ["stage2"] if num_frames > self.system.model.frames else []
         own = [f"{part}_base" for part in self.folder.finishing if f"{part}_base" in self.system.parts]
-        return ["vqvae", "base", "stage1", *between, *self.folder.finishing, *own]
+        return ["vqvae", "base", *stages, *self.folder.finishing, *own]
 
     # -- the whole way
 
@@ -109,10 +111,11 @@ class CogVideo:
         """Make clips, `num_videos_per_prompt` for each prompt, in the order of the prompts.
 
         image: the first frame, uint8 [H, W, 3] or a file. video: a clip or file to go on from; the result
-        begins with its last seconds. num_frames: one of `frame_counts` (default: the most). guidance_scale:
-        how strongly the prompt is followed, 1 or more. seed: sample i has seed + i and is the same alone or
-        in a batch. keep: a folder for the tokens after every step; the same call after one that was
-        killed goes on from there. Raises ValueError for anything it cannot do, before any work.
+        begins with its last seconds. num_frames: one of `frame_counts` (default: the most; 1: a picture).
+        guidance_scale: how strongly the prompt is followed, 1 or more. seed: sample i has seed + i and is the
+        same alone or in a batch, bit for bit on a CPU. keep: a folder for the tokens after every step, from
+        which the same call resumes after it was killed. Raises ValueError for anything it cannot do, before
+        any work.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if num_frames is None:
@@ -127,6 +130,9 @@ class CogVideo:
             replace(self.sampling["stage1"], guidance_scale=guidance_scale)  # refuses what is out of range
         if image is not None and video is not None:
             raise ValueError("give an image or a video to begin with, not both")
+        if num_frames == 1 and (image is not None or video is not None):
+            raise ValueError("num_frames 1 is the first frame, which an image or a video already gives; "
+                             f"choose one of {', '.join(map(str, sorted(self.frame_counts)[1:]))}")
         if not prompts:
             raise ValueError("there is no prompt")
         for one in prompts:
@@ -135,14 +141,18 @@ class CogVideo:
         prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
         seeds = pick_seeds(seed, len(prompts))
         begin = self._beginning(image, video, prompts, seeds)
+        codes = None if begin is None else begin.codes.tolist()
         decides = (self.folder.version(), self.dtype, self.sampling, self.templates, self.reference_quirks,
-                   prompts, seeds, fps, guidance_scale, None if begin is None else begin.codes.tolist())
+                   prompts, seeds, num_frames, guidance_scale, codes)
         kept = Kept(keep, repr(decides), self.device)
         with telling(progress) as told:
             draft = kept.load("frames")
             if draft is None:
-                draft = self.keyframes(prompts, seeds, begin=begin, guidance_scale=guidance_scale,
-                                       progress=told)
+                options: dict[str, Any] = {"guidance_scale": guidance_scale, "progress": told}
+                if num_frames == 1:
+                    draft = self.first_frames(prompts, seeds, **options)
+                else:
+                    draft = self.keyframes(prompts, seeds, begin=begin, **options)
             while draft.fps < fps:
                 kept.save("frames", draft)
                 draft = self.interpolate(draft, progress=told)
@@ -159,7 +169,7 @@ class CogVideo:
         c = self.system.model
         known = torch.empty(len(prompts), 0, c.frame_len, dtype=torch.long, device=self.device)
         last = self.sampling["stage1"] if self.reference_quirks else None
-        codes = self._fill("image", Layout.image(c.text_len, c.grid), prompts, SECONDS, known,
+        codes = self._fill("image", c.layout("image"), prompts, SECONDS, known,
                            uniforms(seeds, c.frame_len, 0), guidance_scale, "first frame", progress, last)
         return Draft(codes, self._keyframe_rate, tuple(prompts), tuple(seeds))
 
@@ -172,7 +182,7 @@ class CogVideo:
         c = self.system.model
         if begin is None:
             begin = self.first_frames(prompts, seeds, guidance_scale=guidance_scale, progress=progress)
-        layout = Layout.keyframes(c.text_len, c.grid, c.frames)
+        layout = c.layout("stage1")
         missing = (c.frames - begin.codes.shape[1]) * c.frame_len
         codes = self._fill("stage1", layout, prompts, SECONDS, begin.codes, uniforms(seeds, missing, 1),
                            guidance_scale, "key frames", progress)
@@ -191,12 +201,12 @@ class CogVideo:
         if frames < size or (frames - 1) % (size - 1):
             those = ", ".join(str(1 + k * (size - 1)) for k in (1, 2, 3))
             raise ValueError(f"interpolation begins with {those} ... frames; got {frames}")
-        rates = sorted(self.frame_counts.values())[:-1]
+        rates = sorted(rounds(c.frames).values())[:-1]
         if draft.fps not in rates:
             those = ", ".join(f"{rate:g}" for rate in rates)
             raise ValueError(f"interpolation begins with {those} frames a second; got {draft.fps:g}")
         windows = (frames - 1) // (size - 1)
-        layout = Layout.interpolation(c.text_len, c.grid, c.frames)
+        layout = c.layout("stage2")
         known = draft.codes.unfold(1, size, size - 1).movedim(-1, 2).flatten(0, 1)  # [B * windows, size, N]
         prompts = [one for one in draft.prompts for _ in range(windows)]
         missing = (size - 1) * c.frame_len
@@ -226,12 +236,13 @@ class CogVideo:
         return torch.cat(filled)
 
     def _at_once(self, layout: Layout, window: int, rows: int) -> int:
-        """Samples of so many rows that are filled together: as many as 85 % of the free memory hold."""
-        free = free_memory(self.device)
+        """Samples of so many rows that are filled together: as many as 85 % of the free memory hold, but not
+        more than are fast on the device."""
+        most, free = MOST.get(self.device.type, 256), free_memory(self.device)
         if free is None:
-            return MOST
+            return most
         held = rows * cache_bytes(self.system.model, layout, window, self.dtype)
-        return int(min(max(0.85 * free // held, 1), MOST))
+        return int(min(max(0.85 * free // held, 1), most))
 
     @torch.inference_mode()
     def enlarge(self, draft: Draft, *, begin: Draft | None = None,
@@ -262,10 +273,23 @@ class CogVideo:
 
     @torch.inference_mode()
     def decode(self, draft: Draft) -> list[Clip]:
-        """Tokens to frames at the tokenizer's resolution."""
+        """Tokens to frames at the tokenizer's resolution, by the video decoder or else frame by frame."""
+        if "decoder" in self.folder.finishing:
+            return self._decode_together(draft)
         clips = []
         for codes, prompt in zip(draft.codes, draft.prompts):
             clips.append(Clip(to_frames(self.parts.vqvae.decode(codes)), draft.fps, prompt))
+        return clips
+
+    def _decode_together(self, draft: Draft) -> list[Clip]:
+        """Each clip by the video decoder, which sees neighbouring frames and the prompt."""
+        clips, texts = [], self._text("stage1", draft.prompts, SECONDS)
+        fast = self.dtype != "float32" and has_fast_bfloat16(self.device)
+        for codes, text, prompt in zip(draft.codes, texts, draft.prompts):
+            z = self.parts.vqvae.vectors(codes)[None]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=fast):
+                frames = self.parts.decoder(z, text[None])[0]
+            clips.append(Clip(to_frames(frames), draft.fps, prompt))
         return clips
 
     def upscale(self, clips: Sequence[Clip], *, progress: Progress | None = None) -> list[Clip]:

@@ -3,6 +3,7 @@ released CogVideo, `direct` is the reference of the regression family."""
 
 from typing import Any
 
+from cogvideo.model.decoder import DecoderConfig
 from cogvideo.model.direct import DirectConfig
 from cogvideo.model.refiner import RefinerConfig
 from cogvideo.model.superres import SuperResConfig
@@ -14,19 +15,25 @@ PRESETS = {
     # layers, width, heads, grid of tokens a frame; codes and text pieces
     "tiny": System(
         ModelConfig(
-            layers=6,
-            width=256,
-            heads=4,
-            vocab=1024 + 1280,
+            layers=8,
+            width=384,
+            heads=6,
+            vocab=1024 + 2048,
             codes=1024,
             pad=1024 + 3,
             start=1024 + 4,
             text_len=32,
-            grid=12,
+            grid=16,
             window=4,
+            rotary=True,
+            qk_norm=True,
+            activation="relu2",
+            norm="pre",
+            zero_init=True,
+            skew=2,
         ),
-        VQVAEConfig(resolution=48, channels=32, multipliers=(1, 2, 3), codes=1024, code_width=32),
-        RefinerConfig(scale=4, width=64, blocks=6),
+        VQVAEConfig(resolution=192, channels=48, multipliers=(1, 2, 4), codes=1024, code_width=32, patch=3),
+        DecoderConfig(pieces=2048, first_text=1024, pad=1024 + 3),
     ),
     # the paper's sizes; its tokenizer has three rates, of which 8 makes 20 x 20 tokens of 160 pixels
     "cogvideo-9b": System(
@@ -90,9 +97,16 @@ PRESETS = {
             text_len=64,
             grid=4,
             window=2,
+            rotary=True,
+            qk_norm=True,
+            activation="relu2",
+            norm="pre",
+            zero_init=True,
+            skew=2,
         ),
         VQVAEConfig(resolution=16, channels=8, multipliers=(1, 2, 2), codes=64, code_width=8, groups=4),
-        RefinerConfig(scale=2, width=8, blocks=1),
+        DecoderConfig(pieces=500, first_text=64, pad=64 + 3, text_len=64, heads=2),
+        refiner=RefinerConfig(scale=2, width=8, blocks=1),
     ),
 }
 

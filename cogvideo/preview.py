@@ -15,6 +15,7 @@ from cogvideo.model.refiner import enlarge
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.pipeline import CogVideo
 from cogvideo.text import PLAIN
+from cogvideo.train.objectives import decoder, tokenizer
 from cogvideo.train.recipes import Phase
 from cogvideo.weights import ModelFolder
 
@@ -25,7 +26,7 @@ SHOWN = 6  # clips
 def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch, out: Path) -> None:
     """Write the strip of a phase. tokenizer, refiner: the batch and what becomes of it, row by row. Token
     models: samples for the captions of the batch, made with the weights as they are now."""
-    clips = batch.frames[0][:SHOWN]
+    clips = batch.frames[0][:SHOWN] if batch.frames else torch.empty(0)  # clips that recur are codes
     if "direct" in parts:
         text, c = folder.text(), parts["direct"].config
         ids = [text.pad_left(text.prompt(one, 0.0, PLAIN)[: c.text_len], c.text_len)
@@ -33,7 +34,7 @@ def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch
         (rate,), keep = phase.cut.rates, phase.cut.keep
         made = parts["direct"](torch.tensor(ids, device=clips.device), rate, c.slots(rate)[:keep])
         rows = _rows(made, clips)
-    elif phase.name == "tokenizer":
+    elif phase.objective is tokenizer:
         vqvae = parts["vqvae"]
         flat = clips.flatten(0, 1)
         rows = _rows(
@@ -42,6 +43,14 @@ def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch
                 0, clips.shape[:2]
             ),
         )
+    elif phase.objective is decoder:
+        vqvae, size = parts["vqvae"], parts["decoder"].config.text_len
+        text = folder.text()
+        ids = [text.pad_left(text.prompt(one, SECONDS)[:size], size) for one in batch.captions[:SHOWN]]
+        codes = vqvae.encode(clips.flatten(0, 1))
+        apart = vqvae.decode(codes).unflatten(0, clips.shape[:2])
+        z = vqvae.vectors(codes).unflatten(0, clips.shape[:2])
+        rows = _rows(clips, apart, parts["decoder"](z, torch.tensor(ids, device=clips.device)))
     elif phase.name == "refiner":
         low = clips
         if "vqvae" in parts:

@@ -1,11 +1,27 @@
 """What is asked of a model: captions, refused before any work or with hints, as the ids that it reads."""
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 from cogvideo.text import TextTokenizer, split_words
+
+
+@lru_cache(1)
+def _near() -> dict[str, dict]:
+    """Words that say nothing, words that are read as others, and what a hint names for a word."""
+    file = Path(__file__).parent / "data" / "tinyworld" / "near.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _forms(word: str) -> list[str]:
+    """An English word as it is, and what its singulars and its plural may be."""
+    endings = (("", ""), ("s", ""), ("es", ""), ("ies", "y"), ("", "s"))
+    return [word.removesuffix(old) + new for old, new in endings if word.endswith(old)]
 
 
 @dataclass(frozen=True)
@@ -19,7 +35,8 @@ class Prompts:
     def ids(self, prompts: Sequence[str], seconds: float, template: str, length: int,
             pad: int | None = None) -> list[list[int]]:
         """A row of `length` ids for each prompt; ValueError if one is too long, saying by how many."""
-        return [self.text.pad_left(self.text.prompt(one, seconds, template), length, pad) for one in prompts]
+        read = [self.read(one) for one in prompts]
+        return [self.text.pad_left(self.text.prompt(one, seconds, template), length, pad) for one in read]
 
     def check(self, prompt: str) -> None:
         """Raise ValueError if a prompt says nothing."""
@@ -27,18 +44,65 @@ class Prompts:
             raise ValueError("the prompt is empty; write a sentence such as 'a dog runs to the right across "
                              "a green field'")
 
+    def read(self, prompt: str) -> str:
+        """The prompt in words that the model knows, as far as there are any.
+
+        A plural that no caption of the training has becomes the singular, a word that says nothing is left
+        out, and some words are read as others: "Please show dogs on the beach" as "show dog on the sand". The
+        words of the training's captions stay as they are.
+        """
+        if not self.words:
+            return prompt
+        for word, other in self._chinese_read_as(prompt).items():
+            prompt = prompt.replace(word, other)
+        prompt = re.sub("[A-Za-z]+|[\u4e00-\u9fff]", lambda found: self._read_word(found[0]), prompt)
+        return re.sub(" +", " ", prompt).strip()
+
     def unknown_words(self, prompt: str) -> dict[str, list[str]]:
-        """Words of a prompt that were in no caption of the training, each with the nearest words that
-        were."""
-        found = dict.fromkeys(split_words(prompt)) if self.words else ()
-        near = {word: difflib.get_close_matches(word, self.words, 3, 0.3) for word in found}
-        return {word: nearest for word, nearest in near.items() if word not in self.words}
+        """Words of a prompt that were in no caption of the training, in singular or plural, each with the
+        word that it is read as or the nearest words that were."""
+        if not self.words:
+            return {}
+        found = {word: [other] for word, other in self._chinese_read_as(prompt).items()}
+        for word in found:
+            prompt = prompt.replace(word, " ")
+        for word in dict.fromkeys(split_words(prompt)):
+            if word in _near()["fillers"] or self._known_form(word):
+                continue
+            other = self._stands_for(word)
+            found[word] = [other] if other else self._nearest(word)
+        return found
+
+    def _read_word(self, word: str) -> str:
+        known = self._known_form(word.lower()) or self._stands_for(word.lower())
+        return known or ("" if word.lower() in _near()["fillers"] else word)
+
+    def _known_form(self, word: str) -> str:
+        """A word, its singular or its plural, whichever is known, or ""."""
+        return next((form for form in _forms(word) if form in self.words), "")
+
+    def _stands_for(self, word: str) -> str:
+        """The known word that an unknown one is read as, or ""."""
+        other = next((_near()["read as"][w] for w in _forms(word) if w in _near()["read as"]), "")
+        return other if all(part in self.words for part in split_words(other)) else ""
+
+    def _chinese_read_as(self, prompt: str) -> dict[str, str]:
+        """Chinese words of the prompt with an unknown character, and the known words they are read as."""
+        words = [w for w in _near()["read as"] if not w.isascii() and w in prompt]
+        unknown = [w for w in words if not all(part in self.words for part in split_words(w))]
+        return {word: self._stands_for(word) for word in unknown if self._stands_for(word)}
+
+    def _nearest(self, word: str) -> list[str]:
+        """Known words of like meaning, else of like spelling."""
+        meant: list[str] = next((_near()["near"][w] for w in _forms(word) if w in _near()["near"]), [])
+        return [w for w in meant if w in self.words] or difflib.get_close_matches(word, self.words, 3, 0.66)
 
     def hints(self, prompts: Sequence[str]) -> list[str]:
         """What a user should know before waiting for these prompts."""
         found = []
         for word, near in {w: n for one in prompts for w, n in self.unknown_words(one).items()}.items():
             nearest = f"; near it are: {', '.join(near)}" if near else ""
+            nearest = f"; it is read as {near[0]!r}" if near == [self._stands_for(word)] else nearest
             found.append(f"the model never saw the word {word!r}{nearest}")
         chinese = all(re.search("[\u4e00-\u9fff]", one) for one in prompts)
         if list(self.languages) == ["zh"] and not chinese:

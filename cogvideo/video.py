@@ -17,7 +17,7 @@ from tempfile import TemporaryFile
 from threading import get_ident
 
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from cogvideo.files import replacing
 
@@ -65,7 +65,7 @@ class Clip:
         path, suffix = Path(path), Path(path).suffix.lower()
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in _PICTURES)
-            pictures = [_open_image(file).convert("RGB") for file in files]
+            pictures = [_read_picture(file) for file in files]
             if len({picture.size for picture in pictures}) == 1:
                 return cls(np.stack([np.asarray(picture) for picture in pictures]), fps)
             if pictures:
@@ -102,10 +102,13 @@ def check_folder(path: str | Path) -> Path:
 
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
-    """The middle square, on white where it is clear, uint8 [size, size, 3]; ValueError if not a picture."""
-    image = ImageOps.exif_transpose(_open_image(Path(path))).convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(_square(image.convert("RGB"), size))
+    """The middle square, on white where it is clear, uint8 [size, size, 3]; ValueError if not a picture.
+
+    A photograph is turned as the camera was held. Grey pictures of more than 8 bits are brought to 8 by their
+    range (`_to_bytes`); of colours with 16 bits Pillow keeps the upper 8, and it reads no colours in floating
+    point. Colour profiles are not applied.
+    """
+    return np.asarray(_square(_read_picture(Path(path)), size))
 
 
 @dataclass(frozen=True)
@@ -212,12 +215,45 @@ def _converter(thread: int, *sizes: int | str):
 
 
 def _open_image(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
+    try:  # from memory: by a path, Pillow 13 reads the pixels of a turned, uncompressed TIFF in wrong rows
+        image = Image.open(BytesIO(path.read_bytes()))
         image.load()
         return image
+    except UnidentifiedImageError:
+        raise ValueError(f"cannot read the picture {path}: it is of no kind that Pillow reads") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the picture {path}: {error}") from error
+
+
+def _read_picture(path: Path) -> Image.Image:
+    """A picture of any mode as RGB."""
+    opened = _open_image(path)
+    image = ImageOps.exif_transpose(opened)
+    if image.mode[0] in "IF":
+        wide = image.mode[0] == "I" and opened.format in ("PNG", "PPM")  # their 16 bits may come as 32
+        image = Image.fromarray(_to_bytes(np.asarray(image), wide))
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _to_bytes(pixels: np.ndarray, wide: bool = False) -> np.ndarray:
+    """Grey pixels of any kind to uint8, both [H, W], by the range that they mean.
+
+    Of 16-bit integers, and of all that are `wide`, this is 0 to 65535. Of others it is the first that holds
+    all pixels: 0 to 1 for floats; 0 to 255; 0 to 65535 for integers; else their own least to their own most.
+    Not a number is black, infinity is the end of the range.
+    """
+    wide = wide or pixels.dtype.itemsize == 2
+    whole = np.issubdtype(pixels.dtype, np.integer)
+    tops = (65535.0,) if wide else (255.0, 65535.0) if whole else (1.0, 255.0)
+    values = pixels.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 0.0)
+    fitting = [top for top in tops if low >= 0 and high <= top]
+    if fitting:
+        low, high = 0.0, fitting[0]
+    levels = 255 * (values.clip(low, high) - low) / (high - low or 1.0)
+    return np.nan_to_num(levels).round().astype(np.uint8)
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
@@ -240,7 +276,11 @@ def _load_animation(path: Path) -> Clip:
 
 
 def _save_video(clip: Clip, path: Path) -> None:
-    """H.264 in 4:2:0 with the index in front, which every player and browser shows."""
+    """H.264 in 4:2:0 with the index in front, which every player and browser shows.
+
+    The same frames give the same bytes: x264's macroblock tree differs from run to run, and its result with
+    the number of its threads, which would be that of the cores.
+    """
     import av
 
     height, width = clip.frames.shape[1:3]
@@ -249,7 +289,7 @@ def _save_video(clip: Clip, path: Path) -> None:
         container.metadata["title"] = clip.caption
         stream = container.add_stream("libx264", rate=Fraction(clip.fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt, stream.options = "yuv420p", {"crf": "16"}
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": "16", "mbtree": "0", "threads": "1"}
         stream.codec_context.colorspace = 6  # BT.601, as PyAV converts: without a word players guess by size
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -13,12 +13,15 @@ Shapes: B pictures, R resolution in pixels, N = grid * grid codes, C channels.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+NEAR = 16  # codes that may stand for one when codes are perturbed
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class VQVAEConfig:
     codes: int = 1024
     code_width: int = 32
     groups: int = 16  # of every GroupNorm
+    patch: int = 1  # pixels a side that the first layer folds into channels, and the last one unfolds
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # pixels in [0, 1] are normalised by these
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     # of a HierarchicalVQVAE
@@ -42,7 +46,7 @@ class VQVAEConfig:
     @property
     def grid(self) -> int:
         """Codes a side of the picture."""
-        return self.resolution // (self.rate or 2 ** (len(self.multipliers) - 1))
+        return self.resolution // (self.rate or self.patch * 2 ** (len(self.multipliers) - 1))
 
 
 class ResidualBlock(nn.Module):
@@ -122,7 +126,9 @@ def _level(width: int, outputs: int, blocks: int, attended: bool, groups: int) -
 
 def _encoder(config: VQVAEConfig) -> nn.Sequential:
     width = config.channels * config.multipliers[0]
-    parts: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
+    parts: list[nn.Module] = [nn.Conv2d(3 * config.patch**2, width, 3, padding=1)]
+    if config.patch > 1:
+        parts.insert(0, nn.PixelUnshuffle(config.patch))
     for level, multiplier in enumerate(config.multipliers):
         if level > 0:
             parts.append(Downsample(width))
@@ -147,8 +153,19 @@ def _decoder(config: VQVAEConfig, multipliers: tuple[int, ...]) -> nn.Sequential
         width = outputs
         if level > 0:
             parts.append(Upsample(width))
-    parts += [nn.GroupNorm(config.groups, width, eps=1e-6), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1)]
+    parts += [
+        nn.GroupNorm(config.groups, width, eps=1e-6),
+        nn.SiLU(),
+        nn.Conv2d(width, 3 * config.patch**2, 3, padding=1),
+    ]
+    if config.patch > 1:
+        parts.append(nn.PixelShuffle(config.patch))
     return nn.Sequential(*parts)
+
+
+def decoder_of(config: VQVAEConfig) -> nn.Sequential:
+    """Fresh layers from vectors of codes to pictures: those of the tokenizer, for others to start with."""
+    return _decoder(config, config.multipliers)
 
 
 class Codebook(nn.Module):
@@ -172,7 +189,27 @@ class Codebook(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """z [M, C] to the ids [M] of the nearest codes."""
-        return (self.vectors.square().sum(1) - 2 * z @ self.vectors.T).argmin(1)
+        return self._distances(z).argmin(1)
+
+    def perturbed(self, ids: Tensor, share: float, seeds: Sequence[int]) -> Tensor:
+        """Replace about `share` of the ids [B, M], each by one of the `NEAR` nearest codes (RobusTok, 2025).
+
+        What a model samples is often a near miss; a decoder trained so forgives it. Row i is drawn from seed
+        i, whatever batch it is in.
+        """
+        changed = ids.clone()
+        for row, seed in zip(changed, seeds):
+            generator = torch.Generator().manual_seed(seed)
+            chosen = (torch.rand(len(row), generator=generator) < share).to(ids.device)
+            near = self._distances(self.vectors[row[chosen]]).topk(NEAR + 1, largest=False).indices[:, 1:]
+            rank = torch.randint(NEAR, (len(near), 1), generator=generator).to(ids.device)
+            row[chosen] = near.gather(1, rank).squeeze(1)
+        return changed
+
+    def _distances(self, z: Tensor) -> Tensor:
+        """Squared distances of z [M, C] to all codes [M, V], less |z|^2; always in float32."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.vectors.square().sum(1) - 2 * z.float() @ self.vectors.T
 
     @torch.no_grad()
     def fill(self, z: Tensor, generator: torch.Generator | None = None) -> None:
@@ -209,7 +246,7 @@ class VQVAE(nn.Module):
         self.config = config
         self.encoder = _encoder(config)
         self.codebook = Codebook(config.codes, config.code_width)
-        self.decoder = _decoder(config, config.multipliers)
+        self.decoder = decoder_of(config)
 
     def _normalise(self, pictures: Tensor) -> Tensor:
         mean, std = (pictures.new_tensor(v).view(3, 1, 1) for v in (self.config.mean, self.config.std))
@@ -236,14 +273,24 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
         """ids [B, N] to pictures [B, 3, R, R], clamped to [0, 1]."""
-        grid = self.config.grid
-        z = self.codebook.vectors[ids].view(len(ids), grid, grid, -1).permute(0, 3, 1, 2)
-        return self.rebuild(z.to(self.dtype)).clamp(0, 1)
+        return self.rebuild(self.vectors(ids).to(self.dtype)).clamp(0, 1)
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        """ids [B, N] to the vectors of their codes [B, C, grid, grid]."""
+        side = math.isqrt(ids.shape[1])
+        return self.codebook.vectors[ids].unflatten(1, (side, side)).permute(0, 3, 1, 2)
 
     def forward(
-        self, pictures: Tensor, generator: torch.Generator | None = None
+        self,
+        pictures: Tensor,
+        generator: torch.Generator | None = None,
+        perturb: float = 0.0,
+        seeds: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct for training: (pictures' reconstruction, commitment loss, ids [B*N]).
+
+        In training mode a share `perturb` of the codes that the decoder sees is replaced by near ones, drawn
+        from each picture's seed.
 
         Gradients pass the quantiser straight through. In training mode the codebook follows the encoder.
         Before the codebook is filled the reconstruction is that of the unquantised latents, and the
@@ -255,8 +302,10 @@ class VQVAE(nn.Module):
             ids, loss, quantised = flat.new_zeros(len(flat), dtype=torch.long), z.new_zeros(()), z
         else:
             ids = self.codebook.nearest(flat.detach())
-            target = self.codebook.vectors[ids].view(len(z), z.shape[2], z.shape[3], -1).permute(0, 3, 1, 2)
+            target = self.vectors(ids.view(len(z), -1))
             loss = F.mse_loss(z, target)
+            if perturb and self.training:
+                target = self.vectors(self.codebook.perturbed(ids.view(len(z), -1), perturb, seeds))
             quantised = z + (target - z).detach()
             if self.training:
                 self.codebook.follow(flat.detach(), ids, generator)

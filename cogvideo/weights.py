@@ -25,6 +25,7 @@ from cogvideo.text import GPT2Tokenizer, TextTokenizer
 
 HUB_ID = r"[\w.-]+/[\w.-]+"  # owner/name
 SHIPPED = Path(__file__).parent / "models"
+SCALE = ":scale"  # ends the names of the scales of a matrix that is stored as int8
 TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
          torch.bool: "BOOL"}  # what safetensors calls them
 
@@ -82,7 +83,7 @@ class ModelFolder:
         to."""
         trained = self.config.get("trained")
         done = {part for row in (trained or {}).values() for part in row["parts"]}
-        parts = [part for part in ("superres", "refiner") if part in self.system().parts]
+        parts = [part for part in ("superres", "decoder", "refiner") if part in self.system().parts]
         return [part for part in parts if trained is None or part in done or self.has(part)]
 
     def has(self, part: str) -> bool:
@@ -103,6 +104,7 @@ class ModelFolder:
             raise ModelError(f"{self.path} is incomplete: {self.file(part).name} is missing") from None
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.file(part)} is damaged: {error}") from None
+        restore_rounded(state)
         if dtype is not None:
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
         try:
@@ -133,10 +135,16 @@ class ModelFolder:
             file.write_bytes(model)
 
     def save(self, part: str, module: nn.Module, dtype: torch.dtype | None = None) -> None:
-        """Write a part; `dtype` rounds its floating-point weights."""
+        """Write a part; `dtype` rounds its floating-point weights. int8 rounds those of linear layers as
+        `Int8Linear` does, so that int8 computes the same from either, and those of convolutions; the rest
+        becomes float16, and so does the encoder of a tokenizer, since other codes would be other words."""
         state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+        if dtype == torch.int8:
+            state |= round_matrices(module)
+            dtype = torch.float16
         if dtype is not None:
-            state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+            kept = {k: v for k, v in state.items() if k.endswith(SCALE)}
+            state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()} | kept
         with replacing(self.file(part)) as file:
             save_file(state, file)
 
@@ -168,6 +176,29 @@ class ModelFolder:
                         yield name
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.file(part)} is damaged: {error}") from None
+
+
+def round_matrices(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of linear layers and convolutions of a part as int8, and the scales of their outputs."""
+    found = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and not name.startswith("encoder."):
+            weight = layer.weight.detach().cpu().float()
+            rows = weight.flatten(1)
+            scale = rows.abs().amax(1).clamp_min(1e-8) / 127
+            found[f"{name}.weight"] = (rows / scale[:, None]).round().to(torch.int8).view_as(weight)
+            found[f"{name}.weight{SCALE}"] = scale
+    return found
+
+
+def restore_rounded(state: dict[str, torch.Tensor]) -> None:
+    """Bring weights that were stored as int8 back to float32, in place. What does not fit together stays for
+    the strict loading to name it."""
+    for name in [name for name in state if name.endswith(SCALE)]:
+        weight = state.get(name.removesuffix(SCALE))
+        if weight is not None and weight.ndim in (2, 4) and state[name].shape == weight.shape[:1]:
+            scale = state.pop(name).view(-1, *(1,) * (weight.ndim - 1))
+            state[name.removesuffix(SCALE)] = weight.float() * scale
 
 
 def read_embedding(where: str) -> torch.Tensor:

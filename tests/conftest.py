@@ -37,7 +37,10 @@ def nano_large(tmp_path_factory: pytest.TempPathFactory, world: TinyWorld) -> Pa
     nano = presets.find("nano")
     superres = SuperResConfig(grid=4, scale=2, text_len=64, pad=nano.model.pad, window=(3, 3), cross=(3, 3))
     vqvae = replace(nano.vqvae, resolution=32, rates=(4, 8), rate=8)
-    system = replace(nano, vqvae=vqvae, refiner=None, superres=superres)
+    original = replace(
+        nano.model, rotary=False, qk_norm=False, activation="gelu", norm="sandwich", zero_init=False
+    )
+    system = replace(nano, model=original, vqvae=vqvae, decoder=None, refiner=None, superres=superres)
     return make(tmp_path_factory.mktemp("models") / "nano_large", system, world)
 
 

@@ -577,10 +577,9 @@ def test_a_killed_conversion_can_be_started_again(tmp_path):
 # -- icetk
 
 
-@pytest.fixture(scope="module")
-def icetk(tmp_path_factory) -> Path:
+def write_icetk(folder: Path) -> Path:
     """A folder as icetk keeps it: the golden image tokenizer, and a text model of the same construction."""
-    folder = tmp_path_factory.mktemp("icetk")
+    folder.mkdir()
     torch.save({"module": read("weights_vqvae_tiny")}, folder / "ice_image.pt")
     things, ways = ("dog", "cat", "boat"), ("left", "right")
     captions = [f"a {thing} runs to the {way} 一只狗在跑" for thing in things for way in ways]
@@ -589,6 +588,11 @@ def icetk(tmp_path_factory) -> Path:
     (folder / "ice_text.model").write_bytes(model.replace(b"<start_of_image>", b"<start_of_nobody"))
     np.save(folder / "cluster_label2.npy", np.arange(128) % 7)
     return folder
+
+
+@pytest.fixture(scope="module")
+def icetk(tmp_path_factory) -> Path:
+    return write_icetk(tmp_path_factory.mktemp("icetk") / "models")
 
 
 def test_icetk_becomes_text_and_tokenizer(icetk, tmp_path):

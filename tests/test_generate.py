@@ -1,13 +1,16 @@
 """Filling frames: guidance as a doubled batch, samples apart and together, known frames kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import nn
 
 from cogvideo import presets
 from cogvideo.generate import fill
 from cogvideo.layout import Layout
 from cogvideo.model.packed import join, pack
-from cogvideo.model.transformer import DualChannelTransformer
+from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
 from cogvideo.sampling import Sampling, guide, pick, uniforms
 from cogvideo.weights import ModelFolder
 
@@ -70,6 +73,36 @@ def test_a_sample_alone_equals_the_same_sample_in_a_batch(nano, dtype):
         alone = run(model, text[i : i + 1], plain[i : i + 1], known[i : i + 1], [seed])
         assert torch.equal(alone[0], together[i])
     assert not torch.equal(together[0, 1:], together[1, 1:])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_sample_of_a_larger_model_is_the_same_bits_in_any_batch_on_any_threads(dtype):
+    """Wide enough that kernels choose their blocks by how many rows there are."""
+    config = replace(CONFIG, width=192, heads=3, grid=8)
+    torch.manual_seed(0)
+    base, stage = Base(config), TemporalChannel(config, config.window)
+    for weight in (*base.parameters(), *stage.parameters()):
+        nn.init.normal_(weight, std=0.05)
+    model = DualChannelTransformer(pack(base, dtype), pack(stage, dtype)).eval()
+    model = join(model) if dtype == "int8" else model
+    layout = Layout.interpolation(config.text_len, config.grid, config.frames)
+    text = torch.randint(config.codes, config.vocab, (16, config.text_len))
+    known = torch.randint(config.codes, (16, 3, config.frame_len))
+    uniform = torch.rand(16, 2 * config.frame_len)
+
+    def made(start: int, stop: int) -> torch.Tensor:
+        those = slice(start, stop)
+        *_, last = fill(model, layout, text[those], known[those], Sampling(1.0, 20), uniform[those])
+        return last.frames
+
+    before, together = torch.get_num_threads(), made(0, 16)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for start, stop in ((0, 1), (15, 16), (2, 5), (4, 12)):
+                assert torch.equal(made(start, stop), together[start:stop])
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_known_frames_are_kept_and_progress_is_told(nano):

@@ -7,6 +7,9 @@ STAGES = {
     "image": Layout.image(3, 4),
     "stage1": Layout.keyframes(3, 4, 5),
     "stage2": Layout.interpolation(3, 4, 5),
+    "image in diagonals": Layout.image(3, 4, skew=2),
+    "stage1 in diagonals": Layout.keyframes(3, 4, 5, skew=1),
+    "stage2 in diagonals": Layout.interpolation(3, 4, 5, skew=2),
 }
 
 
@@ -34,10 +37,14 @@ def test_the_rule_token_by_token(name, shifted):
     def tile(raster):
         return (raster // layout.grid + cut) // window, (raster % layout.grid + cut) // window
 
+    def turn(place):
+        row, column = divmod(place % n, layout.grid)
+        return place // n, column + layout.skew * row if layout.skew else place % n
+
     for i in range(layout.tokens):
         for j in range(layout.tokens):
             both_given = max(i, j) // n < len(layout.given)
-            expected = (j <= i or both_given) and tile(i % n) == tile(j % n)
+            expected = (turn(j) <= turn(i) or both_given) and tile(i % n) == tile(j % n)
             assert bool(mask[i, j]) == expected
 
 
@@ -48,15 +55,16 @@ def test_the_rule_token_by_token(name, shifted):
 def test_cache_segments_hold_exactly_what_a_token_sees(name, channel, window, shifted):
     """Stepping in waves, a token finds in its slice of the cache the tokens that it sees, no others."""
     layout = STAGES[name]
-    start, slot = layout.segments(channel, window, shifted)
+    segments = layout.segments(channel, window, shifted)
+    slot = segments.slot
     mask = layout.sees(channel, window, shifted)
     known = len(layout.given)
     holder = {slot[place]: place for place in range(known * layout.frame_len)}
     for places in layout.waves(known, window):
         holder.update({slot[place]: place for place in places})
         for place in places:
-            slots = range(start[place] + layout.text_len, slot[place] + 1)
-            assert [holder[s] for s in slots] == mask[place].nonzero().flatten().tolist()
+            slots = range(segments.start[place] + layout.text_len, segments.end[place])
+            assert sorted(holder[s] for s in slots) == mask[place].nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -70,19 +78,40 @@ def test_waves_make_every_token_once_and_after_all_it_sees(name):
     )
     waves = list(layout.waves(known, window))
     for places in waves:
-        for place in places:
-            assert set(seen[place].nonzero().flatten().tolist()) - {place} <= made
+        for place, entering in zip(places, layout.entering(places)):
+            assert set(seen[place].nonzero().flatten().tolist()) <= made | set(places)
+            assert entering in made | {-1}
         assert not made & set(places)
         made |= set(places)
     assert made == set(range(layout.tokens))
     if layout.frames - known > 1:
         assert len(waves) < layout.tokens - known * layout.frame_len
-    assert all(len(places) == 1 for places in layout.waves(known, 0))  # full attention: one after the other
+    if not layout.skew:  # full attention: one after the other
+        assert all(len(places) == 1 for places in layout.waves(known, 0))
+
+
+def test_a_code_of_a_diagonal_enters_to_the_right_of_it_or_below():
+    layout = STAGES["image in diagonals"]
+    codes = torch.arange(16).view(1, 1, 16)
+    inputs = layout.inputs(codes, start=99).view(4, 4)
+    assert inputs.tolist() == [[99, 0, 1, 2], [0, 4, 5, 6], [4, 8, 9, 10], [8, 12, 13, 14]]
+
+
+def test_a_code_of_a_diagonal_sees_its_neighbours_and_no_later_diagonal():
+    """That to the left and the three above are known before it, when the skew is 2."""
+    layout = Layout.image(3, 6, skew=2)
+    steps = torch.tensor(layout.steps).view(6, 6)
+    for row in range(1, 6):
+        for column in range(1, 5):
+            near = steps[row, column - 1], *steps[row - 1, column - 1 : column + 2]
+            assert max(near) < steps[row, column]
+    assert layout.draw("spatial").splitlines()[8].replace(" ", "") == "#####.###..." + "#" + "." * 23
 
 
 def test_steps_at_the_sizes_of_the_paper():
     layout = Layout.interpolation(64, 20, 5)
     assert len(list(layout.waves(3, 10))) == 590  # of 800, one by one
+    assert len(list(Layout.image(32, 16, skew=2).waves(0, 0))) == 46  # of 256
 
 
 @pytest.mark.parametrize("name", STAGES)

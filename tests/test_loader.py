@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cogvideo.data.clips import Cut, cut
-from cogvideo.data.loader import _Cuts, batches, read_captions, to_pictures
+from cogvideo.data.loader import Reuse, _Cuts, batches, read_captions, recurring, to_pictures
 from cogvideo.data.tinyworld import MOTIONS, TinyWorld, sprites
 from cogvideo.text import split_words
 from cogvideo.video import Clip
@@ -43,6 +43,9 @@ class Clocks:
 
     def name(self, index: int) -> str:
         return f"clock {index}"
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        return self[index].caption(rng)
 
 
 ANY = Cut(3, (1, 2, 4), sizes=(4,))
@@ -175,5 +178,71 @@ def test_what_is_said_of_a_scene_does_not_follow_from_the_scene():
     same, other = ({w for c in read_captions(world, 4000, seed) for w in split_words(c)} for seed in (1, 2))
     assert len(same ^ other) < 0.02 * len(same)
     clips = _Cuts(world, how, seed=1)
-    found = {(world[k].scene.motion, clips[k][0].duration, clips[k][0].caption.isascii()) for k in range(400)}
+    found = {(world[k].scene.motion, clips[k][1].duration, clips[k][1].caption.isascii()) for k in range(400)}
     assert len(found) == len(MOTIONS) * 2 * 2
+
+
+REUSE = Reuse(3, pool=24)
+
+
+def encode_clock(clips: torch.Tensor) -> torch.Tensor:
+    """Levels of Clock, as codes."""
+    return (clips[:, :, 0, :2, :2] * 255).round().long().flatten(2)
+
+
+def recur(count: int, source=WORLD, batch: int = 4, encode=encode_clock, **options) -> list:  # noqa: B008
+    options = {"seed": 1, **options}
+    how = Cut(2, (1, 8), sizes=(16,), cover=4)
+    return list(islice(recurring(source, how, batch, REUSE, encode, **options), count))
+
+
+def same_codes(one, two) -> bool:
+    equal = torch.equal(one.codes, two.codes) and (one.cover is None or torch.equal(one.cover, two.cover))
+    return equal and (one.numbers, one.captions, one.durations) == (two.numbers, two.captions, two.durations)
+
+
+def test_a_clip_recurs_as_often_as_asked_and_never_within_a_batch():
+    uses, last, gaps = Counter(), {}, []
+    for step in range(300):
+        clips = [number for _, number in (REUSE.clip(1, step, place, 4) for place in range(4))]
+        assert len(set(clips)) == 4
+        gaps += [step - last[clip] for clip in clips if clip in last]
+        last |= dict.fromkeys(clips, step)
+        uses.update(clips)
+    assert max(uses.values()) == 3 and sum(n == 3 for n in uses.values()) > 0.9 * len(uses)
+    assert sum(gaps) / len(gaps) > 4
+
+
+def test_only_new_clips_are_encoded_and_captions_are_drawn_anew():
+    encoded = []
+
+    def encode(clips: torch.Tensor) -> torch.Tensor:
+        encoded.append(len(clips))
+        return encode_clock(clips)
+
+    found = recur(150, encode=encode)
+    assert len(encoded) < 1.1 * 150 * 4 / 3
+    said: dict[tuple, set] = {}
+    for batch in found:
+        for codes, caption in zip(batch.codes.flatten(1).tolist(), batch.captions):
+            said.setdefault(tuple(codes), set()).add(caption)
+    assert sum(len(captions) > 1 for captions in said.values()) > 0.8 * len(said)
+
+
+@pytest.mark.parametrize("source", [WORLD, Clocks(7)])
+def test_recurring_clips_are_those_of_an_uninterrupted_run(source):
+    whole = recur(40, source)
+    for step in (1, 17, 31):
+        assert all(map(same_codes, recur(40 - step, source, step=step), whole[step:]))
+    assert all(map(same_codes, recur(40, source, workers=2), whole))
+    shared = [recur(40, source, batch=2, rank=rank, ranks=2) for rank in range(2)]
+    for batch, *parts in zip(whole, *shared):
+        assert torch.equal(torch.cat([part.codes for part in parts]), batch.codes)
+        assert [c for part in parts for c in part.captions] == batch.captions
+
+
+def test_ranks_encode_a_clip_once_together():
+    encoded = []
+    for rank in range(2):
+        recur(90, batch=2, rank=rank, ranks=2, encode=lambda clips: encoded.append(1) or encode_clock(clips))
+    assert len(encoded) < 1.15 * 90 * 4 / 3

@@ -5,6 +5,9 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -44,7 +47,9 @@ def _join(rank: int, ranks: int, port: int, work, arguments: tuple) -> None:
 
 def nano_phase(name: str, recipe: str = "tiny", **changes) -> recipes.Phase:
     phase = recipes.find(recipe).phase(name)
-    cut = dataclasses.replace(phase.cut, sizes=(16,))
+    cut = dataclasses.replace(phase.cut, sizes=(16,), cover=4 if phase.cut.cover else 0)
+    if name == "tokenizer":
+        cut = dataclasses.replace(cut, frames=3)  # more vectors than codes, so that no two codes are the same
     plain = dict(steps=STEPS, batch=2, warmup=1, optimizer="adamw", precision="float32", lr=1e-3, cut=cut)
     return dataclasses.replace(phase, **{**plain, **changes})
 
@@ -103,8 +108,13 @@ def trained(model: Path, phase: recipes.Phase) -> torch.Tensor:
 
 
 def difference(a: Path, b: Path, phase: recipes.Phase) -> float:
-    """The largest of any weight."""
-    return float((trained(a / "model", phase) - trained(b / "model", phase)).abs().max())
+    """Of all weights, relative to their size.
+
+    Not the largest of any weight: Adam brings a gradient to full size that is all but rounding, and rounding
+    depends on the processor. Runs on other clips differ by 1e-2.
+    """
+    one, other = trained(a / "model", phase), trained(b / "model", phase)
+    return float((one - other).norm() / one.norm())
 
 
 @pytest.fixture(autouse=True)
@@ -115,25 +125,81 @@ def _quick():
 
 
 @pytest.mark.parametrize(
-    "name, optimizer, tolerance",
+    "name, shard",
     [
-        ("tokenizer", "adamw", 1e-4),
-        ("image", "adamw", 1e-5),
-        ("stage1", "adamw", 1e-5),
+        ("tokenizer", False),
+        ("tokenizer", True),
+        ("image", False),
+        ("image", True),
+        ("stage1", False),
+        ("stage1", True),
     ],
 )
-def test_two_processes_take_the_steps_of_one(nano, tmp_path, name, optimizer, tolerance):
-    """Also with captions left out, and with a codebook that is filled and follows. The tokenizer has more
-    weights whose gradient is all but rounding."""
-    phase = nano_phase(name, optimizer=optimizer, drop=0.5)
+def test_two_processes_take_the_steps_of_one(nano, tmp_path, name, shard):
+    """With whole weights and with shards; also with captions left out, and with a codebook that is filled
+    and follows."""
+    phase = nano_phase(name, drop=0.5)
     one, two = begin(tmp_path / "1", nano), begin(tmp_path / "2", nano)
     for out in (one, two):  # begin with new weights
         ModelFolder(out / "model").file(phase.trains[0]).unlink()
     run(one, phase)
-    together(2, run, two, phase)
-    assert difference(one, two, phase) < tolerance
+    together(2, partial(run, shard=shard), two, phase)
+    assert difference(one, two, phase) < 1e-5
     logs = [json.loads((out / name / "log.jsonl").read_text()) for out in (one, two)]
     assert logs[0].keys() == logs[1].keys() and logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)
+
+
+def test_a_run_starts_its_processes_itself(nano, tmp_path):
+    """Clips that recur, too: each process meets its own again."""
+    phase = nano_phase("image", drop=0.5, reuse=2)
+    one, two, half = (begin(tmp_path / name, nano) for name in ("1", "2", "half"))
+    run(one, phase, probe=None)
+    run(two, phase, probe=None, processes=2)
+    run(half, dataclasses.replace(phase, batch=1), probe=None)
+    assert difference(one, two, phase) < 1e-5
+    assert difference(one, half, phase) > 1e-3  # what a process that is not listened to would leave
+    assert not torch.distributed.is_initialized()
+
+
+PARENT = """
+import sys, time
+from cogvideo.train.parallel import launch
+
+def work(member):
+    print(__import__("os").getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with launch(2, work):
+        time.sleep(600)
+"""
+
+
+def test_processes_end_with_the_first(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {child} outlived the one that started it")
+
+
+def test_memory_decides_on_shards(monkeypatch):
+    system, phase, cpu = presets.find("nano"), nano_phase("image", optimizer="muon"), torch.device("cpu")
+    whole = 12 * sum(shape.numel() for shape in system.shapes("base").values())
+    for free, shard in ((2.1 * whole, False), (1.9 * whole, True)):
+        monkeypatch.setattr(loop, "free_memory", lambda device, free=free: free)
+        assert loop.check_memory([phase], system, cpu, 2, False) is shard
+    monkeypatch.setattr(loop, "free_memory", lambda device: 0.9 * whole)
+    with pytest.raises(ValueError, match="image needs"):
+        loop.check_memory([phase], system, cpu, 2, False)
 
 
 def test_two_processes_take_the_steps_of_one_in_the_regression_family(nano, tmp_path):
@@ -147,14 +213,15 @@ def test_two_processes_take_the_steps_of_one_in_the_regression_family(nano, tmp_
     assert difference(one, two, phase) < 1e-5
 
 
-def test_muon_goes_the_same_way_with_two_processes(nano, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_muon_goes_the_same_way_with_two_processes(nano, tmp_path, shard):
     """It rounds to bfloat16, which makes much of little: a share of the way is what may differ, 0.3 to 0.6 %.
     Of shards, not of whole matrices, it is 1.5 % or more."""
     phase = nano_phase("image", optimizer="muon")
     start = trained(nano, phase)
     one, two = begin(tmp_path / "1", nano), begin(tmp_path / "2", nano)
     run(one, phase)
-    together(2, run, two, phase)
+    together(2, partial(run, shard=shard), two, phase)
     way = trained(one / "model", phase) - start
     apart = trained(one / "model", phase) - trained(two / "model", phase)
     share = float(apart.norm() / way.norm())
@@ -162,16 +229,24 @@ def test_muon_goes_the_same_way_with_two_processes(nano, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "first, second, optimizer, tolerance", [(1, 2, "adamw", 1e-5), (2, 1, "adamw", 1e-5), (2, 2, "muon", 0)]
+    "first, second, optimizer, shard, tolerance",
+    [
+        (1, 2, "adamw", False, 1e-5),
+        (2, 1, "adamw", True, 1e-5),
+        (2, 2, "muon", False, 0),
+        (2, 2, "muon", True, 0),
+    ],
 )
-def test_a_run_goes_on_with_any_number_of_processes(nano, tmp_path, first, second, optimizer, tolerance):
+def test_a_run_goes_on_with_any_number_of_processes(
+    nano, tmp_path, first, second, optimizer, shard, tolerance
+):
     phase = nano_phase("stage1", optimizer=optimizer)
     whole, changed = begin(tmp_path / "whole", nano), begin(tmp_path / "changed", nano)
     for ranks, out in ((first, whole), (second, changed)):
         if out is changed:
             (changed / "stage1").mkdir()
             shutil.copy(whole / "stage1" / "strips" / "0000003.pt", changed / "stage1" / "state.pt")
-        run(out, phase) if ranks == 1 else together(ranks, run, out, phase)
+        run(out, phase) if ranks == 1 else together(ranks, partial(run, shard=shard), out, phase)
     assert difference(whole, changed, phase) <= tolerance
     assert not (changed / "stage1" / "strips" / "0000003.png").exists()
 
@@ -183,7 +258,7 @@ def test_shards_have_the_gradients_of_whole_parts(nano):
 def _compare_gradients(nano: Path) -> None:
     """Of stage 1 with all parts learning; with and without recomputing; each process holds half."""
     folder, phase = ModelFolder(nano), nano_phase("stage1")
-    machine = parallel.start("cpu")
+    machine = parallel.start("cpu", shard=True)
     batch = next(batches(TinyWorld(sprites(8), seed=1), phase.cut, 1, seed=0))
     found = []
     for one in (parallel.Machine(machine.device), machine, dataclasses.replace(machine, recompute=True)):
@@ -269,10 +344,9 @@ def test_recomputing_keeps_fewer_activations(nano):
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    machine = dataclasses.replace(parallel.Machine(torch.device("cpu")), ranks=3)
     with pytest.raises(ValueError, match="a multiple of 3 for --image.batch"):
-        machine.share(nano_phase("image"))
-    assert machine.share(nano_phase("image", batch=12)) == 4
+        parallel.share(nano_phase("image"), 3)
+    assert parallel.share(nano_phase("image", batch=12), 3) == 4
 
 
 def test_a_checkpoint_without_shards_is_a_plain_file(tmp_path):

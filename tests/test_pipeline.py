@@ -34,7 +34,7 @@ def test_the_schedule_of_the_paper(pipe, draft):
         draft = pipe.interpolate(draft)
         shapes.append((draft.codes.shape[1], draft.fps))
     assert shapes == [(5, 1), (9, 2), (17, 4), (33, 8)]
-    assert pipe.frame_counts == dict(shapes)
+    assert pipe.frame_counts == {1: 1} | dict(shapes)
 
 
 def test_interpolation_keeps_the_frames_it_was_given(pipe, draft):
@@ -54,6 +54,35 @@ def test_the_whole_way(pipe):
     again = pipe(PROMPTS[0], num_frames=9, seed=4, progress=False)
     assert (again[0].frames == clips[1].frames).all()
     assert not (clips[0].frames == clips[1].frames).all()
+
+
+def test_one_frame_is_the_picture_that_a_video_begins_with(pipe):
+    picture = pipe(PROMPTS, num_frames=1, seed=3, progress=False)
+    assert [clip.frames.shape for clip in picture] == [(1, 32, 32, 3)] * 2
+    first = pipe.first_frames(PROMPTS, SEEDS)
+    for clip, whole in zip(picture, pipe.upscale(pipe.decode(first))):
+        assert (clip.frames == whole.frames).all()
+    assert torch.equal(pipe.keyframes(PROMPTS, SEEDS).codes[:, :1], first.codes)
+
+
+def test_one_frame_needs_no_stages(nano, tmp_path):
+    folder = shutil.copytree(nano, tmp_path / "model")
+    for stage in ("stage1", "stage2"):
+        (folder / f"{stage}.safetensors").unlink()
+    pipe = CogVideo.from_pretrained(folder, dtype="float32")
+    assert pipe("a dog", num_frames=1, seed=0, progress=False)[0].frames.shape == (1, 32, 32, 3)
+    with pytest.raises(ModelError, match="stage1"):
+        pipe("a dog", num_frames=5, seed=0, progress=False)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("together", [1, 4, 32])
+def test_codes_do_not_depend_on_how_many_windows_are_filled_at_once(nano, monkeypatch, dtype, together):
+    pipe = CogVideo.from_pretrained(nano, dtype=dtype)
+    draft = pipe.interpolate(pipe.keyframes(PROMPTS, SEEDS))
+    free = pipe.interpolate(draft)
+    monkeypatch.setattr(CogVideo, "_at_once", lambda *_: together)
+    assert torch.equal(pipe.interpolate(draft).codes, free.codes)
 
 
 def test_image_to_video_begins_with_the_image(pipe):
@@ -99,12 +128,13 @@ def test_progress_tells_every_step(pipe):
     [
         (dict(prompt=" "), "the prompt is empty"),
         (dict(prompt="a dog " * 200), r"the text has \d+ tokens, \d+ more than the 64 that fit"),
-        (dict(prompt="a dog", num_frames=7), "choose one of 5, 9, 17, 33"),
+        (dict(prompt="a dog", num_frames=7), "choose one of 1, 5, 9, 17, 33"),
         (dict(prompt="a dog", seed=-1), "seed -1 is out of range"),
         (dict(prompt="a dog", num_videos_per_prompt=0), "must be 1 or more"),
         (dict(prompt="a dog", guidance_scale=0.1), "guidance_scale must be 1 or more"),
         (dict(prompt="a dog", guidance_scale=float("nan")), "guidance_scale must be 1 or more"),
-        (dict(prompt="a dog", num_frames=0), "choose one of 5, 9, 17, 33"),
+        (dict(prompt="a dog", num_frames=0), "choose one of 1, 5, 9, 17, 33"),
+        (dict(prompt="a dog", num_frames=1, image=np.zeros((8, 8, 3), np.uint8)), "num_frames 1 is the"),
         (dict(prompt=[]), "there is no prompt"),
         (dict(prompt="a dog", image=np.zeros((8, 8, 4), np.uint8)), r"an image is uint8 \[H, W, 3\]"),
         (dict(prompt="a dog", image="nothing.png"), "nothing.png"),

@@ -78,7 +78,7 @@ def check(source, names="abc"):
 
 def test_the_tiny_world_has_no_end():
     source = open_source("tinyworld", seed=3, sprites=16)
-    assert source == TinyWorld(sprites(16), 3, even=True) and source.count is None
+    assert source == TinyWorld(sprites(16), 3, even=True, varied=True) and source.count is None
     assert source[5].frames([0, 1], 24).shape == (2, 24, 24, 3)
 
 

@@ -22,7 +22,7 @@ from cogvideo.data.tinyworld import (
     sprites,
 )
 from cogvideo.data.tinyworld.cast import shape, table
-from cogvideo.data.tinyworld.words import _inflect
+from cogvideo.data.tinyworld.words import inflect
 
 TIMES = np.arange(33) / 8
 ALL = sprites()
@@ -263,7 +263,7 @@ def test_captions_vary_and_mix_languages():
     ],
 )
 def test_verbs_are_inflected(verb, third, gerund):
-    assert _inflect(verb, "s") == third and _inflect(verb, "ing") == gerund
+    assert inflect(verb, "s") == third and inflect(verb, "ing") == gerund
 
 
 def test_an_even_world_shows_each_motion_as_often():

@@ -5,12 +5,18 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
+from conftest import loosen
 from data.goldens import DATA
 
 from cogvideo import CogVideo, presets
+from cogvideo.data.loader import Batch
+from cogvideo.layout import Layout
+from cogvideo.model.superres import SuperResConfig
+from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.preview import probe
 from cogvideo.train import inherit, loop, objectives, recipes
 from cogvideo.train.losses import LossWeights
@@ -18,14 +24,16 @@ from cogvideo.train.optim import learning_rate, optimizers
 from cogvideo.train.report import Report, draw_curve
 from cogvideo.weights import ModelFolder
 
+PHASES = ["tokenizer", "image", "stage1", "stage2", "decoder", "mistakes"]
+
 
 def nano_phase(name: str, **changes) -> recipes.Phase:
     """A phase of the tiny recipe for the nano model: two clips a step, 16 px, float32."""
     phase = recipes.find("tiny").phase(name)
     sizes = (16,) if len(phase.cut.sizes) == 1 else (16, 32)
-    defaults = dict(
-        steps=6, batch=2, warmup=1, precision="float32", cut=dataclasses.replace(phase.cut, sizes=sizes)
-    )
+    cut = dataclasses.replace(phase.cut, sizes=sizes, cover=4 if phase.cut.cover else 0,
+                              crop=8 if phase.cut.crop else 0)
+    defaults = dict(steps=6, batch=2, warmup=1, precision="float32", cut=cut)
     return dataclasses.replace(phase, **{**defaults, **changes})
 
 
@@ -46,21 +54,21 @@ def _small():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, world):
     out = tmp_path_factory.mktemp("run")
-    phases = [nano_phase(name) for name in ("tokenizer", "image", "stage1", "stage2", "refiner")]
+    phases = [nano_phase(name) for name in PHASES]
     run(out, world, *phases, log_every=2, save_every=3, probe_every=6, probe=probe)
     return out
 
 
 def test_all_phases_make_a_model_that_generates(trained):
     clips = CogVideo.from_pretrained(trained / "model")("a dog runs to the right", seed=1, progress=False)
-    assert clips[0].frames.shape == (33, 32, 32, 3)
+    assert clips[0].frames.shape == (33, 16, 16, 3)
     config = ModelFolder(trained / "model").config
-    assert list(config["trained"]) == ["tokenizer", "image", "stage1", "stage2", "refiner"]
+    assert list(config["trained"]) == PHASES
     assert "dog" in config["words"]
 
 
 def test_every_phase_reports(trained):
-    for name in ("tokenizer", "image", "stage1", "stage2", "refiner"):
+    for name in PHASES:
         rows = [json.loads(line) for line in (trained / name / "log.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == [2, 4, 6]
         assert all(row["clips_per_second"] > 0 and row["lr"] > 0 and row["loss"] > 0 for row in rows)
@@ -68,9 +76,18 @@ def test_every_phase_reports(trained):
         assert (trained / name / "strips" / "0000006.png").exists()
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "image", "stage1"])
-def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world, name):
-    whole = nano_phase(name, steps=7)
+@pytest.mark.parametrize("name, changes", [
+    ("tokenizer", {}),
+    ("image", {}),
+    ("image", {"reuse": 3}),
+    ("image", {"windowed": 0.5}),
+    ("stage1", {"reuse": 2}),
+    ("stage2", {"windowed": 0.5}),
+    ("decoder", {"adversary": 0.1}),
+], ids=str)
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world, name, changes):
+    """Also if clips recur whose codes are no longer remembered, and with a discriminator."""
+    whole = nano_phase(name, steps=7, **changes)
     results = []
     for stops in ((7,), (3, 5, 7)):
         out = tmp_path / f"{len(stops)}"
@@ -89,7 +106,8 @@ def test_a_log_that_a_full_disk_cut_off_goes_on(tmp_path):
         whole.step(step, 0.1, {"loss": 1.0 / (step + 1)})
     log = tmp_path / "log.jsonl"
     log.write_text(log.read_text()[:-9])
-    again = Report(tmp_path, "image", 4, 1, every=1, quiet=True, first=2)
+    again = Report(tmp_path, "image", 4, 1, every=1, quiet=True)
+    again.forget(2)
     for step in (2, 3):
         again.step(step, 0.1, {"loss": 0.1})
     draw_curve(log, tmp_path / "loss.png")
@@ -106,6 +124,80 @@ class Stop:
     def __call__(self, folder, parts, phase, batch, out) -> None:
         if int(out.stem) >= self.step:
             raise KeyboardInterrupt
+
+
+def test_a_window_is_cut_out_of_a_frame():
+    maps = torch.arange(2 * 3 * 25).view(2, 3, 25)
+    found = objectives.windows(maps, torch.tensor([[1, 2], [3, 0]]), 2).view(2, 3, 2, 2)
+    assert torch.equal(found[0], maps.view(2, 3, 5, 5)[0, :, 1:3, 2:4])
+    assert torch.equal(found[1], maps.view(2, 3, 5, 5)[1, :, 3:5, 0:2])
+
+
+def test_a_window_holds_the_object():
+    """What fits of it; a clip without one has its window anywhere, and each clip has its own."""
+    cover = torch.zeros(4, 2, 6, 6)
+    cover[0, 0, 4, 1] = cover[0, 1, 5, 2] = 1.0  # in its two frames
+    cover[1, :, 1:6, 2] = 1.0  # too long
+    cover[2, :, 0, 5] = 1.0
+    corners = []
+    for number in range(0, 400, 4):
+        batch = Batch([*range(number, number + 4)], [""] * 4, [1.0] * 4, (), cover)
+        corners.append(objectives.window_corners(batch, 3))
+        alone = Batch([number + 3], [""], [1.0], (), cover[3:])
+        assert torch.equal(objectives.window_corners(alone, 3)[0], corners[-1][3])
+    found = torch.stack(corners, 1)  # [4, 100, 2]
+    seen = [{tuple(corner) for corner in rows.tolist()} for rows in found]
+    assert seen[0] == {(3, 0), (3, 1)}
+    assert seen[1] == {(row, column) for row in (1, 2, 3) for column in (0, 1, 2)}
+    assert seen[2] == {(0, 3)}
+    assert len(seen[3]) == 16
+
+
+def test_windows_keep_the_tiles_of_the_temporal_channel():
+    """At a multiple of the tile's side a window sees what the whole frame sees there."""
+    whole = Layout.interpolation(2, 16, 5, skew=2)
+    small = dataclasses.replace(whole, grid=8)
+    cover = torch.zeros(1, 5, 16, 16)
+    cover[..., 5:9, 7:14] = 1.0
+    corners = {
+        tuple(objectives.window_corners(Batch([n], [""], [1.0], (), cover), 8, 4)[0].tolist())
+        for n in range(50)
+    }
+    assert corners == {(0, 8), (4, 8)}
+    for corner in corners:
+        inside = objectives.windows(torch.arange(256).view(1, 1, 256), torch.tensor([corner]), 8)[0, 0]
+        places = (torch.arange(5)[:, None] * 256 + inside).flatten()
+        for shifted in (False, True):
+            sees = whole.sees("temporal", 4, shifted)[places][:, places]
+            assert torch.equal(small.sees("temporal", 4, shifted), sees)
+        sees = whole.sees("spatial")[places][:, places]
+        assert torch.equal(small.sees("spatial"), sees)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.75, 1.0])
+def test_a_share_of_clips_is_learnt_in_windows(share):
+    """The same share of any clips that follow each other: each process has as many as the others."""
+    for first in (0, 5, 1000):
+        assert sum(objectives.in_window(first + i, share) for i in range(8)) == 8 * share
+
+
+def test_a_window_is_read_where_it_was_cut_out(nano):
+    """Its codes stand at the places of the frame: the window of all is the frame, and of two windows each has
+    the loss that it has alone."""
+    base = ModelFolder(nano).load("base").eval()
+    model, c = DualChannelTransformer(base), base.config
+    layout, generator = c.layout("image"), torch.Generator().manual_seed(3)
+    codes = torch.randint(c.codes, (2, 1, c.frame_len), generator=generator)
+    text = torch.randint(c.codes, c.start, (2, c.text_len), generator=generator)
+    loss = partial(objectives.token_loss, model)
+    whole = loss(layout, text, codes)[0]
+    assert torch.allclose(loss(layout, text, codes, corners=torch.zeros(2, 2).long())[0], whole)
+    small, corners = dataclasses.replace(layout, grid=2), torch.tensor([[1, 2], [0, 1]])
+    cut = objectives.windows(codes, corners, 2)
+    both = loss(small, text, cut, corners=corners)[0]
+    alone = [loss(small, text[i:][:1], cut[i:][:1], corners=corners[i:][:1])[0] for i in range(2)]
+    assert torch.allclose(both, sum(alone) / 2)
+    assert not torch.allclose(both, loss(small, text, cut, corners=corners.flip(0))[0])
 
 
 def test_parts_that_a_phase_does_not_train_stay_as_they_are(trained, tmp_path, world):
@@ -162,6 +254,7 @@ def test_the_learning_rate_of_the_released_models():
 @pytest.mark.parametrize("field, value, message", [
     ("schedule", "linear", "one of trapezoid, cosine"), ("precision", "half", "one of float32, bfloat16"),
     ("batch", 0, "image.batch must be 1 or more"), ("lr", float("nan"), "image.lr must be 0 or more"),
+    ("reuse", 0, "image.reuse must be 1 or more"),
     ("drop", 1.5, "image.drop is a share and must be 1 or less"), ("decay", 7, "image.decay is a share"),
 ])
 def test_what_a_phase_cannot_be_is_refused(field, value, message):
@@ -184,6 +277,11 @@ def test_what_a_phase_cannot_do_is_known_before_the_first(tmp_path, world, monke
     short = dataclasses.replace(recipe.phase("tokenizer"), steps=objectives.UNQUANTISED)
     with pytest.raises(ValueError, match="tokenizer: there are no codes before step"):
         loop.train(recipe, tmp_path, world, presets.find("tiny"), [short])
+    again = dataclasses.replace(recipe.phase("tokenizer"), reuse=2)
+    with pytest.raises(ValueError, match="tokenizer.reuse must be 1"):
+        loop.train(recipe, tmp_path, world, presets.find("tiny"), [again])
+    with pytest.raises(ValueError, match="cannot be shared by 3 processes"):
+        loop.train(recipe, tmp_path, world, presets.find("tiny"), [recipe.phase("image")], processes=3)
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match="'muon' needs torch 2.9 or later"):
         loop.train(recipe, tmp_path, world, presets.find("tiny"), list(recipe.phases))
@@ -197,6 +295,81 @@ def test_a_part_is_the_same_for_the_same_seed():
         )
         assert all(torch.equal(one[key], two[key]) for key in one)
         assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+# -- what a run begins with
+
+
+def every_part() -> list:
+    """(system, part) for each kind of part of both families."""
+    nano, direct = presets.find("nano"), presets.find("direct-nano")
+    large = SuperResConfig(grid=4, scale=2, text_len=64, pad=nano.model.pad, window=(3, 3), cross=(3, 3))
+    tokenizer = dataclasses.replace(nano.vqvae, resolution=32, rates=(4, 8), rate=8)
+    absolute = dataclasses.replace(nano.model, rotary=False)
+    system = dataclasses.replace(nano, model=absolute, superres=large, bases=("superres_base", "itersr_base"),
+                                 itersr=dataclasses.replace(large, cross=None))
+    rows = [(one, name) for one in (nano, system, direct) for name in one.parts]
+    return [*rows, (dataclasses.replace(nano, vqvae=tokenizer), "vqvae")]
+
+
+@pytest.mark.parametrize("system, name", every_part(), ids=lambda value: str(value)[:12])
+def test_a_part_takes_all_of_one_of_its_sizes(system, name):
+    mine, theirs = (inherit.new_part(system, name, seed) for seed in (1, 2))
+    loosen(theirs, torch.Generator().manual_seed(3))
+    told = inherit.take(mine, theirs)
+    taken, given = mine.state_dict(), theirs.state_dict()
+    assert all(torch.equal(taken[key], given[key]) for key in given)
+    assert told == f"{len(given) - (name == 'direct')} of {len(taken) - (name == 'direct')} tensors taken; " \
+        "nothing is new"
+
+
+@pytest.mark.parametrize("part, changes, new", [
+    ("stage1", {"frames": 7}, ["positions.weight"]),
+    ("base", {"vocab": 600}, ["embed.weight but for 564 of 600 rows"]),
+    ("base", {"codes": 32}, ["embed.weight but for 0 of 564 rows"]),
+    ("vqvae", {"codes": 32}, [f"codebook.{name}" for name in ("vectors", "uses", "sums", "filled")]),
+])
+def test_a_part_of_another_size_takes_what_fits(part, changes, new):
+    nano, field = presets.find("nano"), "vqvae" if part == "vqvae" else "model"
+    other = dataclasses.replace(nano, **{field: dataclasses.replace(getattr(nano, field), **changes)})
+    mine, theirs = inherit.new_part(other, part, 1), inherit.new_part(nano, part, 2)
+    if part == "vqvae":
+        theirs.codebook.filled.fill_(True)
+    before, given = {key: value.clone() for key, value in mine.state_dict().items()}, theirs.state_dict()
+    told = inherit.take(mine, theirs)
+    assert told.endswith(f"; new: {', '.join(new)}")
+    for key, value in mine.state_dict().items():
+        if key not in (one.split()[0] for one in new):
+            assert torch.equal(value, given[key]), key
+        elif "but for" not in told:
+            assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("system, name, tables", [
+    ("nano", "base", {"embed.weight": 64}), ("nano", "decoder", {"words.weight": 0}),
+    ("direct-nano", "direct", {"embed.weight": 2}),
+])
+def test_of_other_words_no_embedding_is_taken(system, name, tables):
+    """But those of image codes, and of frame rates."""
+    mine, theirs = (inherit.new_part(presets.find(system), name, seed) for seed in (1, 2))
+    inherit.take(mine, theirs, same_words=False)
+    for key, value in mine.state_dict().items():
+        equal = (value == theirs.state_dict()[key]).flatten(1).all(1) if key in tables else None
+        assert torch.equal(value, theirs.state_dict()[key]) if equal is None else equal.sum() == tables[key]
+
+
+def test_a_run_begins_with_another_model(nano, tmp_path, world, capsys):
+    """All parts and words of a model of the same sizes: the line of the README that once failed."""
+    folder = run(tmp_path, world, nano_phase("stage1", steps=1, lr=0.0), init=ModelFolder(nano))
+    told = capsys.readouterr().out
+    for part in folder.system().parts:
+        assert f"{part} from {nano}: " in told
+        mine, theirs = (one.load(part).state_dict() for one in (folder, ModelFolder(nano)))
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs), part
+    assert folder.text().model == ModelFolder(nano).text().model and "words: the same" in told
+    clips = CogVideo.from_pretrained(folder.path)("a dog", num_frames=9, seed=1, progress=False)
+    same = CogVideo.from_pretrained(nano)("a dog", num_frames=9, seed=1, progress=False)
+    assert (clips[0].frames == same[0].frames).all()
 
 
 def test_learning_rate_rises_stays_and_falls():
@@ -218,7 +391,7 @@ def test_muon_takes_hidden_matrices_only():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="choose one of tiny"):
         recipes.find("huge")
-    with pytest.raises(ValueError, match="tokenizer, image, stage1, stage2, refiner"):
+    with pytest.raises(ValueError, match="tokenizer, image, stage1, stage2, decoder"):
         recipes.find("tiny").phase("stage3")
     with pytest.raises(ValueError, match="choose one of adamw, muon"):
         optimizers(torch.nn.Linear(2, 2), "sgd", 0.0, (0.9, 0.95))

@@ -1,5 +1,8 @@
 """The model against itself computed another way, and causality shown by gradients. All in float32."""
 
+import dataclasses
+from functools import partial
+
 import pytest
 import torch
 from conftest import loosen
@@ -11,17 +14,24 @@ from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig
 CONFIG = ModelConfig(
     layers=3, width=32, heads=4, vocab=80, codes=40, pad=41, start=42, text_len=6, grid=4, window=2
 )
+MODERN = dataclasses.replace(
+    CONFIG, rotary=True, qk_norm=True, activation="relu2", norm="pre", zero_init=True
+)
+CONFIGS = {"original": CONFIG, "modern": MODERN}
 STAGES = {
     "image": (None, Layout.image(6, 4)),
     "stage1": (0, Layout.keyframes(6, 4, 5)),
     "stage1 windows": (2, Layout.keyframes(6, 4, 5)),
     "stage2": (2, Layout.interpolation(6, 4, 5)),
+    "image in diagonals": (None, Layout.image(6, 4, skew=2)),
+    "stage1 in diagonals": (0, Layout.keyframes(6, 4, 5, skew=2)),
+    "stage2 in diagonals": (2, Layout.interpolation(6, 4, 5, skew=2)),
 }
 
 
-def make(window: int | None) -> DualChannelTransformer:
+def make(window: int | None, config: ModelConfig = CONFIG) -> DualChannelTransformer:
     generator = torch.Generator().manual_seed(0)
-    parts = [Base(CONFIG)] + ([TemporalChannel(CONFIG, window)] if window is not None else [])
+    parts = [Base(config)] + ([TemporalChannel(config, window)] if window is not None else [])
     for part in parts:
         part.init_weights(generator)
         loosen(part, generator)
@@ -35,20 +45,29 @@ def example(layout: Layout, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor]
     return text, torch.randint(0, 40, (batch, layout.frames, 16), generator=generator)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", STAGES)
-def test_cached_stepping_equals_the_full_forward(name):
+def test_cached_stepping_equals_the_full_forward(name, config):
     window, layout = STAGES[name]
-    model = make(window)
+    model = make(window, CONFIGS[config])
     text, codes = example(layout)
     inputs = layout.inputs(codes, CONFIG.start)
     with torch.inference_mode():
         full = model(torch.cat((text, inputs), 1), layout)
         for known in sorted({len(layout.given), max(len(layout.given), layout.frames - 1)}):
             cache, first = model.new_cache(layout, 2), known * 16
+            stepped = torch.full_like(full, float("nan"))
+            stepped[:, :first] = model(torch.cat((text, inputs[:, :first]), 1), layout, cache)
+            for places in layout.waves(known, window or 0):
+                stepped[:, places] = model(inputs[:, places], layout, cache, places)
+            difference = (stepped - full).abs().max()
+            assert difference < 1e-5, f"{known} frames known: {difference}"
+            if layout.skew:
+                continue  # the codes of a diagonal see each other
             steps = [model(torch.cat((text, inputs[:, :first]), 1), layout, cache)]
             steps += [model(inputs[:, i : i + 1], layout, cache, [i]) for i in range(first, layout.tokens)]
             difference = (torch.cat(steps, 1) - full).abs().max()
-            assert difference < 1e-5, f"{known} frames known: {difference}"
+            assert difference < 1e-5, f"{known} frames known, one by one: {difference}"
 
 
 @pytest.mark.parametrize("rows", [5, 192])
@@ -85,6 +104,39 @@ def test_grouped_attention_equals_dense_masked_attention(name, rows, monkeypatch
         assert difference < 1e-5, difference
 
 
+def test_rotary_scores_depend_on_how_far_apart_two_places_are():
+    """The same query and key at two pairs of places with the same difference in time, row and column."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 1, 16, generator=generator)
+    places = torch.tensor([[0, 1, 2], [2, 3, 1], [1, 4, 3], [3, 6, 2]])  # the last two: the first two, moved
+
+    def score(i: int, j: int) -> torch.Tensor:
+        turns = [attention.turns_of(places[p : p + 1], 16) for p in (i, j)]
+        return (attention.rotate(query, turns[0]) * attention.rotate(key, turns[1])).sum()
+
+    assert (score(0, 1) - score(2, 3)).abs() < 1e-5
+    assert (score(0, 1) - score(1, 0)).abs() > 1e-2
+    norms = attention.rotate(query, attention.turns_of(places, 16)).norm(dim=-1)
+    assert (norms - query.norm()).abs().max() < 1e-5
+
+
+def test_a_zero_initialised_block_passes_everything_through():
+    base = Base(MODERN)
+    base.init_weights(torch.Generator().manual_seed(0))
+    x = torch.randn(1, 6 + 16, 32)
+    model = DualChannelTransformer(base)
+    layout = STAGES["image"][1]
+    attend = partial(model._attend, 0, layout=layout, bias=torch.zeros(1, 6), cache=None)
+    assert torch.equal(base.blocks[0](x, attend), x)
+
+
+def test_wrong_choices_are_named():
+    with pytest.raises(ValueError, match="activation must be one of gelu, relu2; got 'swish'"):
+        dataclasses.replace(CONFIG, activation="swish")
+    with pytest.raises(ValueError, match="norm must be one of sandwich, pre"):
+        dataclasses.replace(CONFIG, norm="none")
+
+
 def influence(model: DualChannelTransformer, layout: Layout) -> torch.Tensor:
     """Bool [S, T + S]: the output at a frame slot depends on an input, by the gradient of its logits."""
     text, codes = example(layout, batch=1)
@@ -103,10 +155,11 @@ def influence(model: DualChannelTransformer, layout: Layout) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", ["image", "stage1", "stage2"])
-def test_causality_by_gradients(name):
+def test_causality_by_gradients(name, config):
     window, layout = STAGES[name]
-    depends = influence(make(window), layout)
+    depends = influence(make(window, CONFIGS[config]), layout)
     assert depends[:, :6].all()  # all text reaches every slot
     n, given = 16, len(layout.given)
     for slot in range(layout.tokens):
@@ -121,8 +174,6 @@ def test_causality_by_gradients(name):
 def test_receptive_field_of_one_window_layer():
     """One unshifted layer: a token depends on its own frame (spatial) and on its tile of the others
     (temporal)."""
-    import dataclasses
-
     config = dataclasses.replace(CONFIG, layers=1)
     generator = torch.Generator().manual_seed(0)
     parts = Base(config), TemporalChannel(config, 2)
@@ -158,8 +209,6 @@ def test_text_is_blind_to_frames_and_padding_to_all():
 
 def test_a_short_text_does_not_depend_on_how_much_padding_it_has():
     """The same prompt in a longer text field gives the same logits: padding has no position and no weight."""
-    import dataclasses
-
     wide = dataclasses.replace(CONFIG, text_len=9, text_positions=6)
     narrow = dataclasses.replace(CONFIG, text_positions=6)
     logits = []

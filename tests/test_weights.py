@@ -3,10 +3,11 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cogvideo.files import replacing, replacing_folder
 from cogvideo.foreign import Piece
+from cogvideo.model.packed import Int8Linear
 from cogvideo.weights import ModelError, ModelFolder, find_model
 
 
@@ -29,6 +30,43 @@ def test_half_precision_is_a_rounding(copy):
     rounded = copy.load("base").embed.weight
     assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
     assert torch.equal(rounded, exact.half().float())
+
+
+def test_int8_is_stored_as_it_is_computed_with(copy):
+    """Half the bytes of float16, and the int8 layers of both are the same up to the last bit of a scale."""
+    exact = copy.load("base")
+    copy.save("base", exact, torch.int8)
+    stored = load_file(copy.file("base"))
+    name = "blocks.0.up.weight"
+    assert stored[name].dtype == torch.int8 and stored["embed.weight"].dtype == torch.float16
+    restored = copy.load("base").blocks[0].up
+    assert not torch.equal(restored.weight, exact.blocks[0].up.weight)
+    x = torch.randn(3, restored.in_features, generator=torch.Generator().manual_seed(0))
+    made = [Int8Linear(layer.weight, None)(x) for layer in (exact.blocks[0].up, restored)]
+    assert (made[0] - made[1]).abs().max() < 1e-5 * made[0].abs().max()
+
+
+def test_int8_rounds_convolutions_but_not_the_encoder(copy):
+    """Codes must stay what they are; pixels differ by less than a level on average."""
+    exact = copy.load("vqvae")
+    copy.save("vqvae", exact, torch.int8)
+    stored, rounded = load_file(copy.file("vqvae")), copy.load("vqvae")
+    kinds = {name.split(".")[0]: value.dtype for name, value in stored.items() if value.ndim == 4}
+    assert kinds == {"encoder": torch.float16, "decoder": torch.int8}
+    for name, weight in exact.encoder.state_dict().items():
+        assert torch.equal(rounded.encoder.state_dict()[name], weight.half().float())
+    codes = torch.arange(16).view(1, 16)
+    before, after = exact.decode(codes), rounded.decode(codes)
+    assert not torch.equal(before, after) and (before - after).abs().mean() < 1 / 255
+
+
+def test_scales_that_fit_no_matrix_are_named(copy):
+    copy.save("base", copy.load("base"), torch.int8)
+    stored = load_file(copy.file("base"))
+    stored["blocks.0.up.weight:scale"] = stored["blocks.0.up.weight:scale"][:-1].clone()
+    save_file(stored, copy.file("base"))
+    with pytest.raises(ModelError, match="blocks.0.up.weight:scale"):
+        copy.load("base")
 
 
 def test_unknown_models_are_named():

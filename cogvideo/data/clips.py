@@ -6,8 +6,8 @@ prompt of the text, so a model learns what "4.0 seconds" and "0.5 seconds" look 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,15 @@ class Recording(Protocol):
 
     def frames(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
         """uint8 [F, size, size, 3] at these seconds."""
+        ...
+
+
+@runtime_checkable
+class Segmented(Protocol):
+    """A recording that knows where its object is."""
+
+    def cover(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
+        """float32 [F, size, size] at these seconds: the share of each cell that the object covers."""
         ...
 
 
@@ -64,6 +73,8 @@ class Cut:
     rates: tuple[float, ...]  # frames a second; one that is listed twice is taken twice as often
     keep: int | None = None  # None: all of the window
     sizes: tuple[int, ...] = (48,)  # the same frames at each of these sizes, in pixels
+    crop: int = 0  # pixels a side of a window cut out of every frame, over the object if it is known
+    cover: int = 0  # cells a side of the map that says where the object is, of recordings that know it
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class Sample:
     caption: str
     duration: float  # seconds that the window spans
     frames: tuple[np.ndarray, ...]  # for each size of the cut: uint8 [F, size, size, 3]
+    cover: np.ndarray | None = None  # float32 [F, cover, cover], if the cut asks for it
 
 
 def cut(recording: Recording, how: Cut, rng: np.random.Generator) -> Sample:
@@ -92,8 +104,32 @@ def cut(recording: Recording, how: Cut, rng: np.random.Generator) -> Sample:
         times = np.minimum(start + np.arange(how.keep or how.frames) / rate, recording.seconds)
         try:
             frames = tuple(recording.frames(times, size) for size in how.sizes)
-            return Sample(recording.caption(rng), spans[rate], frames)
+            cover = _cover(recording, times, how.cover) if how.cover else None
+            sample = Sample(recording.caption(rng), spans[rate], frames, cover)
+            return _crop(sample, how, rng) if how.crop else sample
         except TooFewFrames:
             if rate == min(fitting):
                 raise
     raise AssertionError  # a rate is the lowest
+
+
+def _cover(recording: Recording, times: np.ndarray, size: int) -> np.ndarray:
+    if isinstance(recording, Segmented):
+        return recording.cover(times, size)
+    return np.zeros((len(times), size, size), np.float32)
+
+
+def _crop(sample: Sample, how: Cut, rng: np.random.Generator) -> Sample:
+    """The same window of all frames of one size: over the object, give or take a twelfth, or anywhere."""
+    (size,), cells = how.sizes, how.cover or how.sizes[0]
+    side = how.crop * cells // size
+    corner = rng.integers(0, cells - side + 1, 2)
+    if sample.cover is not None and sample.cover.any():
+        object = np.argwhere(sample.cover[0] > 0.5 * sample.cover[0].max())
+        middle = (object.min(0) + object.max(0)) // 2 + rng.integers(-cells // 12, cells // 12 + 1, 2)
+        corner = np.clip(middle - side // 2, 0, cells - side)
+    top, left = corner * (size // cells)
+    frames = sample.frames[0][:, top : top + how.crop, left : left + how.crop]
+    top, left = corner
+    cover = None if sample.cover is None else sample.cover[:, top : top + side, left : left + side]
+    return replace(sample, frames=(frames,), cover=cover)

@@ -47,7 +47,7 @@ def open_source(where: str | Path, seed: int = 0, sprites: int | None = 32,
     if subset is not None and not annotations:
         raise ValueError(f"{where} has no subset {subset}; leave it out for all but YouCook2")
     if str(where) == "tinyworld":
-        return tinyworld.TinyWorld(tinyworld.sprites(sprites), seed, even=True)
+        return tinyworld.TinyWorld(tinyworld.sprites(sprites), seed, even=True, varied=True)
     skipped: dict[str, str] = {}
     if annotations:
         videos = _read_youcook(annotations[0], subset or SUBSETS[0], skipped)

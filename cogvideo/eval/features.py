@@ -55,17 +55,25 @@ class PictureFeatures(nn.Module):
         return maps
 
 
-def perceptual_distance(net: PictureFeatures, a: Tensor, b: Tensor) -> Tensor:
+def weighted(map: Tensor, weights: Tensor | None) -> Tensor:
+    """A map [B, h, w] times weights [B, H, W] of any size, or as it is."""
+    if weights is None:
+        return map
+    return map * F.interpolate(weights[:, None], map.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+
+
+def perceptual_distance(
+    net: PictureFeatures, a: Tensor, b: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Mean squared difference of unit-length features of two batches of pictures [B, 3, H, W], summed over
-    layers: [B].
+    layers: [B]. `weights` [B, h, w], of mean 1, say how much a place counts.
 
     The form of LPIPS without its learnt channel weights (Zhang et al. 2018).
     """
     total = a.new_zeros(len(a))
     for x, y in zip(net(a), net(b)):
-        total = total + (F.normalize(x, dim=1, eps=1e-6) - F.normalize(y, dim=1, eps=1e-6)).square().sum(
-            1
-        ).mean((1, 2))
+        difference = F.normalize(x, dim=1, eps=1e-6) - F.normalize(y, dim=1, eps=1e-6)
+        total = total + weighted(difference.square().sum(1), weights).mean((1, 2))
     return total
 
 

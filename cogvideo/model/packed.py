@@ -41,7 +41,10 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        weight = F.pad(weight.detach().float(), (0, 2))  # two more inputs, see `forward`
+        weight = weight.detach().float()
+        # the operator that takes the range of its inputs is of x86; the other one has to be shown it
+        self.shown = 0 if torch.backends.quantized.engine in ("x86", "fbgemm") else 2
+        weight = F.pad(weight, (0, self.shown))
         scales = weight.abs().amax(1).clamp_min(1e-8) / 127
         zeros = torch.zeros_like(scales, dtype=torch.long)
         with warnings.catch_warnings():  # deprecated, but there in all versions of torch that we take
@@ -52,26 +55,34 @@ class Int8Linear(nn.Module):
         self.ends = torch.tensor([1.0, -1.0])
         # without VNNI two products could overflow the 16 bits they are summed in, so inputs give up one bit
         self.reduce_range = not torch.cpu._is_vnni_supported()
+        self.most = 63 if self.reduce_range else 127  # inputs become whole numbers from -most to most
 
     def forward(self, x: Tensor) -> Tensor:
-        """The operator rounds by the least and the largest number of all rows. So each row is brought to
-        -1..1 and gets these ends as two more inputs, which meet weights of zero."""
+        """Each row is brought to -1..1 by its own largest number, so that it does not depend on others."""
         if x.numel() > ROWS * x.shape[-1]:
             made = x.new_empty(*x.shape[:-1], len(self.bias))
             for part, out in zip(x.flatten(0, -2).split(ROWS), made.flatten(0, -2).split(ROWS)):
                 out.copy_(self(part))
             return made
         largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
-        rows = torch.cat((x / largest, self.ends.expand(*x.shape[:-1], 2)), -1)
-        y = torch.ops.quantized.linear_dynamic(rows, self.packed, self.reduce_range)
-        return torch.addcmul(self.bias, y, largest)
+        return torch.addcmul(self.bias, self._product(x / largest), largest)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """Rows in -1..1 by the rounded weights. An operator that rounds by the least and the largest number
+        of all rows gets these ends as two more inputs of each row, which meet weights of zero."""
+        if self.shown:
+            rows = torch.cat((rows, self.ends.expand(*rows.shape[:-1], 2)), -1)
+            return torch.ops.quantized.linear_dynamic(rows, self.packed, self.reduce_range)
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            rows, 1 / self.most, self.most + 1, self.packed
+        )
 
 
 def unpack(linear: nn.Module) -> tuple[Tensor, Tensor]:
     """The rounded weights and the bias of an `Int8Linear`, in float32."""
     assert isinstance(linear, Int8Linear)
     weight, _ = torch.ops.quantized.linear_unpack(linear.packed)
-    return weight.dequantize()[:, :-2], linear.bias
+    return weight.dequantize()[:, : weight.shape[1] - linear.shown], linear.bias
 
 
 def pack(part: nn.Module, dtype: str) -> nn.Module:
@@ -111,8 +122,9 @@ class JointChannels(Channels):
         weight = torch.cat([share[:, None] * w for share, w in zip(shares, weights)], 1)
         self.out = Int8Linear(weight, sum(share * b for share, b in zip(shares, biases)))
 
-    def project(self, x: Tensor) -> Sequence[Tensor]:
-        return self.qkv(x).unflatten(-1, (2, 3, self.heads, -1)).permute(2, 3, 0, 4, 1, 5).unbind()
+    def project(self, x: Tensor, turns: Tensor | None = None) -> Sequence[Tensor]:
+        qkvs = self.qkv(x).view(*x.shape[:2], 2, 3, self.heads, -1).permute(2, 3, 0, 4, 1, 5).contiguous()
+        return [attention.prepare(qkv, turns) for attention, qkv in zip(self.attentions, qkvs)]
 
     def merge(self, seen: list[Tensor]) -> Tensor:
         return self.out(torch.cat(seen, -1))

@@ -6,6 +6,7 @@ vqvae      frames to codes and back
 base       the text-to-image transformer, shared by both stages
 stage1     the temporal channel that makes key frames
 stage2     the temporal channel that interpolates
+decoder    codes of a clip to frames, with their neighbours and the caption (optional)
 refiner    decoded frames to larger ones (optional)
 superres   what the base needs to make larger maps of codes out of small ones (optional)
 itersr     what it needs to make a large map better, some codes at a time (optional)
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from cogvideo.model.decoder import DecoderConfig, VideoDecoder
 from cogvideo.model.direct import Direct, DirectConfig
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.superres import SuperResChannel, SuperResConfig
@@ -30,8 +32,8 @@ from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel
 from cogvideo.text import PLAIN, TEMPLATE
 from cogvideo.vqvae import VQVAE, HierarchicalVQVAE, VQVAEConfig
 
-CONFIGS = {"model": ModelConfig, "vqvae": VQVAEConfig, "refiner": RefinerConfig, "superres": SuperResConfig,
-           "itersr": SuperResConfig, "direct": DirectConfig}
+CONFIGS = {"model": ModelConfig, "vqvae": VQVAEConfig, "decoder": DecoderConfig, "refiner": RefinerConfig,
+           "superres": SuperResConfig, "itersr": SuperResConfig, "direct": DirectConfig}
 BASES = ("base", "superres_base", "itersr_base")
 
 
@@ -95,15 +97,20 @@ class Family:
 class System(Family):
     model: ModelConfig
     vqvae: VQVAEConfig
+    decoder: DecoderConfig | None = None
     refiner: RefinerConfig | None = None
     superres: SuperResConfig | None = None
     itersr: SuperResConfig | None = None
     bases: tuple[str, ...] = ()  # beside `base`: which of superres and itersr have one of their own
     family, reader, template = "cogvideo", "base", TEMPLATE
 
+    def __post_init__(self) -> None:
+        if self.model.rotary and (self.superres or self.itersr):
+            raise ValueError("super-resolution of codes needs a transformer without rotary positions")
+
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
-        optional = (part for part in ("refiner", "superres", "itersr") if getattr(self, part))
+        optional = (part for part in ("decoder", "refiner", "superres", "itersr") if getattr(self, part))
         return ("vqvae", "base", "stage1", "stage2", *optional, *self.bases)
 
     def describe(self) -> dict[str, str]:
@@ -132,6 +139,8 @@ class System(Family):
             return TemporalChannel(self.model, window=0)
         if part == "stage2":
             return TemporalChannel(self.model, window=self.model.window)
+        if part == "decoder" and self.decoder:
+            return VideoDecoder(self.vqvae, self.decoder)
         if part == "refiner" and self.refiner:
             return Refiner(self.refiner)
         if part == "superres" and self.superres:

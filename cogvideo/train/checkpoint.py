@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cogvideo.files import replacing
 from cogvideo.model.system import Family
-from cogvideo.train.parallel import Machine, whole
+from cogvideo.train.parallel import Machine, gather_momentum, whole
 
 
 def save(
@@ -27,6 +27,7 @@ def save(
     machine: Machine,
 ) -> None:
     """Write a checkpoint; all processes call this, the first one writes."""
+    gather_momentum(optimizers, machine)
 
     def collect(values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors put together, one after the other, of which only the first process keeps any."""
@@ -91,7 +92,7 @@ def unshard(parts: dict[str, nn.Module], machine: Machine, system: Family) -> di
     """Parts that can be used and exported without the other processes: on the first process, whole copies of
     sharded ones; on the others none. All processes call this."""
     if machine.mesh is None:
-        return dict(parts)
+        return dict(parts) if machine.first else {}
     found = {}
     for name, part in parts.items():
         state = {key: whole(value.detach()) for key, value in part.state_dict().items()}

@@ -2,7 +2,7 @@
 
 A tensor is taken where the other model has one of its name and shape. Of two tables it is the rows that mean
 the same: of `embed` the image codes, the words if both models read the same text model, and the tokens of
-equal frame rates; of `frame_positions` the moments that both have.
+equal frame rates; of the decoder's `words` all, or none; of `frame_positions` the moments that both have.
 """
 
 from typing import Any
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from cogvideo.data.clips import Source
 from cogvideo.data.loader import read_captions
 from cogvideo.files import replacing_folder
+from cogvideo.model.decoder import VideoDecoder
 from cogvideo.model.direct import Direct
 from cogvideo.model.system import Family
 from cogvideo.model.transformer import Base
 from cogvideo.text import split_words, train_text
 from cogvideo.train.recipes import Recipe
+from cogvideo.vqvae import VQVAE
 from cogvideo.weights import ModelFolder, read_embedding
 
 Rows = list[tuple[int, int]]  # here and there
@@ -129,6 +131,9 @@ def prepare(folder: ModelFolder, recipe: Recipe, system: Family, source: Source,
 def take(part: nn.Module, parent: nn.Module, same_words: bool = True) -> str:
     """Copy what the two have in common; says what was taken and what stays new."""
     tables, theirs = _tables(part, parent, same_words), parent.state_dict()
+    if isinstance(part, VQVAE) and part.codebook.vectors.shape != theirs["codebook.vectors"].shape:
+        for name in part.codebook.state_dict():  # all or none: it must not count as filled without its codes
+            del theirs[f"codebook.{name}"]
     mine, new = dict(part.named_parameters()) | dict(part.named_buffers()), []
     learnt = mine.pop("trained", None)  # of Direct: what it can make
     for name, tensor in mine.items():
@@ -153,17 +158,19 @@ def take(part: nn.Module, parent: nn.Module, same_words: bool = True) -> str:
 
 def _tables(part: nn.Module, parent: nn.Module, same_words: bool) -> dict[str, Rows]:
     """Rows that mean the same, of the tables of which not all do."""
+    if not isinstance(part, (Base, Direct, VideoDecoder)):
+        return {}
     here: Any = part.config
     there: Any = parent.config
     if isinstance(part, Base):
         same = here.vocab if same_words else here.codes
         return {"embed.weight": _first(same if here.codes == there.codes else 0, there.vocab)}
-    if isinstance(part, Direct):
-        words = _first(here.vocab if same_words else 0, there.vocab)
-        rates = [(here.vocab + i, there.vocab + j) for i, j in _equal_rates(part, parent)]
-        moments = here.frames if here.rates[-1] == there.rates[-1] else 1
-        return {"embed.weight": words + rates, "frame_positions.weight": _first(moments, there.frames)}
-    return {}
+    if isinstance(part, VideoDecoder):
+        return {"words.weight": _first(here.pieces if same_words else 0, there.pieces)}
+    words = _first(here.vocab if same_words else 0, there.vocab)
+    rates = [(here.vocab + i, there.vocab + j) for i, j in _equal_rates(part, parent)]
+    moments = here.frames if here.rates[-1] == there.rates[-1] else 1
+    return {"embed.weight": words + rates, "frame_positions.weight": _first(moments, there.frames)}
 
 
 def _first(*counts: int) -> Rows:

@@ -8,24 +8,28 @@ Killed at any time, the same command goes on where the last save was. Of several
 first one writes; what needs the shards of all is called by all.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from cogvideo.data.clips import Source
-from cogvideo.data.loader import Batch, batches
-from cogvideo.hardware import free_memory
+from cogvideo.data.loader import Batch, Reuse, batches, recurring
+from cogvideo.hardware import find_device, free_memory, gemm_rate
 from cogvideo.layout import SECONDS
 from cogvideo.model.direct import Direct
 from cogvideo.model.system import Family
-from cogvideo.model.transformer import Base, TemporalChannel
 from cogvideo.text import TextTokenizer
 from cogvideo.train import checkpoint, inherit, parallel
+from cogvideo.train.cost import clip_flops
+from cogvideo.train.discriminator import new_discriminator
+from cogvideo.train.objectives import encode_clips
 from cogvideo.train.optim import learning_rate, optimizers, set_rate
 from cogvideo.train.recipes import Phase, Recipe
 from cogvideo.train.report import Report, draw_curve
@@ -48,6 +52,8 @@ def train(
     device: torch.device | str = "cpu",
     recompute: bool = False,
     compile: bool = False,
+    shard: bool = False,
+    processes: int = 1,
     workers: int = 0,
     save_every: int = 250,
     log_every: int = 25,
@@ -62,22 +68,59 @@ def train(
     A new run begins with what `init` has of the model's parts, and with GPT-2's embedding of words if
     `init_embedding` is a file of it (`inherit.py`).
 
-    Started by torchrun, this is one of several processes: they share each batch of a phase, which must divide
-    by their number (ValueError), and all must see `out`. `recompute` saves memory for time,
-    `compile` time for a slow start; both change no result but by rounding.
+    `processes` share each batch of a phase, which must divide by their number (ValueError): this one and
+    others that it starts. Started by torchrun, this is one of several already, and `processes` is not asked;
+    all must see `out`. `shard` cuts the weights among the processes (so does this where whole ones would not
+    fit), `recompute` saves memory for time, `compile` time for a slow start; none changes a result but by
+    rounding.
     """
-    machine = parallel.start(device, recompute, compile)
     folder = ModelFolder(out / "model")
+    started = "RANK" in os.environ  # by torchrun
+    ranks = int(os.environ["WORLD_SIZE"]) if started else processes
+    device = find_device(device)
+    if device.type == "cuda" and not started and processes > (count := torch.cuda.device_count()):
+        raise ValueError(f"{processes} processes need a device each, and there are {count}")
+    phases = remaining(recipe, [phase.over(source.count) for phase in phases], folder)
+    for phase in phases:
+        parallel.share(phase, ranks)
+        phase.check(system)
+    check_parts(folder, phases, init)
+    check_begun(recipe, phases, folder)
+    shard = check_memory(phases, system, device, ranks, shard)
+    inherit.check(folder, recipe, system, init, init_embedding)
+    check_data(phases, source)
+
+    work = partial(
+        run, recipe, out, source, system, phases, device=device, recompute=recompute, compile=compile,
+        shard=shard, workers=workers, save_every=save_every, log_every=log_every, probe_every=probe_every,
+        probe=probe, quiet=quiet, init=init, init_embedding=init_embedding,
+    )
+    with parallel.launch(1 if started or not phases else processes, work) as member:
+        work(member)
+    return folder
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    source: Source,
+    system: Family,
+    phases: list[Phase],
+    member: parallel.Member | None,
+    *,
+    device: torch.device,
+    recompute: bool,
+    compile: bool,
+    shard: bool,
+    quiet: bool,
+    init: ModelFolder | None,
+    init_embedding: str | None,
+    **options: Any,
+) -> None:
+    """What each process does of `train`, once all is checked."""
+    folder = ModelFolder(out / "model")
+    machine = parallel.start(device, recompute, compile, shard, member)
     try:
-        phases = remaining(recipe, [phase.over(source.count) for phase in phases], folder)
-        for phase in phases:
-            machine.share(phase)
-            phase.check(system)
-        check_parts(folder, phases, init)
-        check_begun(recipe, phases, folder)
-        check_memory(phases, system, machine)
-        inherit.check(folder, recipe, system, init, init_embedding)
-        check_data(phases, source)
         if machine.first:
             inherit.prepare(folder, recipe, system, source, init, init_embedding)
         machine.wait()
@@ -87,25 +130,11 @@ def train(
         for number, phase in enumerate(recipe.phases):
             chosen = next((p for p in phases if p.name == phase.name), None)
             if chosen is not None:
-                run_phase(
-                    chosen,
-                    folder,
-                    out / phase.name,
-                    source,
-                    text,
-                    machine,
-                    before=came_before(recipe, phase, out),
-                    seed=recipe.seed + 1000 * number,
-                    workers=workers,
-                    save_every=save_every,
-                    log_every=log_every,
-                    probe_every=probe_every,
-                    probe=probe,
-                    quiet=quiet,
-                )
+                run_phase(chosen, folder, out / phase.name, source, text, machine,
+                          before=came_before(recipe, phase, out), seed=recipe.seed + 1000 * number,
+                          quiet=quiet, **options)
     finally:
         parallel.stop(machine)
-    return folder
 
 
 def begun(phases: Iterable[Phase], phase: Phase, out: Path) -> Iterator[Path]:
@@ -163,16 +192,24 @@ def check_parts(folder: ModelFolder, phases: list[Phase], init: ModelFolder | No
         made |= set(phase.trains)
 
 
-def check_memory(phases: list[Phase], system: Family, machine: parallel.Machine) -> None:
-    """Raise ValueError where not even weights, gradients and the optimizer's averages fit."""
-    free = free_memory(machine.device)
+def check_memory(
+    phases: list[Phase], system: Family, device: torch.device, ranks: int, shard: bool
+) -> bool:
+    """Whether weights must be cut into shards: if `shard` asks for it, or if not every process has room for
+    whole weights, gradients and the optimizer's averages. Raise ValueError where not even shards of those
+    fit."""
+    free = free_memory(device)
     for phase in phases:
         numbers = sum(shape.numel() for part in phase.trains for shape in system.shapes(part).values())
-        due = 4 * numbers * (4 if phase.optimizer == "adamw" else 3) / machine.ranks
-        if free is not None and due > free:
-            raise ValueError(f"{phase.name} needs {due / 1e9:.1f} GB for weights, gradients and averages "
-                             f"alone, and {free / 1e9:.1f} GB are free; choose a smaller preset, or more "
-                             f"devices")
+        due = 4 * numbers * (4 if phase.optimizer == "adamw" else 3)
+        copies = ranks if device.type == "cpu" else 1  # which share the memory
+        if free is not None and due * copies > free:
+            shard = ranks > 1
+        if free is not None and due * copies / ranks > free:
+            raise ValueError(f"{phase.name} needs {due * copies / ranks / 1e9:.1f} GB for weights, gradients "
+                             f"and averages alone, and {free / 1e9:.1f} GB are free; choose a smaller "
+                             f"preset, or more devices")
+    return shard
 
 
 def check_data(phases: list[Phase], source: Source) -> None:
@@ -215,6 +252,8 @@ def run_phase(
     torch.manual_seed(seed)
     parts = {name: folder.load(name) for name in phase.uses if name not in phase.trains}
     learning = {name: fresh_part(folder, name, phase, seed, before) for name in phase.trains}
+    if phase.adversary:
+        learning["discriminator"] = new_discriminator(seed)
     parts |= learning
     for part in learning.values():
         part.requires_grad_(True).train()
@@ -222,15 +261,23 @@ def run_phase(
     parallel.place(model, machine, phase.precision)
     container = nn.ModuleDict(learning)
     optims = optimizers(container, phase.optimizer, phase.weight_decay, phase.betas)
-    parallel.gather_for_muon(optims)
+    parallel.share_muon(optims, machine)
     first = checkpoint.resume(out / "state.pt", learning, optims, machine)
-    mine, rank = machine.share(phase), machine.rank
-    loader = batches(
-        source, phase.cut, mine, seed=seed, step=first, rank=rank, ranks=machine.ranks, workers=workers
-    )
-    report = Report(out, phase.name, phase.steps, phase.batch, log_every, quiet, first)
+    mine, rank = parallel.share(phase, machine.ranks), machine.rank
+    share = {"seed": seed, "step": first, "rank": rank, "ranks": machine.ranks, "workers": workers}
+    if phase.reuse == 1:
+        loader = batches(source, phase.cut, mine, **share)
+    else:
+        encode = partial(encode_here, parts, machine, phase.precision)
+        loader = recurring(source, phase.cut, mine, Reuse(phase.reuse), encode, **share)
+    peak = machine.total(gemm_rate(machine.device, phase.precision))
+    flops = clip_flops(phase, parts)
     passed = {**source.skipped}  # recordings without use, and why
     weights = [p for p in container.parameters() if p.requires_grad]
+    report = Report(out, phase.name, phase.steps, phase.batch, log_every, quiet,
+                    peak_clips=peak / flops if flops else None)
+    if machine.first:
+        report.forget(first)
     skipped = 0  # steps in a row
 
     for step in range(first, phase.steps):
@@ -245,6 +292,7 @@ def run_phase(
         with machine.arithmetic(phase.precision):
             loss, numbers = model(batch, step, generator)
             loss.backward()
+        machine.average_gradients(weights)
         norm = parallel.whole(nn.utils.clip_grad_norm_(weights, phase.clip))
         if torch.isfinite(norm):  # a step whose gradients overflow is skipped
             skipped = 0
@@ -266,13 +314,15 @@ def run_phase(
                 draw_curve(out / "log.jsonl", out / "loss.png")
         if probe is not None and (done or (step + 1) % probe_every == 0):
             container.eval()
-            shown = checkpoint.unshard(parts, machine, folder.system())
+            of_model = {name: part for name, part in parts.items() if name != "discriminator"}
+            shown = checkpoint.unshard(of_model, machine, folder.system())
             if machine.first:
                 (out / "strips").mkdir(exist_ok=True)
                 probe(folder, shown, phase, batch, out / "strips" / f"{step + 1:07d}.png")
             container.train()
 
-    for name, part in checkpoint.unshard(learning, machine, folder.system()).items():
+    trained = {name: learning[name] for name in phase.trains}
+    for name, part in checkpoint.unshard(trained, machine, folder.system()).items():
         folder.save(name, part)
     if machine.first:
         report.end()
@@ -286,6 +336,14 @@ def run_phase(
     machine.wait()
 
 
+def encode_here(
+    parts: dict[str, Any], machine: parallel.Machine, precision: str, clips: torch.Tensor
+) -> torch.Tensor:
+    """Clips [B, F, 3, R, R] to codes [B, F, N], as a step does."""
+    with machine.arithmetic(precision):
+        return encode_clips(parts["vqvae"], clips.to(machine.device))
+
+
 def fresh_part(folder: ModelFolder, name: str, phase: Phase, seed: int, before: Path | None) -> nn.Module:
     """A part to begin with: that of the phase before it, or what is there of it, else new weights, or a copy
     of what the phase inherits."""
@@ -296,9 +354,10 @@ def fresh_part(folder: ModelFolder, name: str, phase: Phase, seed: int, before: 
         part = folder.load(name)
     else:
         part = inherit.new_part(folder.system(), name, seed)
-        if isinstance(part, TemporalChannel) and phase.inherits:
+        if phase.inherits:
             parent = folder.load(phase.inherits)
-            part.inherit(parent) if isinstance(parent, Base) else part.load_state_dict(parent.state_dict())
+            same = type(parent) is type(part)
+            part.load_state_dict(parent.state_dict()) if same else part.inherit(parent)
     if isinstance(part, Direct):
         part.get_ready(rate := phase.cut.rates[0], part.config.slots(rate)[: phase.cut.keep])
     return part

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideo.eval.features import PictureFeatures, perceptual_distance
+from cogvideo.eval.features import PictureFeatures, perceptual_distance, weighted
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,27 @@ class LossWeights:
 
 
 class HierarchicalLoss(nn.Module):
-    """`loss(prediction, target)` of two clips [B, F, 3, H, W]: (scalar, {level: number})."""
+    """`loss(prediction, target)` of two clips [B, F, 3, H, W]: (scalar, {level: number}).
+
+    `weights` [B, F, h, w], of any size, say how much a place counts in pixels and features among those of its
+    clip.
+    """
 
     def __init__(self, weights: LossWeights):
         super().__init__()
         self.weights = weights
         self.net = PictureFeatures(weights.features, weights.weights or None) if weights.perceptual else None
 
-    def forward(self, prediction: Tensor, target: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def forward(
+        self, prediction: Tensor, target: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, float]]:
         w = self.weights
-        terms = {"pixel": (prediction - target).abs().mean()}
+        if weights is not None:
+            weights = (weights / weights.mean((1, 2, 3), keepdim=True)).flatten(0, 1)
+        made, right = prediction.flatten(0, 1), target.flatten(0, 1)
+        terms = {"pixel": weighted((made - right).abs().mean(1), weights).mean()}
         if self.net is not None:
-            terms["perceptual"] = perceptual_distance(
-                self.net, prediction.flatten(0, 1), target.flatten(0, 1)
-            ).mean()
+            terms["perceptual"] = perceptual_distance(self.net, made, right, weights).mean()
         if w.temporal and prediction.shape[1] > 1:
             terms["temporal"] = temporal_distance(prediction, target).mean()
         loss = sum(getattr(w, name) * value for name, value in terms.items())

@@ -59,8 +59,9 @@ def optimizers(
         else:
             decayed.append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    fused = all(p.is_cuda for p in decayed + plain)
     found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=betas)
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=betas, fused=fused)
     ]
     if hidden:
         found.append(

@@ -1,24 +1,32 @@
 """Training on several devices, applied from outside: models and objectives know nothing of it.
 
-`torchrun --nproc-per-node N -m cogvideo train ...` starts N processes, each with a device. Together they take
-the steps that one process would take:
+`cogvideo train` starts one process a CPU core (`launch`); torchrun starts one a device, also on several
+machines. Together N processes take the steps that one process would take:
 - A batch is shared out, N-th parts in order; losses and gradients are averaged over the processes.
-- Weights, gradients and optimizer states are cut into N shards (FSDP2, `fully_shard`). A block, or a
-  matrix of a temporal channel, is put together when it is needed and let go again. What is left (embeddings,
-  positions, norms, gates) is there for the whole step: `Step` is the module around everything, so that models
-  may use their tables as they like.
+- Every process holds all weights. Gradients travel in one flat all-reduce (`average_gradients`); each process
+  orthogonalises an N-th of Muon's matrices and sends the others the result (`split_muon`).
+- Where that does not fit, weights, gradients and optimizer states are cut into N shards (FSDP2,
+  `fully_shard`). A block, or a matrix of a temporal channel, is put together when it is needed and freed
+  again. What is left (embeddings, positions, norms, gates) is there for the whole step: `Step` is the module
+  around everything, so that models may use their tables as they like.
 - The tokenizer's codebook follows the vectors of all processes.
 """
 
+import ctypes
 import os
-from collections.abc import Callable
-from contextlib import ExitStack
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -27,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from cogvideo.data.loader import Batch
-from cogvideo.hardware import find_device
+from cogvideo.hardware import find_device, idle_cores
 from cogvideo.model.transformer import Block
 from cogvideo.train.objectives import Result
 from cogvideo.train.objectives import Step as Objective
@@ -37,12 +45,22 @@ from cogvideo.vqvae import Codebook
 BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
+def share(phase: Phase, ranks: int) -> int:
+    """Clips of a batch that fall to each of `ranks` processes; ValueError if it cannot be shared."""
+    if phase.batch % ranks:
+        raise ValueError(
+            f"a batch of {phase.batch} clips cannot be shared by {ranks} processes; choose a multiple of "
+            f"{ranks} for --{phase.name}.batch"
+        )
+    return phase.batch // ranks
+
+
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on: this process's device and, with a mesh, its place among others."""
+    """What a run computes on: this process's device, and its place among others."""
 
     device: torch.device
-    mesh: DeviceMesh | None = None
+    mesh: DeviceMesh | None = None  # weights are cut into shards over it; without one, each process has all
     rank: int = 0
     ranks: int = 1
     recompute: bool = False  # activations of the blocks in the backward pass, instead of keeping them
@@ -53,26 +71,21 @@ class Machine:
         """The one process that writes files and reports."""
         return self.rank == 0
 
-    def share(self, phase: Phase) -> int:
-        """Clips of a batch that fall to this process."""
-        if phase.batch % self.ranks:
-            raise ValueError(
-                f"a batch of {phase.batch} clips cannot be shared by {self.ranks} processes; choose a "
-                f"multiple of {self.ranks} for --{phase.name}.batch"
-            )
-        return phase.batch // self.ranks
-
     def mean(self, numbers: dict[str, float]) -> dict[str, float]:
         """Each number averaged over the processes; all of them call this with the same names."""
-        if self.mesh is None:
+        if self.ranks == 1:
             return numbers
         values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
         dist.all_reduce(values)
         return dict(zip(numbers, (values / self.ranks).tolist()))
 
+    def total(self, number: float) -> float:
+        """The sum over the processes; all of them call this."""
+        return self.mean({"": number})[""] * self.ranks
+
     def union(self, mine: dict[str, str]) -> dict[str, str]:
         """What all processes found; all of them call this."""
-        if self.mesh is None:
+        if self.ranks == 1:
             return mine
         found: list[Any] = [None] * self.ranks
         dist.all_gather_object(found, mine)
@@ -80,7 +93,8 @@ class Machine:
 
     def arithmetic(self, precision: str) -> ExitStack:
         """A context for a step: matrix products in `precision`. On a CPU, the fused attention of short rows
-        takes three times as long as plain matrix products in bfloat16, above all on the way back."""
+        takes three times as long as plain matrix products in bfloat16, above all on the way back; frames
+        attend by matrix products of their own (`model/attention.py`), and this is for what else attends."""
         stack = ExitStack()
         stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"))
         if self.device.type == "cpu" and precision == "bfloat16":
@@ -88,30 +102,126 @@ class Machine:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return stack
 
+    def average_gradients(self, weights: list[nn.Parameter]) -> None:
+        """Average the gradients of whole weights over the processes, all in one message."""
+        if self.ranks == 1 or self.mesh is not None:  # shards average theirs in the backward pass
+            return
+        learnt = [p for p in weights if p.grad is not None]
+        flat = torch.cat([p.grad.flatten() for p in learnt if p.grad is not None])
+        dist.all_reduce(flat)
+        flat /= self.ranks
+        for p, grad in zip(learnt, flat.split([p.numel() for p in learnt])):
+            p.grad = grad.view_as(p)
+
     def wait(self) -> None:
         """Until all processes are here."""
-        if self.mesh is not None:
+        if self.ranks > 1:
             dist.barrier()
 
 
-def start(device: torch.device | str, recompute: bool = False, compile: bool = False) -> Machine:
-    """Join the processes that torchrun started, each with a device of its own; alone when there are none."""
+@dataclass(frozen=True)
+class Member:
+    """One of the processes that `launch` started, and the file by which they find each other."""
+
+    rank: int
+    ranks: int
+    meeting: Path
+
+
+def start(
+    device: torch.device | str,
+    recompute: bool = False,
+    compile: bool = False,
+    shard: bool = False,
+    member: Member | None = None,
+) -> Machine:
+    """Join the other processes, each with a device of its own: those that torchrun started, or `launch`;
+    alone when there are none. `shard` cuts the weights into shards, one a process."""
     device = find_device(device)
-    if "RANK" not in os.environ:
+    if member is None and "RANK" not in os.environ:
         return Machine(device, recompute=recompute, compile=compile)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"several processes train on cpu or cuda, not on {device.type}")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", member.rank if member else int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shards",))
-    return Machine(device, mesh, dist.get_rank(), dist.get_world_size(), recompute, compile)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if member is None:
+        dist.init_process_group(backend)
+    else:
+        where = f"file://{member.meeting}"
+        dist.init_process_group(backend, init_method=where, rank=member.rank, world_size=member.ranks)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mesh = None
+    if shard and ranks > 1:
+        mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("shards",))
+    return Machine(device, mesh, rank, ranks, recompute, compile)
 
 
 def stop(machine: Machine) -> None:
-    if machine.mesh is not None:
+    if dist.is_initialized() and machine.ranks > 1:
         dist.destroy_process_group()
+
+
+def fitting_processes(phases: list[Phase], device: torch.device) -> int:
+    """How many processes suit: one an idle core of a CPU, as long as they can share every batch."""
+    if device.type != "cpu" or "RANK" in os.environ:
+        return 1
+    fits = (n for n in range(idle_cores(), 0, -1) if all(phase.batch % n == 0 for phase in phases))
+    return next(fits)
+
+
+@contextmanager
+def launch(ranks: int, work: Callable[[Member], Any]) -> Iterator[Member | None]:
+    """Start `work(member)` in `ranks` - 1 new processes; this one is the first of them all and does its part
+    in the body of the `with`. OSError if one of them ended too early. They end when this process does,
+    however that comes about.
+
+    `work` is pickled: a function of a module, or a `partial` of one.
+    """
+    if ranks == 1:
+        yield None
+        return
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        members = [Member(rank, ranks, Path(folder) / "meeting") for rank in range(ranks)]
+        new = mp.get_context("spawn").Process
+        processes = [new(target=_member, args=(work, one, threads, os.getpid())) for one in members[1:]]
+        for process in processes:
+            process.start()
+        try:
+            yield members[0]
+            for process in processes:
+                process.join()
+        except RuntimeError as error:  # the connection breaks where a process ends
+            for process in processes:
+                process.join(1)
+            ended = [str(one.exitcode) for one in processes if one.exitcode]
+            if not ended:
+                raise
+            raise OSError(f"a training process ended (exit code {', '.join(ended)}); the same command "
+                          f"resumes the run at its last save") from error
+        finally:
+            for process in processes:
+                process.kill()
+
+
+def _member(work: Callable[[Member], Any], member: Member, threads: int, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
+    if sys.platform == "linux":  # elsewhere the broken connection ends it
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+    torch.set_num_threads(threads)
+    code = 0
+    try:
+        work(member)
+    except (ValueError, OSError) as error:
+        print(f"process {member.rank}: {error}", file=sys.stderr)
+        code = 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # gloo's threads outlive their group, and may abort a Python that is shutting down
 
 
 class Step(nn.Module):
@@ -144,6 +254,10 @@ def place(step: Step, machine: Machine, precision: str) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore
         if machine.compile:
             block.forward = torch.compile(block.forward)  # type: ignore
+    if machine.ranks > 1:
+        for module in step.modules():
+            if isinstance(module, Codebook):
+                _follow_together(module, machine)
     if machine.mesh is None:
         step.to(machine.device)
         return
@@ -154,9 +268,6 @@ def place(step: Step, machine: Machine, precision: str) -> None:
     for module in blocks + matrices:
         fully_shard(module, mesh=machine.mesh, mp_policy=policy)
     fully_shard(step, mesh=machine.mesh, mp_policy=policy)
-    for module in step.modules():
-        if isinstance(module, Codebook):
-            _follow_together(module, machine)
 
 
 def _follow_together(book: Codebook, machine: Machine) -> None:
@@ -185,20 +296,77 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_for_muon(optimizers: list[torch.optim.Optimizer]) -> None:
+def share_muon(optimizers: list[torch.optim.Optimizer], machine: Machine) -> None:
+    """Let Muon work on several processes as on one."""
+    for optimizer in optimizers:
+        if type(optimizer).__name__ == "Muon" and machine.ranks > 1:
+            if machine.mesh is None:
+                split_muon(optimizer, machine)
+            else:
+                optimizer.register_step_pre_hook(_gather)
+
+
+def split_muon(optimizer: torch.optim.Optimizer, machine: Machine) -> None:
+    """Each process takes the steps of its share of the matrices, and sends the others what became of them.
+
+    Only the process that `owners` names for a matrix keeps its momentum up to date; `gather_momentum` brings
+    all of them together.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    owner = owners(params, machine.ranks)
+    for p in params:  # as Muon begins, on every process
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def leave_to_others(*_: Any) -> None:
+        for p in params:
+            if owner[p] != machine.rank:
+                p.grad = None
+
+    def exchange(*_: Any) -> None:
+        _send_from_owners({p: p.detach() for p in params}, owner, machine)
+
+    optimizer.register_step_pre_hook(leave_to_others)
+    optimizer.register_step_post_hook(exchange)
+
+
+def gather_momentum(optimizers: list[torch.optim.Optimizer], machine: Machine) -> None:
+    """Bring the momentum of all matrices of a split Muon to every process; all of them call this."""
+    for optimizer in optimizers:
+        if type(optimizer).__name__ == "Muon" and machine.ranks > 1 and machine.mesh is None:
+            params = [p for group in optimizer.param_groups for p in group["params"]]
+            momentum = {p: optimizer.state[p]["momentum_buffer"] for p in params}
+            _send_from_owners(momentum, owners(params, machine.ranks), machine)
+
+
+def _send_from_owners(values: dict[Tensor, Tensor], owner: dict[Tensor, int], machine: Machine) -> None:
+    """Overwrite the value of every parameter by that of its owner, one message an owner."""
+    for rank in range(machine.ranks):
+        theirs = [value for p, value in values.items() if owner[p] == rank]
+        if theirs:
+            flat = torch.cat([value.flatten() for value in theirs])
+            dist.broadcast(flat, rank)
+            for value, new in zip(theirs, flat.split([value.numel() for value in theirs])):
+                value.copy_(new.view_as(value))
+
+
+def owners(params: list[Tensor], ranks: int) -> dict[Tensor, int]:
+    """The process that takes Muon's step of each matrix: dear ones first, each to who has least to do."""
+    cost = {p: p.numel() * min(p.shape) for p in params}
+    found, load = {}, [0] * ranks
+    for p in sorted(params, key=lambda p: -cost[p]):
+        found[p] = load.index(min(load))
+        load[found[p]] += cost[p]
+    return found
+
+
+def _gather(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Let Muon see whole gradients of sharded matrices: what it makes of a matrix is no matter of its rows.
 
     `torch.optim.Muon` takes shards as well, but then gathers in each of its iterations, and rounds otherwise.
     Between steps its momentum is whole too: 4 bytes a hidden weight on every device.
     """
-
-    def gather(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            if isinstance(p.grad, DTensor):
-                p.grad = p.grad.redistribute(placements=[Replicate()])
-                for key, value in optimizer.state[p].items():
-                    optimizer.state[p][key] = value.redistribute(placements=[Replicate()])
-
-    for optimizer in optimizers:
-        if type(optimizer).__name__ == "Muon":
-            optimizer.register_step_pre_hook(gather)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if isinstance(p.grad, DTensor):
+            p.grad = p.grad.redistribute(placements=[Replicate()])
+            for key, value in optimizer.state[p].items():
+                optimizer.state[p][key] = value.redistribute(placements=[Replicate()])

@@ -1,11 +1,13 @@
 """The curriculum as data (CogVideo sections 3.1 and 4): a recipe is a row of phases, each a model, its clips
 and its schedule.
 
-    tokenizer   frames to codes: three neighbouring frames, hierarchical loss
+    crops       frames to codes: windows around the object, where the detail is
+    tokenizer   the same on whole frames
     image       text to the first frame of a clip; what it learns becomes the frozen base
     stage1      the temporal channel for key frames, 1, 2 or 4 a second, told apart by the duration prompt
     stage2      the temporal channel that fills in frames between given ones, at 2, 4 and 8 a second
-    refiner     what the tokenizer makes of a clip, to the same clip at four times the size
+    decoder     codes of a clip to its frames, each with its neighbours and the caption: windows, as above
+    mistakes    the same on whole frames, where some codes are what the stages would sample instead
 
 and of the regression family, whose one model goes from phase to phase:
 
@@ -47,6 +49,13 @@ class Phase:
     clip: float = 1.0  # norm of all gradients together
     precision: str = "bfloat16"  # of matrix products; weights stay in float32
     drop: float = 0.1  # share of captions left out
+    reuse: int = 1  # token models: times that a clip is used, each time with another caption
+    windowed: float = 0.0  # token models: share of clips of which only a window over the object is learnt
+    perturb: float = 0.0  # tokenizer: share of codes replaced by near ones
+    corrupt: float = 0.0  # token models: share of the codes they read replaced by near ones
+    resample: float = 0.0  # decoder: share of codes that the stages sample anew
+    object_weight: float = 0.0  # how much more a place counts where the object is
+    adversary: float = 0.0  # decoder: weight of a discriminator's opinion
     loss: LossWeights = field(default_factory=LossWeights)
 
     def __post_init__(self) -> None:
@@ -54,11 +63,12 @@ class Phase:
         for name, known in choices.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{self.name}.{name} must be one of {', '.join(known)}; got {value!r}")
-        for name in ("steps", "batch", "lr", "epochs", "warmup", "decay", "weight_decay", "clip", "drop"):
-            least = 1 if name in ("steps", "batch") else 0
+        for name in ("steps", "batch", "lr", "epochs", "warmup", "decay", "weight_decay", "clip", "drop",
+                     "perturb", "corrupt", "resample", "windowed", "object_weight", "adversary", "reuse"):
+            least = 1 if name in ("steps", "batch", "reuse") else 0
             if not least <= (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{self.name}.{name} must be {least} or more, got {value}")
-        for name in ("decay", "drop"):
+        for name in ("decay", "drop", "perturb", "corrupt", "resample", "windowed"):
             if (value := getattr(self, name)) > 1:
                 raise ValueError(f"{self.name}.{name} is a share and must be 1 or less, got {value}")
 
@@ -143,18 +153,32 @@ REFERENCE = (  # of the regression family
 
 RECIPES = {
     "tiny": Recipe("tiny", "tiny", (
+        Phase("crops", objectives.tokenizer, trains=("vqvae",), uses=(),
+              cut=Cut(1, (8,), sizes=(192,), crop=96, cover=48), steps=5000, batch=32, lr=1e-3, warmup=100,
+              decay=0.0, optimizer="adamw", weight_decay=0.0, perturb=0.1, object_weight=4.0,
+              loss=LossWeights(perceptual=0.2, temporal=0.0)),
         Phase("tokenizer", objectives.tokenizer, trains=("vqvae",), uses=(),
-              cut=Cut(3, (8,)), steps=2750, batch=8, lr=1e-3, optimizer="adamw", weight_decay=0.0),
+              cut=Cut(1, (8,), sizes=(192,), cover=48), steps=2000, batch=8, lr=1e-3, warmup=100,
+              optimizer="adamw", weight_decay=0.0, perturb=0.1, object_weight=4.0,
+              loss=LossWeights(perceptual=0.2, temporal=0.0)),
         Phase("image", objectives.image, trains=("base",), uses=("vqvae",),
-              cut=Cut(5, (1, 1, 2, 4, 8), keep=1), steps=13000, batch=32, lr=2e-3),
+              cut=Cut(5, (1, 1, 2, 4, 8), keep=1, sizes=(192,), cover=16), steps=20000, batch=64, lr=2e-3,
+              windowed=0.75, object_weight=2.0),
         Phase("stage1", objectives.stage1, trains=("stage1",), uses=("vqvae", "base"),
-              cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4)), steps=14000, batch=8, lr=2e-3, inherits="base"),
+              cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4), sizes=(192,), cover=16), steps=20000, batch=8, lr=2e-3,
+              inherits="base", corrupt=0.05, object_weight=2.0),
         Phase("stage2", objectives.stage2, trains=("stage2",), uses=("vqvae", "base"),
-              cut=Cut(5, (2, 2, 4, 8)), steps=9400, batch=8, lr=2e-3, inherits="stage1"),
-        Phase("refiner", objectives.refiner, trains=("refiner",), uses=("vqvae",),
-              cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, lr=5e-4, optimizer="adamw",
-              weight_decay=0.0, loss=LossWeights(perceptual=0.02, temporal=0.02)),
-    )),
+              cut=Cut(5, (2, 2, 4, 8), sizes=(192,), cover=16), steps=20000, batch=8, lr=2e-3,
+              inherits="stage1", corrupt=0.05, object_weight=2.0),
+        Phase("decoder", objectives.decoder, trains=("decoder",), uses=("vqvae",),
+              cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), crop=96, cover=48), steps=5000, batch=8, lr=5e-4,
+              warmup=100, decay=0.0, optimizer="adamw", weight_decay=0.0, inherits="vqvae", corrupt=0.1,
+              object_weight=4.0, loss=LossWeights(perceptual=0.2, temporal=0.02)),
+        Phase("mistakes", objectives.decoder, trains=("decoder",), uses=("vqvae", "base", "stage1", "stage2"),
+              cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), cover=48), steps=3000, batch=2, lr=5e-4,
+              warmup=100, decay=1.0, optimizer="adamw", weight_decay=0.0, inherits="vqvae", resample=0.2,
+              object_weight=4.0, loss=LossWeights(perceptual=0.2, temporal=0.02)),
+    ), sprites=96, pieces=2048),
     "direct-tiny": Recipe("direct-tiny", "direct-tiny", (
         direct("image", Cut(5, (1,), keep=1), steps=2000, batch=32, lr=1e-3, optimizer="muon"),
         direct("low", Cut(5, (1,)), steps=2000, batch=8, lr=1e-3, optimizer="muon"),

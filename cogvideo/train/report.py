@@ -14,20 +14,27 @@ from cogvideo.files import replacing
 
 
 class Report:
-    """Counts steps of one phase; `every` steps it prints and logs the averages since the last line."""
+    """Counts steps of one phase; `every` steps it prints and logs the averages since the last line.
+
+    peak_clips: clips a second if the machine did nothing but the model's operations at full rate; what share
+    of it is reached is the model FLOPs utilisation (mfu).
+    """
 
     def __init__(self, folder: Path, phase: str, steps: int, clips: int, every: int, quiet: bool = False,
-                 first: int = 0):
+                 peak_clips: float | None = None):
         self.log, self.phase, self.steps, self.clips = folder / "log.jsonl", phase, steps, clips
-        self.every, self.quiet = every, quiet
-        if self.log.exists():
-            kept = [row for row in read_log(self.log) if row["step"] <= first]  # those after it come again
-            with replacing(self.log) as whole:
-                whole.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+        self.every, self.quiet, self.peak_clips = every, quiet, peak_clips
         file = folder / "skipped.json"
         self.skipped: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self.recent: deque[dict[str, float]] = deque()
         self.began = time.perf_counter()
+
+    def forget(self, first: int) -> None:
+        """Drop the rows after step `first`, which come again. One process does it for all."""
+        if self.log.exists():
+            kept = [row for row in read_log(self.log) if row["step"] <= first]
+            with replacing(self.log) as whole:
+                whole.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
 
     def step(self, step: int, lr: float, numbers: dict[str, float]) -> None:
         """Numbers of step `step` (counted from 0)."""
@@ -48,6 +55,8 @@ class Report:
             "lr": lr,
             "clips_per_second": speed * self.clips,
         }
+        if self.peak_clips:
+            line["mfu"] = speed * self.clips / self.peak_clips
         with open(self.log, "a") as log:
             log.write(
                 json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n"
@@ -55,7 +64,8 @@ class Report:
         if not self.quiet:
             left = timedelta(seconds=int((self.steps - step - 1) / speed))
             words = "  ".join(f"{k} {v:.4g}" for k, v in means.items())
-            pace = f"lr {lr:.2g}  {speed * self.clips:.1f} clips/s  {left} left"
+            mfu = f"  mfu {line['mfu']:.0%}" if "mfu" in line else ""
+            pace = f"lr {lr:.2g}  {speed * self.clips:.1f} clips/s{mfu}  {left} left"
             print(f"{self.phase} {step + 1}/{self.steps}  {words}  {pace}", flush=True)
         self.recent.clear()
         self.began = now

@@ -17,11 +17,11 @@ Coordinates are fractions of the frame, y down. A clip lasts `SECONDS`.
 """
 
 from cogvideo.data.tinyworld.cast import sprites
-from cogvideo.data.tinyworld.picture import render
+from cogvideo.data.tinyworld.picture import cover, render
 from cogvideo.data.tinyworld.places import LAND, LOOKS, PLACES, draw_place
 from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, allowed, path, sample_scene
 from cogvideo.data.tinyworld.words import caption, names_of
 from cogvideo.data.tinyworld.world import SceneRecording, TinyWorld
 
 __all__ = ["LAND", "LOOKS", "MOTIONS", "PLACES", "SECONDS", "Scene", "SceneRecording", "TinyWorld", "allowed",
-           "caption", "draw_place", "names_of", "path", "render", "sample_scene", "sprites"]
+           "caption", "cover", "draw_place", "names_of", "path", "render", "sample_scene", "sprites"]

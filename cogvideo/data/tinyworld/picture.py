@@ -1,6 +1,6 @@
 """A scene as frames: the place, a shadow, and the sprite laid on it; a pixel is the mean over its square."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
@@ -54,23 +54,40 @@ def _turned(rgba: np.ndarray, box: tuple, degrees: float) -> tuple[np.ndarray, t
     return np.stack(turned, -1), box
 
 
-def render(scene: Scene, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
-    """The scene at `times` (seconds, 0..4) as frames, uint8 [F, size, size, 3]."""
-    times = np.asarray(times, np.float64)
+def _moves(scene: Scene, times: np.ndarray) -> Iterator[tuple]:
+    """The sprite at each of `times`: premultiplied RGBA, its box, centre x, y, size and foot line."""
     row, loop = table()[scene.sprite], loop_of(scene.sprite)
     left, top, right, bottom = row["bbox"]
     if {"left": -1, "right": 1}.get(row["facing"], scene.handed) != scene.handed:  # mirrored
         loop, left, right = loop[:, :, ::-1], loop.shape[2] - right, loop.shape[2] - left
-    empty = draw_place(scene.place, scene.look, size)
-    out = np.empty((len(times), size, size, 3), np.uint8)
-    for i, (x, y, side, turn, foot) in enumerate(zip(*path(scene, times), strict=True)):
-        canvas = empty.copy()
-        if scene.stands:
-            _draw_shadow(canvas, scene, x, y, side, foot)
-        step = int(np.floor(times[i] * FPS + 1e-6) + scene.phase)
+    for time, x, y, side, turn, foot in zip(times, *path(scene, times), strict=True):
+        step = int(np.floor(time * FPS + 1e-6) + scene.phase)
         rgba, box = loop[step % LOOP], (left, top, right, bottom)
         if turn:
             rgba, box = _turned(rgba, box, turn)
+        yield rgba, box, x, y, side, foot
+
+
+def render(scene: Scene, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
+    """The scene at `times` (seconds, 0..4) as frames, uint8 [F, size, size, 3]."""
+    times = np.asarray(times, np.float64)
+    empty = draw_place(scene.place, scene.look, size)
+    out = np.empty((len(times), size, size, 3), np.uint8)
+    for i, (rgba, box, x, y, side, foot) in enumerate(_moves(scene, times)):
+        canvas = empty.copy()
+        if scene.stands:
+            _draw_shadow(canvas, scene, x, y, side, foot)
         _draw_sprite(canvas, rgba, box, x, y, side)
         out[i] = np.clip(canvas + 0.5, 0, 255)
+    return out
+
+
+def cover(scene: Scene, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
+    """The share of each pixel that the object covers at `times` (seconds), float32 [F, size, size], 0..1."""
+    times = np.asarray(times, np.float64)
+    out = np.zeros((len(times), size, size), np.float32)
+    for i, (rgba, box, x, y, side, _) in enumerate(_moves(scene, times)):
+        canvas = np.zeros((size, size, 3), np.float32)
+        _draw_sprite(canvas, np.repeat(rgba[..., 3:], 4, -1), box, x, y, side)  # white on black
+        out[i] = canvas[..., 0] / 255
     return out

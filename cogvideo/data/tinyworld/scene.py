@@ -22,6 +22,17 @@ _EXTENTS = {  # least and most; 0 for the motions that are not named
     "right": (0.41, 0.52), "left": (0.41, 0.52), "up": (0.36, 0.46), "down": (0.36, 0.46),
     "diagonal": (0.30, 0.40), "zigzags": (0.41, 0.5), "grows": (0.30, 0.36), "shrinks": (0.30, 0.36),
     "circles": (0.17, 0.21), "bounces": (0.20, 0.25)}
+_TURNS = {"circles": (1.0, 1.2), "spins": (1.0, 1.4), "bounces": (2.9, 3.1)}  # least and most in a clip
+
+# What a caption calls small, big, slow or fast lies outside the usual ranges above.
+SMALL, BIG = (0.28, 0.36), (0.62, 0.72)
+SLOW = {"right": (0.20, 0.27), "left": (0.20, 0.27), "up": (0.17, 0.23), "down": (0.17, 0.23),
+        "diagonal": (0.15, 0.20), "zigzags": (0.22, 0.28), "grows": (0.14, 0.19), "shrinks": (0.14, 0.19),
+        "circles": (0.5, 0.7), "spins": (0.4, 0.6), "bounces": (1.4, 1.6)}  # extents, or turns
+FAST = {"right": (0.62, 0.70), "left": (0.62, 0.70), "up": (0.56, 0.64), "down": (0.56, 0.64),
+        "diagonal": (0.50, 0.56), "zigzags": (0.60, 0.66), "grows": (0.44, 0.48), "shrinks": (0.44, 0.48),
+        "circles": (1.8, 2.2), "spins": (2.2, 2.8), "bounces": (4.6, 5.2)}
+VARIED = 0.15  # share of the scenes that are small or big, and as many slow or fast, in a varied world
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,23 @@ class Scene:
         medium = table()[self.sprite]["medium"]
         on = "ground" in medium if self.place in LAND else self.place == "sea" and "water" in medium
         return on and self.motion in SURFACE_MOTIONS
+
+    @property
+    def bulk(self) -> str:
+        """small, big, or "" for the usual sizes, and for what grows or shrinks."""
+        if self.motion in ("grows", "shrinks"):
+            return ""
+        return "small" if self.size < 0.37 else "big" if self.size > 0.60 else ""
+
+    @property
+    def pace(self) -> str:
+        """slow, fast, or "" for the usual speeds, and for what stays."""
+        if self.motion not in SLOW:
+            return ""
+        how_much = self.speed if self.motion in _TURNS else self.extent
+        usual = _TURNS.get(self.motion) or _EXTENTS[self.motion]
+        slow, fast = (SLOW[self.motion][1] + usual[0]) / 2, (FAST[self.motion][0] + usual[1]) / 2
+        return "slow" if how_much < slow else "fast" if how_much > fast else ""
 
 
 def allowed(sprite: str, motion: str, place: str) -> bool:
@@ -82,11 +110,13 @@ def _choices(sprite: str, held_out: bool | None, motion: str | None,
 
 
 def sample_scene(rng: np.random.Generator, names: Sequence[str], held_out: bool | None = False, *,
-                 sprite: str | None = None, motion: str | None = None, place: str | None = None) -> Scene:
+                 sprite: str | None = None, motion: str | None = None, place: str | None = None,
+                 varied: bool = False) -> Scene:
     """A random scene: uniform over the sprites `names`, then over its motions, then over the places for both.
 
     `held_out`: False never draws a held-out triple, True draws only those, None either. `sprite`, `motion`,
-    `place` fix a part. Raises ValueError if nothing is left.
+    `place` fix a part. `varied`: a share `VARIED` of the scenes is small or big, and a share slow or fast;
+    the others are the same scenes as without it. Raises ValueError if nothing is left.
     """
     names = [n for n in (names if sprite is None else (sprite,)) if n in table()]
     names = [n for n in names if _choices(n, held_out, motion, place)]
@@ -97,18 +127,33 @@ def sample_scene(rng: np.random.Generator, names: Sequence[str], held_out: bool 
     choices = _choices(sprite, held_out, motion, place)
     motion = tuple(choices)[rng.integers(len(choices))]
     place = choices[motion][rng.integers(len(choices[motion]))]
-    return _place_object(rng, Scene(sprite, motion, place))
+    scene = _place_object(rng, Scene(sprite, motion, place))
+    bulk, pace = _draw_extremes(rng, motion) if varied else ("", "")
+    return _place_object(rng, scene, bulk, pace) if bulk or pace else scene
 
 
-def _place_object(rng: np.random.Generator, scene: Scene) -> Scene:
+def _draw_extremes(rng: np.random.Generator, motion: str) -> tuple[str, str]:
+    """small, big or "", and slow, fast or ""; what is big has no room to be fast."""
+    bulk = ("small", "big")[rng.integers(2)] if rng.random() < VARIED else ""
+    pace = ("slow", "fast")[rng.integers(2)] if rng.random() < VARIED else ""
+    if motion in ("grows", "shrinks"):
+        bulk = ""
+    if motion == "stays" or (bulk == "big" and motion not in _TURNS):
+        pace = ""
+    return bulk, pace
+
+
+def _place_object(rng: np.random.Generator, scene: Scene, bulk: str = "", pace: str = "") -> Scene:
     """Draw the numbers of a scene, so that the whole way of the object lies inside the frame."""
     motion, (width, height) = scene.motion, shape(scene.sprite)
     grows = motion in ("grows", "shrinks")
     size = rng.uniform(0.50, 0.58) if width > 1.3 * height else rng.uniform(0.40, 0.56)
     size = rng.uniform(0.41, 0.45) if grows else size
     extent = rng.uniform(*_EXTENTS.get(motion, (0, 0)))
-    speed = {"circles": rng.uniform(1.0, 1.2), "spins": rng.uniform(1.0, 1.4),
-             "bounces": rng.uniform(2.9, 3.1)}.get(motion, 1.0)
+    turns = {name: rng.uniform(*usual) for name, usual in _TURNS.items()}
+    speed = turns.get(motion, 1.0)
+    if bulk or pace:
+        size, extent, speed = _extreme(rng, scene, bulk, pace, size, extent, speed)
     handed = {"right": 1, "left": -1}.get(motion, int(rng.choice((-1, 1))))
     rising = int(rng.choice((-1, 1)))
     dx = handed * extent if motion in CROSSING else 0.0
@@ -123,12 +168,35 @@ def _place_object(rng: np.random.Generator, scene: Scene) -> Scene:
 
     x = start(0.5, dx, side, 0.08)
     if scene.stands:
-        y = rng.uniform(0.91, 0.95) if motion == "zigzags" else rng.uniform(0.83, 0.90)
+        low = motion == "zigzags" or bulk == "big"
+        y = rng.uniform(0.91, 0.95) if low else rng.uniform(0.83, 0.90)
     else:
         level = 0.5 if abs(dy) > 0.15 or scene.place in ("underwater", "space", "night sky") else 0.43
         y = start(level, dy, largest * height / 2, 0.05)
     return replace(scene, size=size, x=x, y=float(y), extent=extent, speed=speed, handed=handed,
                    rising=rising, phase=int(rng.integers(LOOP)), look=int(rng.integers(LOOKS)))
+
+
+def _extreme(rng: np.random.Generator, scene: Scene, bulk: str, pace: str, size: float, extent: float,
+             speed: float) -> tuple[float, float, float]:
+    """Size, extent and speed of what is small or big, slow or fast; the usual ones give way to fit."""
+    motion, (width, height) = scene.motion, shape(scene.sprite)
+    if bulk:
+        size = rng.uniform(*(SMALL if bulk == "small" else BIG))
+    if pace:
+        how_much = rng.uniform(*(SLOW if pace == "slow" else FAST)[motion])
+        extent, speed = (extent, how_much) if motion in _TURNS else (how_much, speed)
+    longer = max(width, height)
+    along = {"up": height, "down": height, "bounces": height, "diagonal": longer, "circles": longer}
+    side = along.get(motion, width)  # that has to fit in the frame, next to the way
+    if bulk == "big" and motion in _EXTENTS:  # the way is shorter, but not slow
+        least = _EXTENTS[motion][0] * (0.8 if motion == "circles" else 0.9)
+        reach = 2 if motion == "circles" else 1
+        size = max(min(size, (1.06 - reach * least) / side), BIG[0])
+        extent = max(min(extent, (1.06 - size * side) / reach), least)
+    elif pace == "fast" and motion in (*CROSSING, "up", "down"):  # the object is smaller, but not small
+        size = min(size, max((1.06 - extent) / side, 0.38))
+    return size, extent, speed
 
 
 def path(scene: Scene, times: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -29,14 +29,22 @@ def names_of(sprite: str, language: str = "en") -> tuple[str, ...]:
     return (sprite, *(s for s in row["synonyms_en"] if s not in _words()["synonyms left out"]))
 
 
-def caption(scene: Scene, rng: np.random.Generator, language: str | None = None) -> str:
-    """One of many sentences that say what is drawn; `language` is "en", "zh" or None (English, p = 0.75)."""
+def caption(scene: Scene, rng: np.random.Generator, language: str | None = None,
+            varied: bool = False) -> str:
+    """One of many sentences that say what is drawn; `language` is "en", "zh" or None (English, p = 0.75).
+
+    `varied`: as people write, see `phrasing`; without it as the first models were told.
+    """
     language = language or ("en" if rng.random() < 0.75 else "zh")
     assert language in ("en", "zh"), f"language is en, zh or None, not {language!r}"
+    if varied:
+        from cogvideo.data.tinyworld.phrasing import phrase  # it builds on this file
+
+        return phrase(scene, rng, language)
     names = names_of(scene.sprite, language)
     name = names[0] if rng.random() < 0.6 else _pick(rng, names[1:])
-    verb = _pick(rng, _verbs(scene))
-    phrases = _words()["motions"][scene.motion][language]
+    verb = _pick(rng, verbs_of(scene))
+    phrases = phrases_of(scene, language)
     if scene.motion == "bounces" and not scene.stands:  # nothing hops or jumps in the air
         phrases = [p for p in phrases if "bounce" in p or "上" in p]
     there = _where(scene, rng, language)
@@ -47,8 +55,18 @@ def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
+def phrases_of(scene: Scene, language: str) -> list[str]:
+    """Phrases for the motion; capital letters stand for words, see `_words`."""
+    return _words()["motions"][scene.motion][language]
+
+
+def places_of(scene: Scene, language: str) -> dict[str, list[str]]:
+    """Phrases for the place: standing, crossing, flying, swimming."""
+    return _words()["places"][scene.place][language]
+
+
 def _where(scene: Scene, rng: np.random.Generator, language: str) -> str:
-    phrases = _words()["places"][scene.place][language]
+    phrases = places_of(scene, language)
     manner = "standing" if scene.stands else "flying"
     if manner == "standing" and scene.place == "sea" and table()[scene.sprite]["kind"] == "sea animal":
         manner = "swimming"
@@ -58,7 +76,7 @@ def _where(scene: Scene, rng: np.random.Generator, language: str) -> str:
     return _pick(rng, phrases[manner])
 
 
-def _verbs(scene: Scene) -> list[str]:
+def verbs_of(scene: Scene) -> list[str]:
     """The sprite's verbs that are true of the scene: nothing walks in the air or floats on the ground."""
     row, carrying, resting = table()[scene.sprite], _words()["carrying verbs"], _words()["resting verbs"]
     own, motion = row["moves"], scene.motion
@@ -78,7 +96,7 @@ def _verbs(scene: Scene) -> list[str]:
     return verbs + ["move"] * (motion not in ("up", "down") or not verbs)
 
 
-def _inflect(verb: str, form: str) -> str:
+def inflect(verb: str, form: str) -> str:
     """`form` s: he runs; ing: running. Only the first word of `verb` changes."""
     word, _, rest = verb.partition(" ")
     if form == "s":
@@ -86,7 +104,8 @@ def _inflect(verb: str, form: str) -> str:
             word = word[:-1] + "ies"
         else:
             word += "es" if word.endswith(("s", "sh", "ch", "x", "z", "go")) else "s"
-    elif word in ("run", "swim", "jog", "trot", "hop", "spin", "get", "strut", "zigzag", "chug"):
+    elif word in ("run", "swim", "jog", "trot", "hop", "spin", "get", "strut", "zigzag", "chug", "bob",
+                  "drop", "set"):
         word += word[-1] + "ing"
     else:
         word = word.removesuffix("e") + "ing"
@@ -101,20 +120,32 @@ def _english(scene: Scene, rng: np.random.Generator, name: str, verb: str, phras
     does = " ".join(said.get(word, word) for word in phrase.split())
     order = rng.random()
     if order < 0.55:
-        return f"{who} {_inflect(does, 's')} {there}"
+        return f"{who} {inflect(does, 's')} {there}"
     if order < 0.70:
-        return f"{there}, {who} {_inflect(does, 's')}"
-    return f"{who} {'is ' if order < 0.85 else ''}{_inflect(does, 'ing')} {there}"
+        return f"{there}, {who} {inflect(does, 's')}"
+    return f"{who} {'is ' if order < 0.85 else ''}{inflect(does, 'ing')} {there}"
+
+
+def measure_of(sprite: str, name: str) -> str:
+    """The Chinese measure word of a name."""
+    return "个" if name[-1] in "头脸" else _words()["measures"].get(name, table()[sprite]["zh_measure"])
+
+
+def said_in_chinese(scene: Scene, verb: str) -> str:
+    """A verb that carries its sprite along, in Chinese."""
+    said = _words()["carrying verbs"].get(verb, "移动")
+    wet = scene.place == "underwater" or (scene.place == "sea" and scene.stands)
+    return said.replace("飘", "漂") if wet else said
+
+
+def resting_in_chinese(verb: str) -> str:
+    return _words()["resting verbs"].get(verb, "停着")
 
 
 def _chinese(scene: Scene, rng: np.random.Generator, name: str, verb: str, phrase: str, there: str) -> str:
-    measure = _words()["measures"].get(name, table()[scene.sprite]["zh_measure"])
-    measure = "个" if name[-1] in "头脸" else measure
-    said = _words()["carrying verbs"].get(verb, "移动")
-    if scene.place in ("sea", "underwater") and (scene.stands or scene.place == "underwater"):
-        said = said.replace("飘", "漂")
+    measure, said = measure_of(scene.sprite, name), said_in_chinese(scene, verb)
     side, way = ("右" if scene.handed > 0 else "左"), ("上" if scene.rising > 0 else "下")
-    rest = _words()["resting verbs"].get(verb, "停着")
+    rest = resting_in_chinese(verb)
     does = phrase.replace("S", side).replace("W", way).replace("V", said).replace("R", rest)
     order, who = rng.random(), f"一{measure}{name}"
     if order < 0.5:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cogvideo.data.tinyworld.picture import render
+from cogvideo.data.tinyworld.picture import cover, render
 from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, sample_scene
 from cogvideo.data.tinyworld.words import caption
 
@@ -17,15 +17,20 @@ class SceneRecording:
 
     scene: Scene
     language: str | None = None
+    varied: bool = False
     seconds: float = SECONDS
     fps: float = float("inf")  # there is a frame at every time
 
     def caption(self, rng: np.random.Generator) -> str:
-        return caption(self.scene, rng, self.language)
+        return caption(self.scene, rng, self.language, self.varied)
 
     def frames(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
         """uint8 [F, size, size, 3] at these seconds."""
         return render(self.scene, times, size)
+
+    def cover(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
+        """float32 [F, size, size]: the share of each cell that the object covers."""
+        return cover(self.scene, times, size)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class TinyWorld:
 
     `held_out`: False has no held-out triple, True has only those, None both. `language` of the captions is
     "en", "zh" or None for both. `even`: all motions are equally frequent instead of all sprites, of which few
-    can fly.
+    can fly. `varied`: captions as people write them, and a share of small, big, slow and fast scenes whose
+    captions say so; without it the world is the one of the first models.
     """
 
     names: tuple[str, ...]
@@ -42,14 +48,15 @@ class TinyWorld:
     held_out: bool | None = False
     language: str | None = None
     even: bool = False
+    varied: bool = False
     count = None  # there is no last one
     skipped: ClassVar[dict[str, str]] = {}
 
     def __getitem__(self, i: int) -> SceneRecording:
         rng = np.random.default_rng((self.seed, i))
         motion = MOTIONS[rng.integers(len(MOTIONS))] if self.even else None
-        scene = sample_scene(rng, self.names, self.held_out, motion=motion)
-        return SceneRecording(scene, self.language)
+        scene = sample_scene(rng, self.names, self.held_out, motion=motion, varied=self.varied)
+        return SceneRecording(scene, self.language, self.varied)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self[index].caption(rng)

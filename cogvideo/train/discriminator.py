@@ -1,0 +1,95 @@
+"""A discriminator of short clips, which teaches the video decoder the sharpness that no distance asks for.
+
+A distance to the true picture is smallest for the mean of all pictures that may be meant, which is blurred.
+The discriminator learns to tell decoded clips from true ones, the decoder to make that hard (Goodfellow
+2014). It scores patches of a few frames, so it sees flicker as well as blur. Notable:
+- A small weight and a penalty on its slope at true clips keep it stable from the first step, as in MAGVIT
+  (Yu 2023). MAGVIT's LeCam is left out: it is for data that can be learnt by heart.
+- The slope is measured as the change that a little noise makes (Lin 2025): no gradient of a gradient.
+- It belongs to a training run, not to a model: the run's checkpoint keeps it, the model folder does not.
+
+Shapes: B clips, F frames, H and W pixels, h and w scores of patches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogvideo.eval.features import weighted
+
+NOISE = 0.01  # standard deviation, in shares of white, of what the slope is measured by
+SLOPE = 100.0  # weight of the squared change that it makes: in the place of r1
+
+
+class Discriminator(nn.Module):
+    """`forward(clips)`: clips [B, F, 3, H, W] in [0, 1] to scores [B, F, h, w], higher for true ones; a score
+    for each 8 x 8 pixels of each frame."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv3d(12, width, 3, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv3d(width, 2 * width, 3, (1, 2, 2), padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv3d(2 * width, 4 * width, 3, (1, 2, 2), padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv3d(4 * width, 1, (1, 3, 3), padding=(0, 1, 1)),
+        )
+
+    def forward(self, clips: Tensor) -> Tensor:
+        x = F.pixel_unshuffle(2 * clips.flatten(0, 1) - 1, 2)  # [B * F, 12, H / 2, W / 2]
+        x = x.unflatten(0, clips.shape[:2]).transpose(1, 2)  # [B, 12, F, H / 2, W / 2]
+        return self.layers(x).squeeze(1).float()
+
+
+def new_discriminator(seed: int) -> Discriminator:
+    """With fresh weights, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Discriminator()
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What a discriminator says of a step."""
+
+    decoder: Tensor  # the loss of the decoder, whose gradient leaves the discriminator alone
+    own: Tensor  # the loss of the discriminator, whose gradient leaves the decoder alone
+    numbers: dict[str, float]  # mean scores
+
+
+def opinion(
+    discriminator: Discriminator,
+    made: Tensor,
+    right: Tensor,
+    seeds: Sequence[int],
+    weights: Tensor | None = None,
+) -> Opinion:
+    """Decoded clips against true ones, both [B, F, 3, H, W]. seeds: a number a clip, for the noise. weights
+    [B, F, y, x], of any size: how much a place counts among those of its clip."""
+    if weights is not None:
+        weights = (weights / weights.mean((1, 2, 3), keepdim=True)).flatten(0, 1)
+
+    def mean(values: Tensor) -> Tensor:
+        return weighted(values.flatten(0, 1), weights).mean()
+
+    discriminator.requires_grad_(False)
+    decoder = mean(F.softplus(-discriminator(made)))
+    discriminator.requires_grad_(True)
+
+    noise = torch.stack([_noise(clip, seed) for clip, seed in zip(right, seeds)])
+    true, shaken, false = discriminator(torch.cat((right, right + NOISE * noise, made.detach()))).chunk(3)
+    slope = SLOPE * (true - shaken).square().mean()
+    own = mean(F.softplus(-true)) + mean(F.softplus(false)) + slope
+    scores = {"adversary": decoder, "true": true.mean(), "decoded": false.mean()}
+    return Opinion(decoder, own, {name: float(value.detach()) for name, value in scores.items()})
+
+
+def _noise(clip: Tensor, seed: int) -> Tensor:
+    """Like a clip, of its own seed: the same alone or in a batch."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(clip.shape, generator=generator).to(clip.device)
