@@ -2,9 +2,12 @@
 
 import os
 import time
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
 def find_device(name: str | torch.device) -> torch.device:
@@ -22,6 +25,18 @@ def find_device(name: str | torch.device) -> torch.device:
     found = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found += ["mps"] if torch.backends.mps.is_available() else []
     raise ValueError(f"no device {str(name)!r} here; choose one of {', '.join(found)}")
+
+
+def constant(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers [n] as a tensor of the type and the device of another. They are kept, because a GPU waits for
+    all that is copied to it."""
+    return _constant(tuple(values), like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is kept must serve training too
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def gemm_rate(device: torch.device, precision: str, seconds: float = 0.3) -> float:

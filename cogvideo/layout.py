@@ -148,17 +148,23 @@ class Layout:
 
     def lay(self, frames: Tensor) -> Tensor:
         """[B, F, ...] in time order to laid order."""
-        return frames[:, list(self.order)]
+        return torch.stack([frames[:, frame] for frame in self.order], 1)
 
     def unlay(self, frames: Tensor) -> Tensor:
         """[B, F, ...] in laid order to time order."""
-        return frames[:, sorted(range(self.frames), key=self.order.__getitem__)]
+        return torch.stack([frames[:, self.order.index(frame)] for frame in range(self.frames)], 1)
 
     def inputs(self, codes: Tensor, start: int) -> Tensor:
         """Codes [B, f, N] of the first f laid frames to what enters the model [B, f * N]; `start` is the
         start-of-image id."""
-        before = torch.tensor(self.before, device=codes.device)
-        return torch.cat((torch.full_like(codes[..., :1], start), codes), -1)[..., before + 1].flatten(1)
+        codes = torch.cat((torch.full_like(codes[..., :1], start), codes), -1)
+        return codes[..., self._entering(codes.device)].flatten(1)
+
+    @lru_cache(maxsize=32)
+    def _entering(self, device: torch.device) -> Tensor:
+        """[N] what enters at each place of a map, of start-of-image and its codes."""
+        with torch.inference_mode(False):
+            return torch.tensor(self.before, device=device) + 1
 
     @lru_cache(maxsize=32)
     def loss_mask(self, device: torch.device | str = "cpu") -> Tensor:

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideo.hardware import constant
+
 NEAR = 16  # codes that may stand for one when codes are perturbed
 
 
@@ -249,11 +251,11 @@ class VQVAE(nn.Module):
         self.decoder = decoder_of(config)
 
     def _normalise(self, pictures: Tensor) -> Tensor:
-        mean, std = (pictures.new_tensor(v).view(3, 1, 1) for v in (self.config.mean, self.config.std))
+        mean, std = (constant(v, pictures).view(3, 1, 1) for v in (self.config.mean, self.config.std))
         return (pictures - mean) / std
 
     def _denormalise(self, x: Tensor) -> Tensor:
-        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (self.config.mean, self.config.std))
+        mean, std = (constant(v, x).view(3, 1, 1) for v in (self.config.mean, self.config.std))
         return x * std + mean
 
     def latents(self, pictures: Tensor) -> Tensor:

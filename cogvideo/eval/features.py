@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideo.hardware import constant
+
 PICTURE_NETS = ("efficientnet-lite0", "vgg16")
 # first blocks of EfficientNet-Lite0: (inputs, outputs, expansion, kernel, stride)
 _LITE0_BLOCKS = (
@@ -44,9 +46,8 @@ class PictureFeatures(nn.Module):
         return super().train(False)  # its batch norms never learn
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
-        x = (pictures - pictures.new_tensor(self.mean).view(3, 1, 1)) / pictures.new_tensor(self.std).view(
-            3, 1, 1
-        )
+        mean, std = (constant(v, pictures).view(3, 1, 1) for v in (self.mean, self.std))
+        x = (pictures - mean) / std
         maps = []
         for i in range(self.taps[-1] + 1):
             x = self.blocks[i](x)

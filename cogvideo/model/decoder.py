@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideo.hardware import constant
 from cogvideo.vqvae import VQVAE, ResidualBlock, VQVAEConfig, decoder_of
 
 
@@ -116,7 +117,6 @@ class VideoDecoder(nn.Module):
                 x = self.readers[str(i)](x, words, bias, frames)
             if str(i) in self.mixers:
                 x = self.mixers[str(i)](x, frames)
-        mean, std = (
-            x.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (self.vqvae.mean, self.vqvae.std)
-        )
-        return (x.float() * std + mean).unflatten(0, (-1, frames))
+        x = x.float()
+        mean, std = (constant(v, x).view(3, 1, 1) for v in (self.vqvae.mean, self.vqvae.std))
+        return (x * std + mean).unflatten(0, (-1, frames))

@@ -91,5 +91,5 @@ def opinion(
 
 def _noise(clip: Tensor, seed: int) -> Tensor:
     """Like a clip, of its own seed: the same alone or in a batch."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(clip.shape, generator=generator).to(clip.device)
+    generator = torch.Generator(clip.device).manual_seed(seed)
+    return torch.randn(clip.shape, generator=generator, device=clip.device)

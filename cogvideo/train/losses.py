@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.eval.features import PictureFeatures, perceptual_distance, weighted
+from cogvideo.hardware import constant
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,8 @@ def temporal_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference, in pixels a frame, of the optical flows of two clips [B, F, 3, H, W]: [B]."""
     flows = []
     for clip in (prediction, target):
-        gray = (clip * clip.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(
-            2, keepdim=True
-        )  # [B, F, 1, H, W]
+        luma = constant((0.299, 0.587, 0.114), clip).view(3, 1, 1)
+        gray = (clip * luma).sum(2, keepdim=True)  # [B, F, 1, H, W]
         flow = optical_flow(gray[:, :-1].flatten(0, 1), gray[:, 1:].flatten(0, 1))
         flows.append(flow.unflatten(0, (len(clip), -1)))
     return (flows[0] - flows[1]).abs().mean((1, 2, 3, 4))
