@@ -149,6 +149,20 @@ def test_two_processes_take_the_steps_of_one(nano, tmp_path, name, shard):
     assert logs[0].keys() == logs[1].keys() and logs[0]["loss"] == pytest.approx(logs[1]["loss"], abs=1e-5)
 
 
+def test_processes_may_have_windows_and_whole_frames_in_other_shares(nano, tmp_path):
+    """The first of two processes has a whole frame and a window, the second has two windows."""
+    phase = nano_phase("image", batch=4)
+    one, two = begin(tmp_path / "1", nano), begin(tmp_path / "2", nano)
+    run(one, phase)
+    together(2, run, two, phase)
+    logs = [json.loads((out / "image" / "log.jsonl").read_text()) for out in (one, two)]
+    assert logs[0].keys() == logs[1].keys() >= {"window", "frame0"}
+    assert logs[0]["frame0"] == pytest.approx(logs[1]["frame0"], abs=1e-5)
+    with pytest.raises(ValueError, match="choose another --image.batch"):
+        parallel.share(phase, 2, shard=True)
+    assert parallel.share(nano_phase("image", batch=8), 2, shard=True) == 4
+
+
 def test_a_run_starts_its_processes_itself(nano, tmp_path):
     """Clips that recur, too: each process meets its own again."""
     phase = nano_phase("image", drop=0.5, reuse=2)

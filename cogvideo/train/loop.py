@@ -87,6 +87,8 @@ def train(
     check_parts(folder, phases, init)
     check_begun(recipe, phases, folder)
     shard = check_memory(phases, system, device, ranks, shard)
+    for phase in phases:
+        parallel.share(phase, ranks, shard)
     inherit.check(folder, recipe, system, init, init_embedding)
     check_data(phases, source)
 
@@ -263,7 +265,7 @@ def run_phase(
     optims = optimizers(container, phase.optimizer, phase.weight_decay, phase.betas)
     parallel.share_muon(optims, machine)
     first = checkpoint.resume(out / "state.pt", learning, optims, machine)
-    mine, rank = parallel.share(phase, machine.ranks), machine.rank
+    mine, rank = parallel.share(phase, machine.ranks, machine.mesh is not None), machine.rank
     share = {"seed": seed, "step": first, "rank": rank, "ranks": machine.ranks, "workers": workers}
     if phase.reuse == 1:
         loader = batches(source, phase.cut, mine, **share)

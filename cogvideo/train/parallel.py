@@ -45,14 +45,21 @@ from cogvideo.vqvae import Codebook
 BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
-def share(phase: Phase, ranks: int) -> int:
-    """Clips of a batch that fall to each of `ranks` processes; ValueError if it cannot be shared."""
+def share(phase: Phase, ranks: int, shard: bool = False) -> int:
+    """Clips of a batch that fall to each of `ranks` processes; ValueError if it cannot be shared. With shards
+    every process must put the model together equally often, for windows and for whole frames."""
     if phase.batch % ranks:
         raise ValueError(
             f"a batch of {phase.batch} clips cannot be shared by {ranks} processes; choose a multiple of "
             f"{ranks} for --{phase.name}.batch"
         )
-    return phase.batch // ranks
+    mine = phase.batch // ranks
+    if shard and ranks > 1 and mine > 1 and mine * phase.windowed % 1:
+        raise ValueError(
+            f"{phase.name}.windowed is {phase.windowed}, but of the {mine} clips of each process a whole number "
+            f"must be windows where weights are cut into shards; choose another --{phase.name}.batch"
+        )
+    return mine
 
 
 @dataclass(frozen=True)
@@ -72,12 +79,14 @@ class Machine:
         return self.rank == 0
 
     def mean(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Each number averaged over the processes; all of them call this with the same names."""
+        """Each number averaged over the processes that have it; all of them call this."""
         if self.ranks == 1:
             return numbers
-        values = torch.tensor(list(numbers.values()), dtype=torch.float64, device=self.device)
-        dist.all_reduce(values)
-        return dict(zip(numbers, (values / self.ranks).tolist()))
+        found: list[Any] = [None] * self.ranks
+        dist.all_gather_object(found, numbers)
+        names = dict.fromkeys(name for one in found for name in one)
+        values = {name: [one[name] for one in found if name in one] for name in names}
+        return {name: sum(those) / len(those) for name, those in values.items()}
 
     def total(self, number: float) -> float:
         """The sum over the processes; all of them call this."""
