@@ -1,4 +1,4 @@
-"""Make a model folder ready to ship: weights rounded to float16, sampling options, measured numbers, a card.
+"""Make a model folder ready to ship: weights rounded to int8, sampling options, measured numbers, a card.
 
     python -m benchmarks.release runs/tiny/model cogvideo/models/tiny --measured runs/measured.json
 """
@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--about", default="An animated object moves over a drawn place: 4 s at 192 px.")
     parser.add_argument("--measured", type=Path, help='JSON: {"what": "number with its unit", ...}')
     parser.add_argument("--how", default="", help="how it was trained, if not by one command")
+    parser.add_argument("--dtype", choices=("int8", "float16"), default="int8",
+                        help="of the weights; int8 computes the same as `generate` does of any, on a CPU")
     parser.add_argument("--sampling", type=json.loads, help='JSON: {"stage1": {"guidance_scale": 3.0}, ...}')
     arguments = parser.parse_args()
     source, target = ModelFolder(arguments.model), ModelFolder(arguments.out)
@@ -58,7 +60,7 @@ def main() -> None:
     if arguments.measured:
         config["measured"] = json.loads(arguments.measured.read_text())
     for part in source.system().parts:
-        target.save(part, source.load(part), torch.float16)
+        target.save(part, source.load(part), getattr(torch, arguments.dtype))
     if config.get("text") != "gpt2":
         target.write_text(source.text().model)
     target.write_config(config)

@@ -2,11 +2,14 @@
 
     python -m scripts.on_gpu MODEL OUT base:240 stage1:140 stage2:100
 
-MODEL is a model folder with text and tokenizer (and whatever parts training goes on from), OUT the folder that
-parts are written to. The objective is that of `cogvideo train`; what differs is for speed alone: scenes are
-drawn on the device (`Canvas`), weights are multiplied and activations kept in bfloat16 with masters in
-float32, a layer is one compiled function, Muon takes all matrices of a shape at once, and the learning rate
-follows the clock.
+MODEL is a model folder with text and tokenizer (and whatever parts training goes on from), OUT the folder
+that parts are written to. The objective is that of `cogvideo train`; what differs is for speed alone:
+- Scenes are drawn on the device (`Canvas`); other processes only choose what they show.
+- Weights are multiplied and activations kept in bfloat16, with masters in float32.
+- A layer is one compiled function, and a whole step, optimizers included, one CUDA graph: the processor does
+  next to nothing, and nothing waits for it.
+- Muon takes all matrices of a shape at once.
+- The learning rate follows the clock, so that a part is done when its time is up.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cogvideo.data.tinyworld import sprites
-from cogvideo.data.tinyworld.canvas import COLUMNS, Canvas, views
+from cogvideo.data.tinyworld.canvas import Canvas, views
 from cogvideo.data.tinyworld.world import TinyWorld
 from cogvideo.eval.features import perceptual_distance, weighted
 from cogvideo.layout import SECONDS, Layout
@@ -63,8 +66,9 @@ PLANS = {
     "stage1": Plan("stage1", (1, 1, 1, 1, 1, 1, 2, 4), 5, 64, 1e-3, corrupt=0.05),
     "stage2": Plan("stage2", (2, 2, 4, 8), 5, 64, 1e-3, corrupt=0.05),
     "decoder": Plan("decoder", (8, 8, 8, 4, 2, 1), 5, 16, 6e-4, object_weight=4.0, warmup=50, decay=1.0),
-    "adversary": Plan("decoder", (8, 8, 8, 4, 2, 1), 5, 16, 2e-4, object_weight=4.0, warmup=50, decay=1.0,
-                      adversary=0.1),
+    "adversary": Plan(
+        "decoder", (8, 8, 8, 4, 2, 1), 5, 16, 2e-4, object_weight=4.0, warmup=50, decay=1.0, adversary=0.1
+    ),
 }
 
 
@@ -101,8 +105,10 @@ class Scenes(Dataset):
 def encode(vqvae: VQVAE, frames: Tensor, chunk: int = 512) -> Tensor:
     """Frames [M, 3, R, R] to codes [M, N]; the encoder is in bfloat16."""
     like = next(vqvae.encoder.parameters())
-    parts = [vqvae.encode(part.to(like.dtype).contiguous(memory_format=torch.channels_last))
-             for part in frames.split(chunk)]
+    parts = [
+        vqvae.encode(part.to(like.dtype).contiguous(memory_format=torch.channels_last))
+        for part in frames.split(chunk)
+    ]
     return torch.cat(parts)
 
 
@@ -137,15 +143,25 @@ def normed(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], *weights)
 
 
-def project(h: Tensor, qkv: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor], turns: Tensor,
-            heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def project(
+    h: Tensor, qkv: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor], turns: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = F.linear(h, *qkv).unflatten(-1, (3, heads, -1)).unbind(2)  # [B, S, H, d]
     q, k = (rotate(F.layer_norm(x, x.shape[-1:], w), turns) for x, w in zip((q, k), norms))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, t: int, mask: Tensor, text_mask: Tensor, group: tuple | None,
-           text_too: bool, causal: int) -> tuple[Tensor | None, Tensor]:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    t: int,
+    mask: Tensor,
+    text_mask: Tensor,
+    group: tuple | None,
+    text_too: bool,
+    causal: int,
+) -> tuple[Tensor | None, Tensor]:
     """Text to text, frames to text and their group. mask [B * G, 1, n, T + n]; causal: if not 0, queries go
     in chunks of so many, each seeing only keys up to its own end."""
     b, heads, s, d = q.shape
@@ -165,18 +181,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, t: int, mask: Tensor, text_mask: Ten
 
     q, (k, v) = grouped(q), (torch.cat((before(x), grouped(x)), 2) for x in (k, v))
     if causal:
-        y = torch.cat([
-            F.scaled_dot_product_attention(q[:, :, i : i + causal], k[:, :, : t + i + causal],
-                                           v[:, :, : t + i + causal], mask[:, :, i : i + causal, : t + i + causal])
-            for i in range(0, n, causal)], 2)
+        y = torch.cat(
+            [
+                F.scaled_dot_product_attention(
+                    q[:, :, i : i + causal],
+                    k[:, :, : t + i + causal],
+                    v[:, :, : t + i + causal],
+                    mask[:, :, i : i + causal, : t + i + causal],
+                )
+                for i in range(0, n, causal)
+            ],
+            2,
+        )
     else:
         y = F.scaled_dot_product_attention(q, k, v, mask)
     y = y.unflatten(0, (b, count)).transpose(2, 3).reshape(b, s - t, heads * d)
     return text, y if group is None else y.index_select(1, group[1])
 
 
-def layer(x: Tensor, own: tuple, more: tuple | None, turns: Tensor, text_mask: Tensor, spatial: Tensor,
-          temporal: Tensor | None, group: tuple | None, t: int, heads: int, causal: int) -> Tensor:
+def layer(
+    x: Tensor,
+    own: tuple,
+    more: tuple | None,
+    turns: Tensor,
+    text_mask: Tensor,
+    spatial: Tensor,
+    temporal: Tensor | None,
+    group: tuple | None,
+    t: int,
+    heads: int,
+    causal: int,
+) -> Tensor:
     """One block; `own` are its weights, `more` those of the temporal channel."""
     norm1, qkv, qk, out, norm2, up, down = own
     h = normed(x, norm1)
@@ -198,8 +233,15 @@ class Model:
         self.window = {"image": 0, "stage1": 0, "stage2": config.window}[stage]
         self.layer = torch.compile(layer, dynamic=False) if compiled else layer
 
-    def hidden(self, base: dict, more: dict | None, ids: Tensor, inputs: Tensor, layout: Layout,
-               corners: Tensor | None) -> Tensor:
+    def hidden(
+        self,
+        base: dict,
+        more: dict | None,
+        ids: Tensor,
+        inputs: Tensor,
+        layout: Layout,
+        corners: Tensor | None,
+    ) -> Tensor:
         c, t = self.config, layout.text_len
         dtype = base["norm.weight"].dtype
         axes = layout.axes(self.device)
@@ -233,7 +275,9 @@ class Model:
         spatial, _ = mask_of("spatial", False)
         temporal = [(None, None)] * 2
         if more is not None:
-            temporal = [mask_of("temporal", shifted) for shifted in ((False, True) if self.window else (False,) * 2)]
+            temporal = [
+                mask_of("temporal", shifted) for shifted in ((False, True) if self.window else (False,) * 2)
+            ]
         causal = layout.frame_len if self.stage == "stage1" else 0
         for i in range(c.layers):
             own = self._own(base, i)
@@ -241,8 +285,18 @@ class Model:
             x = self.layer(x, own, plus, turns, text_mask, spatial, *temporal[i % 2], t, c.heads, causal)
         return normed(x[:, t:], (base["norm.weight"], base["norm.bias"]))
 
-    def loss(self, base: dict, more: dict | None, ids: Tensor, codes: Tensor, context: Tensor, weights: Tensor,
-             layout: Layout, corners: Tensor | None, each: bool = False) -> Tensor:
+    def loss(
+        self,
+        base: dict,
+        more: dict | None,
+        ids: Tensor,
+        codes: Tensor,
+        context: Tensor,
+        weights: Tensor,
+        layout: Layout,
+        corners: Tensor | None,
+        each: bool = False,
+    ) -> Tensor:
         laid, counts = layout.lay(codes).flatten(1), layout.lay(weights).flatten(1)
         inputs = layout.inputs(layout.lay(context), self.config.start)
         hidden = self.hidden(base, more, ids, inputs, layout, corners)
@@ -258,8 +312,15 @@ class Model:
         b = f"blocks.{i}."
         pair = lambda name: (w[f"{b}{name}.weight"], w[f"{b}{name}.bias"])  # noqa: E731
         qk = (w[f"{b}attention.norms.0.weight"], w[f"{b}attention.norms.1.weight"])
-        return (pair("norm1"), pair("attention.qkv"), qk, pair("attention.out"), pair("norm2"), pair("up"),
-                pair("down"))
+        return (
+            pair("norm1"),
+            pair("attention.qkv"),
+            qk,
+            pair("attention.out"),
+            pair("norm2"),
+            pair("up"),
+            pair("down"),
+        )
 
     def _more(self, w: dict, i: int) -> tuple:
         a = f"attention.{i}."
@@ -317,12 +378,17 @@ class Learner:
         plain = [v for v in self.masters if v.ndim < 2]
         self.muon = Muon(hidden)
         cuda = self.masters[0].is_cuda
-        self.adam = torch.optim.AdamW([{"params": rows, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
-                                      lr=torch.tensor(0.0, device=self.masters[0].device), betas=(0.9, 0.95), fused=cuda,
-                                      capturable=cuda)
+        self.adam = torch.optim.AdamW(
+            [{"params": rows, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
+            lr=torch.tensor(0.0, device=self.masters[0].device),
+            betas=(0.9, 0.95),
+            fused=cuda,
+            capturable=cuda,
+        )
 
     def step(self, lr: Tensor) -> Tensor:
-        """Masters by the gradients of what is seen; `lr` is a number on the device. The norm of the gradient."""
+        """Move the masters by the gradients of what is seen; `lr` is a number on the device. Returns the norm
+        of the gradient."""
         grads = [master.grad for master in self.masters]
         torch._foreach_copy_(grads, [one.grad for one in self.seen.values()])
         norm = torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
@@ -343,8 +409,12 @@ class Replay:
     def __init__(self, trainer: "Trainer", warmup: int = 3):
         self.trainer, device = trainer, trainer.device
         rows, ids, spans = next(trainer.loader)
-        self.given = {"rows": rows.to(device), "ids": ids.to(device), "spans": spans.to(device),
-                      "lr": torch.zeros((), device=device)}
+        self.given = {
+            "rows": rows.to(device),
+            "ids": ids.to(device),
+            "spans": spans.to(device),
+            "lr": torch.zeros((), device=device),
+        }
         self.chances = trainer.chances()
         self.graph = None
         if device.type != "cuda":
@@ -379,8 +449,16 @@ class Replay:
 class Trainer:
     """One part's training."""
 
-    def __init__(self, folder: Path, plan: Plan, canvas: Canvas, device: torch.device, workers: int,
-                 compiled: bool, seed: int):
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        canvas: Canvas,
+        device: torch.device,
+        workers: int,
+        compiled: bool,
+        seed: int,
+    ):
         model = ModelFolder(folder)
         self.config, self.plan, self.device = model.system().model, plan, device
         self.stage = "image" if plan.part == "base" else plan.part
@@ -408,10 +486,19 @@ class Trainer:
         world = TinyWorld(sprites(), seed, even=True, varied=True)
         self.scenes = Scenes(world, text, first, self.plan, length, seed)
         held = replace(self.plan, batch=32, drop=0.0)
-        self.held = Scenes(TinyWorld(sprites(), 777, held_out=True, varied=True), text, first, held, length, 7)
+        self.held = Scenes(
+            TinyWorld(sprites(), 777, held_out=True, varied=True), text, first, held, length, 7
+        )
         options = {"num_workers": workers, "prefetch_factor": 4} if workers else {}
-        self.loader = iter(DataLoader(self.scenes, batch_size=None, sampler=range(1_000_000),
-                                      pin_memory=self.device.type == "cuda", **options))
+        self.loader = iter(
+            DataLoader(
+                self.scenes,
+                batch_size=None,
+                sampler=range(1_000_000),
+                pin_memory=self.device.type == "cuda",
+                **options,
+            )
+        )
 
     def _begin(self, model: ModelFolder, part: str, seed: int) -> dict[str, Tensor]:
         """A part's weights, as they are there or as they begin."""
@@ -435,8 +522,11 @@ class Trainer:
         """Buffers of uniform numbers, drawn anew for each step."""
         b, n = self.plan.batch, self.layout.frame_len
         shape = (b, self.plan.keep, n)
-        return {"corner": torch.empty(b, 2, device=self.device), "wrong": torch.empty(shape, device=self.device),
-                "near": torch.empty(shape, device=self.device)}
+        return {
+            "corner": torch.empty(b, 2, device=self.device),
+            "wrong": torch.empty(shape, device=self.device),
+            "near": torch.empty(shape, device=self.device),
+        }
 
     def prepare(self, rows: Tensor, ids: Tensor, chances: dict[str, Tensor]) -> tuple:
         """What a step needs, from what the frames show: codes, what is read, weights, cover."""
@@ -462,8 +552,10 @@ class Trainer:
         total = self.model.loss(base, more, ids[cut:], *whole, self.layout, None) * (1 - self.plan.windowed)
         if cut:
             corners = corners_of(cover[:cut], self.side, self.model.window or 1, uniform[:cut])
-            maps = (x[:cut].unflatten(2, (grid, grid)) if x.ndim == 3 else x[:cut]
-                    for x in (codes, context, weights))
+            maps = (
+                x[:cut].unflatten(2, (grid, grid)) if x.ndim == 3 else x[:cut]
+                for x in (codes, context, weights)
+            )
             small = [window(x, corners, self.side) for x in maps]
             part = self.model.loss(base, more, ids[:cut], *small, self.small, corners)
             total = total + part * self.plan.windowed
@@ -481,14 +573,20 @@ class Trainer:
             b, f, _ = rows.shape
             codes = encode(self.vqvae, self.canvas.draw(rows.flatten(0, 1))).view(b, f, -1)
             cover = self.canvas.cover(rows.flatten(0, 1), self.layout.grid).view(b, f, -1)
-            cost = self.model.loss(base, more, ids.to(self.device), codes, codes, cover, self.layout, None, True)
+            cost = self.model.loss(
+                base, more, ids.to(self.device), codes, codes, cover, self.layout, None, True
+            )
             first = int(self.layout.loss_mask().argmax())
             costs.append(cost.flatten())
             covers.append(self.layout.lay(cover).flatten(1)[:, first:].flatten())
         self.model.layer = plain
         cost, cover = torch.cat(costs), torch.cat(covers)
-        kinds = {"all": cover >= 0, "object": cover > 0.95, "edge": (cover > 0) & (cover <= 0.95),
-                 "background": cover == 0}
+        kinds = {
+            "all": cover >= 0,
+            "object": cover > 0.95,
+            "edge": (cover > 0) & (cover <= 0.95),
+            "background": cover == 0,
+        }
         return {name: round(float(cost[chosen].mean()), 4) for name, chosen in kinds.items()}
 
     def step(self, given: dict[str, Tensor], chances: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -510,14 +608,18 @@ class Trainer:
             step += 1
             if step == 5 or now - told > 10:
                 value = loss.item()
-                say(f"{self.plan.part} step {step} {now - begin:.0f} s loss {value:.3f} norm {float(norm):.2f} lr {lr:.1e} "
-                    f"{(step - seen) * self.plan.batch / (time.perf_counter() - told):.0f} clips/s")
+                speed = (step - seen) * self.plan.batch / (time.perf_counter() - told)
+                say(
+                    f"{self.plan.part} step {step} {now - begin:.0f} s loss {value:.3f} "
+                    f"norm {float(norm):.2f} lr {lr:.1e} {speed:.0f} clips/s"
+                )
                 told, seen = time.perf_counter(), step
                 if value != value:
                     raise SystemExit("not a number")
             elif step % 2 == 0 and self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # the clock must not run ahead of the device
-        say(f"{self.plan.part}: {step} steps, {step * self.plan.batch} clips, held out {json.dumps(self.held_out())}")
+        held_out = json.dumps(self.held_out())
+        say(f"{self.plan.part}: {step} steps, {step * self.plan.batch} clips, held out {held_out}")
 
     def save(self, out: Path) -> None:
         state = {k: v.detach().half().cpu().contiguous() for k, v in self.learner.state.items()}
@@ -527,28 +629,57 @@ class Trainer:
 class DecoderTrainer(Trainer):
     """The last phase: codes of which some are the stages' own, to frames."""
 
-    def __init__(self, folder: Path, plan: Plan, canvas: Canvas, device: torch.device, workers: int, seed: int,
-                 features: str):
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        canvas: Canvas,
+        device: torch.device,
+        workers: int,
+        seed: int,
+        features: str,
+    ):
         model = ModelFolder(folder)
         self.config, self.plan, self.device, self.canvas = model.system().model, plan, device, canvas
         self.layout = self.config.layout("stage1")
-        self.parts = {name: model.load(name).to(device) for name in ("vqvae", "base", "stage1", "stage2", "decoder")}
+        self.parts = {
+            name: model.load(name).to(device) for name in ("vqvae", "base", "stage1", "stage2", "decoder")
+        }
         for name in ("vqvae", "base", "stage1", "stage2"):
             self.parts[name].requires_grad_(False)
-        self.vqvae, self.decoder = self.parts["vqvae"], self.parts["decoder"].to(memory_format=torch.channels_last)
+        self.vqvae, self.decoder = (
+            self.parts["vqvae"],
+            self.parts["decoder"].to(memory_format=torch.channels_last),
+        )
         self.decoder.requires_grad_(True)
-        fixed = {name: {k: v.to(HALF) for k, v in self.parts[name].state_dict().items()}
-                 for name in ("base", "stage1", "stage2")}
-        self.stages = [(self.config.layout(one), Model(self.config, one, device, False), fixed["base"], fixed[one])
-                       for one in ("stage1", "stage2")]
+        fixed = {
+            name: {k: v.to(HALF) for k, v in self.parts[name].state_dict().items()}
+            for name in ("base", "stage1", "stage2")
+        }
+        self.stages = [
+            (self.config.layout(one), Model(self.config, one, device, False), fixed["base"], fixed[one])
+            for one in ("stage1", "stage2")
+        ]
         loss = LossWeights(perceptual=0.2, temporal=0.02, weights=features)
         self.hierarchical = HierarchicalLoss(loss).to(device, memory_format=torch.channels_last)
         cuda = device.type == "cuda"
-        self.adam = torch.optim.AdamW(self.decoder.parameters(), lr=torch.tensor(0.0, device=device),
-                                      betas=(0.9, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda)
+        self.adam = torch.optim.AdamW(
+            self.decoder.parameters(),
+            lr=torch.tensor(0.0, device=device),
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=cuda,
+            capturable=cuda,
+        )
         self.critic = new_discriminator(seed).to(device)
-        self.critic_adam = torch.optim.AdamW(self.critic.parameters(), lr=torch.tensor(2e-4, device=device),
-                                             betas=(0.5, 0.95), weight_decay=0.0, fused=cuda, capturable=cuda)
+        self.critic_adam = torch.optim.AdamW(
+            self.critic.parameters(),
+            lr=torch.tensor(2e-4, device=device),
+            betas=(0.5, 0.95),
+            weight_decay=0.0,
+            fused=cuda,
+            capturable=cuda,
+        )
         self._scenes(model, seed, workers)
 
     def chances(self) -> dict[str, Tensor]:
@@ -567,7 +698,9 @@ class DecoderTrainer(Trainer):
             hidden = model.hidden(base, more, ids, layout.inputs(laid, self.config.start), layout, None)
             logits = F.linear(hidden, base["embed.weight"][: self.config.codes])
             shares = logits.float().softmax(-1).cumsum(-1)
-            sampled = torch.searchsorted(shares, layout.lay(chances["which"]).flatten(1)[..., None]).squeeze(-1)
+            sampled = torch.searchsorted(shares, layout.lay(chances["which"]).flatten(1)[..., None]).squeeze(
+                -1
+            )
             found.append(layout.unlay(sampled.clamp_max(shares.shape[-1] - 1).view_as(laid)))
         sampled = torch.where((spans >= SECONDS)[:, None, None], *found)
         return torch.where(chances["wrong"] < 0.2, sampled, codes)
@@ -587,7 +720,9 @@ class DecoderTrainer(Trainer):
             made = self.decoder(z, given["ids"])
             flat = made.flatten(0, 1)
             loss = weighted((flat - clips).abs().mean(1), counts).mean()
-            loss = loss + w.perceptual * perceptual_distance(self.hierarchical.net, flat, clips, counts).mean()
+            loss = (
+                loss + w.perceptual * perceptual_distance(self.hierarchical.net, flat, clips, counts).mean()
+            )
             clips = clips.unflatten(0, (b, f))
             loss = loss + w.temporal * temporal_distance(made, clips).mean()
             if self.plan.adversary:
@@ -624,7 +759,9 @@ class DecoderTrainer(Trainer):
             rows, ids, _ = self.held[k]
             b, f, _ = rows.shape
             clips = self.canvas.draw(rows.flatten(0, 1))
-            weights = 1 + self.plan.object_weight * self.canvas.cover(rows.flatten(0, 1), 48).unflatten(0, (b, f))
+            weights = 1 + self.plan.object_weight * self.canvas.cover(rows.flatten(0, 1), 48).unflatten(
+                0, (b, f)
+            )
             with torch.autocast(self.device.type, HALF):
                 z = self.vqvae.vectors(encode(self.vqvae, clips)).unflatten(0, (b, f))
                 made = self.decoder(z, ids.to(self.device))
@@ -674,8 +811,10 @@ def bench(trainer: Trainer, say) -> None:
     plain = clock(lambda: trainer.step(run.given, run.chances), 4)
     data = clock(lambda: next(trainer.loader), 40)
     memory = torch.cuda.max_memory_allocated() / 1e9
-    say(f"bench {trainer.plan.part} batch {trainer.plan.batch}: ready in {ready:.1f} s; graph {replayed:.1f} ms, "
-        f"operations {plain:.1f} ms, data {data:.1f} ms; {memory:.1f} GB")
+    say(
+        f"bench {trainer.plan.part} batch {trainer.plan.batch}: ready in {ready:.1f} s; "
+        f"graph {replayed:.1f} ms, operations {plain:.1f} ms, data {data:.1f} ms; {memory:.1f} GB"
+    )
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -689,7 +828,9 @@ def bench(trainer: Trainer, say) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("work", nargs="+", help="part:seconds, part:bench, or part:ready to compile alone")
@@ -715,15 +856,19 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64
     resolution = ModelFolder(options.model).system().resolution
     canvas = Canvas(resolution, device, processes=min(16, os.cpu_count() or 1))
-    say(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, torch {torch.__version__}, "
-        f"{os.cpu_count()} cores; places drawn")
+    say(
+        f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, torch {torch.__version__}, "
+        f"{os.cpu_count()} cores; places drawn"
+    )
     for number, work in enumerate(options.work):
         part, _, seconds = work.partition(":")
         plan = PLANS[part]
         plan = replace(plan, batch=options.batch or plan.batch, lr=options.lr or plan.lr)
         seed = options.seed + number
         if plan.part == "decoder":
-            trainer = DecoderTrainer(options.model, plan, canvas, device, options.workers, seed, options.features)
+            trainer = DecoderTrainer(
+                options.model, plan, canvas, device, options.workers, seed, options.features
+            )
         else:
             trainer = Trainer(options.model, plan, canvas, device, options.workers, not options.eager, seed)
         if seconds == "bench":
@@ -743,5 +888,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    assert len(COLUMNS) == 10
     main()

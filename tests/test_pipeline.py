@@ -182,7 +182,7 @@ def test_devices_and_dtypes_that_are_not_there(nano, device, dtype, message):
 def test_the_shipped_model_makes_what_its_own_tokens_say():
     """It is whole, small enough, and first frames of two prompts differ where the prompts do."""
     pipe = CogVideo.from_pretrained("tiny")
-    assert sum(file.stat().st_size for file in pipe.folder.path.iterdir()) < 40e6
+    assert sum(file.stat().st_size for file in pipe.folder.path.iterdir()) < 45e6
     prompts = ["a dog runs to the right across a green field", "a rocket flies in space"]
     clips = pipe.upscale(pipe.decode(pipe.first_frames(prompts, [1, 1])))
     assert [clip.frames.shape for clip in clips] == [(1, 192, 192, 3)] * 2

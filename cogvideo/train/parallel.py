@@ -56,8 +56,9 @@ def share(phase: Phase, ranks: int, shard: bool = False) -> int:
     mine = phase.batch // ranks
     if shard and ranks > 1 and mine > 1 and mine * phase.windowed % 1:
         raise ValueError(
-            f"{phase.name}.windowed is {phase.windowed}, but of the {mine} clips of each process a whole number "
-            f"must be windows where weights are cut into shards; choose another --{phase.name}.batch"
+            f"{phase.name}.windowed is {phase.windowed}, but where weights are cut into shards a whole "
+            f"number of the {mine} clips of each process must be windows; choose another "
+            f"--{phase.name}.batch"
         )
     return mine
 
