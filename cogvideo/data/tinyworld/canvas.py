@@ -88,7 +88,8 @@ class Canvas:
     @torch.no_grad()
     def both(self, rows: Tensor, cells: int) -> tuple[Tensor, Tensor]:
         """Frames and cover of views on the device, by operations that are the same whatever is drawn, so that
-        a CUDA graph can hold them. What turns is sampled by `grid_sample`: its edges differ by some levels."""
+        a CUDA graph can hold them. What turns is sampled by `grid_sample`; its edges differ by some levels.
+        """
         v = self._read(rows)
         rgba, box = self._loops(v)
         box = box + MARGIN
