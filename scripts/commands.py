@@ -90,8 +90,11 @@ SHORTENED = {
     "cogvideo train tiny --out runs/tiny6w --phases image --processes 1 --threads 1 --save-every 25 "
     "--image.lr 7e-4":
         nano(("runs/tiny6w", "runs/tiny")),
-    "cogvideo train tiny --init milestones/tiny --out runs/dec6 --phases decoder --processes 1 --threads 1 "
-    "--save-every 50": nano(("milestones/tiny", "runs/tiny/model")),
+    "python -m scripts.on_gpu MODEL OUT base:240 stage1:138 stage2:125 --total 512":
+        nano(("MODEL OUT", "runs/tiny/model runs/gpu"), ("240", "1"), ("138", "1"), ("125", "1"),
+             more="--device cpu --eager --workers 0 --batch 2"),
+    "cogvideo train tiny --out runs/mis1 --init tiny --phases mistakes --processes 1 --threads 1 --save-every "
+    "50 --mistakes.steps 1500": nano(("1500", "2")),
     "cogvideo train direct-tiny": nano(more="--out runs/direct"),
     "cogvideo train direct-tiny --init runs/pictures/model --phases low high":
         nano(("runs/pictures/model", "runs/direct/model"), more="--out runs/again"),
@@ -104,10 +107,9 @@ SHORTENED = {
         nano(more="--variants recipe --minutes 0.01 --clips 2"),
     "python -m benchmarks.classifier": Shorter(more="--steps 2 --count 2"),
     "python -m benchmarks.classifier --judge frame": Shorter(more="--steps 2 --count 2"),
-    "python -m benchmarks.ladder --model tiny --sprites 32 --clips 64 --batch 8":
-        nano(("64", "1"), more="--shown 1"),
-    "python -m benchmarks.ladder --vqvae milestones/tiny/vqvae.safetensors --clips 64":
-        nano(("milestones/tiny", "$MODELS/tiny"), ("64", "1"), more="--shown 1"),
+    "python -m benchmarks.ladder --model tiny --clips 32": nano(("32", "1"), more="--shown 1"),
+    "python -m benchmarks.ladder --vqvae cogvideo/models/tiny/vqvae.safetensors --clips 64":
+        nano(("cogvideo/models/tiny", "$MODELS/tiny"), ("64", "1"), more="--shown 1"),
     "python -m benchmarks.adherence --model tiny --reconstructions": nano(more="--count 2 --chinese 2"),
     "python -m benchmarks.adherence --model tiny --frames 9": nano(more="--count 2 --chinese 2"),
     "python -m benchmarks.fidelity --model tiny": nano(more="--count 2 --refiner-count 1"),
