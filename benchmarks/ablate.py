@@ -66,7 +66,7 @@ BASE = {
     "codes read with errors": Variant(phase={"corrupt": 0.05}),
     "adamw": Variant(phase={"optimizer": "adamw", "lr": 1e-3}),
     "half the batch": Variant(phase={"batch": 32}),
-    "twice the rate": Variant(phase={"lr": 4e-3}),
+    "twice the rate": Variant(phase={"lr": 1.4e-3}),
 }
 DECODER = {
     "recipe": Variant(),

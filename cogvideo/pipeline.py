@@ -228,8 +228,12 @@ class CogVideo:
         layout = replace(layout, reference=self.reference_quirks)
         count, filled = self._at_once(layout, model.window, 1 + sampling.guided), []
         groups = list(zip(*(x.split(count) for x in (text, known, uniform.to(self.device), plain))))
+        cache = None
+        if len(groups) > 1:
+            with torch.inference_mode():
+                cache = model.new_cache(layout, count * (1 + sampling.guided))
         for number, (t, k, u, p) in enumerate(groups):
-            for state in fill(model, layout, t, k, sampling, u, p, last):
+            for state in fill(model, layout, t, k, sampling, u, p, last, cache):
                 if progress is not None:
                     progress(what, number * state.total + state.done, len(groups) * state.total)
             filled.append(state.frames)

@@ -136,6 +136,19 @@ def test_filling_in_waves_equals_one_token_after_the_other(nano, stage):
     assert torch.equal(laid[:, count:], likeliest[:, count:])
 
 
+def test_a_cache_may_have_been_used_before(nano):
+    """What others left in it, and rows that are not needed, change nothing."""
+    model, text, plain, known = setup(nano)
+    uniform = uniforms([5, 6, 7], 4 * CONFIG.frame_len, 1)
+    *_, fresh = fill(model, LAYOUT, text, known, SAMPLING, uniform, plain)
+    with torch.inference_mode():
+        cache = model.new_cache(LAYOUT, 8)
+        for kept in (kept for channel in cache.channels for kept in channel.kept):
+            kept.fill_(float("nan"))
+    *_, used = fill(model, LAYOUT, text, known, SAMPLING, uniform, plain, cache=cache)
+    assert torch.equal(fresh.frames, used.frames)
+
+
 def test_guidance_changes_what_is_made(nano):
     model, text, plain, known = setup(nano)
     guided = run(model, text, plain, known, [5, 6, 7])

@@ -162,7 +162,7 @@ RECIPES = {
               optimizer="adamw", weight_decay=0.0, perturb=0.1, object_weight=4.0,
               loss=LossWeights(perceptual=0.2, temporal=0.0)),
         Phase("image", objectives.image, trains=("base",), uses=("vqvae",),
-              cut=Cut(5, (1, 1, 2, 4, 8), keep=1, sizes=(192,), cover=16), steps=20000, batch=64, lr=2e-3,
+              cut=Cut(5, (1, 1, 2, 4, 8), keep=1, sizes=(192,), cover=16), steps=20000, batch=64, lr=7e-4,
               windowed=0.75, object_weight=2.0),
         Phase("stage1", objectives.stage1, trains=("stage1",), uses=("vqvae", "base"),
               cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4), sizes=(192,), cover=16), steps=20000, batch=8, lr=2e-3,
