@@ -93,8 +93,8 @@ SHORTENED = {
     "python -m scripts.on_gpu MODEL OUT base:240 stage1:138 stage2:125 --total 512":
         nano(("MODEL OUT", "runs/tiny/model runs/gpu"), ("240", "1"), ("138", "1"), ("125", "1"),
              more="--device cpu --eager --workers 0 --batch 2"),
-    "cogvideo train tiny --out runs/mis1 --init tiny --phases mistakes --processes 1 --threads 1 --save-every "
-    "50 --mistakes.steps 1500": nano(("1500", "2")),
+    "cogvideo train tiny --out runs/mis1 --init tiny --phases mistakes --processes 1 --threads 1 "
+    "--save-every 50 --mistakes.steps 1500": nano(("1500", "2")),
     "cogvideo train direct-tiny": nano(more="--out runs/direct"),
     "cogvideo train direct-tiny --init runs/pictures/model --phases low high":
         nano(("runs/pictures/model", "runs/direct/model"), more="--out runs/again"),
