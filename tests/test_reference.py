@@ -147,7 +147,7 @@ def test_a_run_asks_for_what_the_original_asked(nano, monkeypatch):
     pipe.sampling, pipe.templates = stages(convert.SAMPLING), convert.PROMPTS
     asked, encoded, encode = [], [], pipe.text.encode
 
-    def fill(model, layout, text, known, sampling, uniform, plain, last):
+    def fill(model, layout, text, known, sampling, uniform, plain, last, cache):
         fills = parts[len(asked)]
         given, made = (torch.cat([trace[f"fill{n}.{key}"] for n in fills]) for key in ("seq", "out"))
         frames = (made.shape[1] - 1) // 400 * 400

@@ -59,7 +59,8 @@ class Report:
             line["mfu"] = speed * self.clips / self.peak_clips
         with open(self.log, "a") as log:
             log.write(
-                json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n"
+                json.dumps({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in line.items()})
+                + "\n"
             )
         if not self.quiet:
             left = timedelta(seconds=int((self.steps - step - 1) / speed))
