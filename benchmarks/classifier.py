@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--judge", choices=("clip", "frame"), default="clip",
                         help="clip: of sprite, motion and place; frame: of the sprite in one grey frame")
     parser.add_argument("--out", type=Path, help="default: runs/classifier or runs/judge")
-    parser.add_argument("--sprites", type=int, default=64, help="of the clip judge; the other knows all")
+    parser.add_argument("--sprites", type=int, default=96, help="of the clip judge; the other knows all")
     parser.add_argument("--steps", type=int, help="default: 1600 or 4500")
     parser.add_argument("--crops", type=int, help="of the frame judge: steps on crops, default: 3 of 4")
     parser.add_argument("--init", type=Path, help="of the frame judge: weights to start from")

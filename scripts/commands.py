@@ -112,6 +112,7 @@ SHORTENED = {
         nano(("cogvideo/models/tiny", "$MODELS/tiny"), ("64", "1"), more="--shown 1"),
     "python -m benchmarks.adherence --model tiny --reconstructions": nano(more="--count 2 --chinese 2"),
     "python -m benchmarks.adherence --model tiny --frames 9": nano(more="--count 2 --chinese 2"),
+    "python -m benchmarks.phrasings --model tiny --out runs/phrasings": nano(more="--sprites 2"),
     "python -m benchmarks.fidelity --model tiny": nano(more="--count 2 --refiner-count 1"),
     "python -m benchmarks.hierarchical --steps 600": nano(("600", "3"), more="--count 2"),
     "python -m benchmarks.precision --count 16": nano(("16", "1")),
