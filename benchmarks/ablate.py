@@ -23,22 +23,29 @@ from typing import Any
 import torch
 
 from benchmarks import frame_judge, ladder
-from cogvideo import CogVideo, presets
+from cogvideo import CogVideo
 from cogvideo.data.loader import batches
 from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, sprites
-from cogvideo.eval.features import PictureFeatures
 from cogvideo.files import replacing
-from cogvideo.model.system import System
+from cogvideo.model import presets
+from cogvideo.model.families import System
+from cogvideo.model.features import PictureFeatures
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.train import loop, objectives, recipes
-from cogvideo.train.recipes import Phase
-from cogvideo.weights import ModelFolder
+from cogvideo.train.phase import Phase
 
 Row = dict[str, float]
 
-ORIGINAL = {"rotary": False, "qk_norm": False, "activation": "gelu", "norm": "sandwich", "zero_init": False,
-            "skew": 0}
+ORIGINAL = {
+    "rotary": False,
+    "qk_norm": False,
+    "activation": "gelu",
+    "norm": "sandwich",
+    "zero_init": False,
+    "skew": 0,
+}
 SYSTEM = presets.find("tiny")
 DECODER_LOSS = recipes.find("tiny").phase("decoder").loss
 MEASURED_STEPS = 30  # that tell how many fit into the minutes

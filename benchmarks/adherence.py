@@ -30,8 +30,8 @@ from benchmarks.fidelity import reconstruct, trained_sprites
 from cogvideo.data.tinyworld import MOTIONS, PLACES, Scene, TinyWorld, render, sprites
 from cogvideo.eval.metrics import frechet_distance
 from cogvideo.files import replacing
-from cogvideo.vqvae import to_frames, to_pictures
-from cogvideo.weights import ModelFolder
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.vqvae import to_frames, to_pictures
 
 if TYPE_CHECKING:
     from cogvideo import CogVideo
@@ -252,8 +252,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=512, help="English prompts: held-out, and as many seen")
     parser.add_argument("--chinese", type=int, default=256, help="Chinese prompts, held-out")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=33, choices=(9, 17, 33),
-                        help="9: only the rounds that make what the judge sees, 2 frames a second")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        default=33,
+        choices=(9, 17, 33),
+        help="9: only the rounds that make what the judge sees, 2 frames a second",
+    )
     parser.add_argument("--dtype", help="numbers to compute with; default: as `cogvideo generate`")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--sprites", type=int, help="default: as many as the model was trained on")
@@ -261,7 +266,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=classifier.FILE, help="weights of the classifier")
     parser.add_argument("--out", type=Path, default=Path("runs/adherence"))
     args = parser.parse_args()
-    from cogvideo.pipeline import CogVideo, find_model
+    from cogvideo.generate.cogvideo import CogVideo, find_model
 
     folder = ModelFolder(find_model(args.model))
     names, net = sprites(args.sprites or trained_sprites(folder)), classifier.load(args.judge)

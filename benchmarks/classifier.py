@@ -223,8 +223,12 @@ def test(net: ClipClassifier, names: Sequence[str], count: int, seed: int = 777)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="train and test the judge of prompt adherence")
-    parser.add_argument("--judge", choices=("clip", "frame"), default="clip",
-                        help="clip: of sprite, motion and place; frame: of the sprite in one grey frame")
+    parser.add_argument(
+        "--judge",
+        choices=("clip", "frame"),
+        default="clip",
+        help="clip: of sprite, motion and place; frame: of the sprite in one grey frame",
+    )
     parser.add_argument("--out", type=Path, help="default: runs/classifier or runs/judge")
     parser.add_argument("--sprites", type=int, default=96, help="of the clip judge; the other knows all")
     parser.add_argument("--steps", type=int, help="default: 1600 or 4500")

@@ -19,7 +19,7 @@ import av
 import numpy as np
 import torch
 
-from cogvideo.data.clips import Cut
+from cogvideo.data.cut import Cut
 from cogvideo.data.loader import batches
 from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
@@ -104,8 +104,10 @@ def main() -> None:
     print(f"frames decoded a second, {arguments.size} px at {arguments.fps:g} fps, one thread")
     for name, rates in times.items():
         print(f"{name:<12}{middle[name]:>8.0f}  ({min(rates):.0f} to {max(rates):.0f})")
-    print(f"share       {middle['loader'] / middle['PyAV alone']:>8.2f}  "
-          f"(the first time {first['loader'] / first['PyAV alone']:.2f})")
+    print(
+        f"share       {middle['loader'] / middle['PyAV alone']:>8.2f}  "
+        f"(the first time {first['loader'] / first['PyAV alone']:.2f})"
+    )
 
 
 if __name__ == "__main__":

@@ -30,17 +30,18 @@ from benchmarks.adherence import TIMES, claim, draw_split, generate, interval, j
 from benchmarks.fidelity import captions, compare, unseen_scenes
 from benchmarks.generate import time_verbs
 from benchmarks.hierarchical import ROWS
-from cogvideo import CogVideo, presets
+from cogvideo import CogVideo
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
-from cogvideo.direct import DirectPipeline
-from cogvideo.eval.features import PictureFeatures
 from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
 from cogvideo.files import replacing
+from cogvideo.generate.regression import DirectPipeline
+from cogvideo.model import presets
+from cogvideo.model.features import PictureFeatures
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.vqvae import to_frames, to_pictures
 from cogvideo.text import PLAIN
 from cogvideo.train import loop, recipes
 from cogvideo.train.losses import temporal_distance
-from cogvideo.vqvae import to_frames, to_pictures
-from cogvideo.weights import ModelFolder
 
 RECIPE = recipes.find("direct-tiny")
 
@@ -76,8 +77,12 @@ def duration(pipe) -> float:
 def phases_table(out: Path, other: str, count: int) -> None:
     image, low, high = (RECIPE.phase(name) for name in ("image", "low", "high"))
     longer = replace(high, steps=low.steps + high.steps)
-    runs = {"image": ([image], None), "low": ([low], "image"), "high": ([high], "low"),
-            "high without low": ([longer], "image")}
+    runs = {
+        "image": ([image], None),
+        "low": ([low], "image"),
+        "high": ([high], "low"),
+        "high without low": ([longer], "image"),
+    }
     split = draw_split("held-out", sprites(RECIPE.sprites), count, 1000, True, "en")
     others = draw_split("others", sprites(RECIPE.sprites), count, 6000, True, "en").scenes
     net, rows = classifier.load(), {}

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from cogvideo.data.tinyworld import Scene, TinyWorld, render, sprites
 from cogvideo.data.tinyworld.world import SceneRecording
-from cogvideo.eval.features import PictureFeatures, perceptual_distance
 from cogvideo.eval.metrics import psnr, ssim
+from cogvideo.model.features import PictureFeatures, perceptual_distance
+from cogvideo.model.folder import ModelFolder, find_model
 from cogvideo.model.refiner import Refiner, enlarge
+from cogvideo.model.vqvae import VQVAE, to_frames, to_pictures
 from cogvideo.text import split_words
-from cogvideo.vqvae import VQVAE, to_frames, to_pictures
-from cogvideo.weights import ModelFolder, find_model
 
 TIMES = np.arange(33) / 8  # seconds
 

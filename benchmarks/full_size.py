@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.generate import timed, verbs
-from cogvideo import CogVideo, presets
-from cogvideo.convert import PROMPTS, SAMPLING
+from cogvideo import CogVideo
+from cogvideo.convert.cogvideo import PROMPTS, SAMPLING
 from cogvideo.data.loader import read_captions
 from cogvideo.data.tinyworld import TinyWorld, sprites
-from cogvideo.draft import Draft
-from cogvideo.estimate import Speed
-from cogvideo.foreign import Piece
+from cogvideo.generate.draft import Draft
+from cogvideo.generate.estimate import Speed
+from cogvideo.model import presets
+from cogvideo.model.folder import ModelFolder, Piece
 from cogvideo.text import TextTokenizer, train_text
-from cogvideo.weights import ModelFolder
 
 PROMPT = "一只小狗在草地上向右跑"
 PART = {"first frame": "image", "key frames": "stage1", "larger frames": "superres", "decode": "vqvae"}
@@ -60,8 +60,10 @@ def write_random(path: Path, preset: str) -> ModelFolder:
             vqvae.codebook.fill(vectors, torch.Generator().manual_seed(0))
             folder.save(part, vqvae, torch.float16)
             continue
-        fresh = {name: Piece(shape, torch.float16, lambda shape=shape, name=name: make(shape, name))
-                 for name, shape in system.shapes(part).items()}
+        fresh = {
+            name: Piece(shape, torch.float16, lambda shape=shape, name=name: make(shape, name))
+            for name, shape in system.shapes(part).items()
+        }
         print(f"{part}: {folder.write(part, fresh) / 1e9:.1f} GB", flush=True)
     return folder
 
@@ -96,7 +98,7 @@ def main() -> None:
     begin = time.perf_counter()
     pipe = CogVideo.from_pretrained(folder.path, dtype=arguments.dtype)
     print(f"opened in {time.perf_counter() - begin:.1f} s, {torch.get_num_threads()} threads", flush=True)
-    predicted = {one.name: one.seconds(speed) for one in pipe.estimate().work}
+    predicted = {one.name: speed.seconds(one) for one in pipe.estimate().work}
     value, total = None, 0.0
     print(f"{'verb':<16}{'reading':>8}{'seconds':>9}{'predicted':>11}{'peak GB':>9}")
     part = arguments.out / "larger-so-far.npz"  # a frame takes minutes

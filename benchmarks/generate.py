@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from cogvideo import CogVideo
-from cogvideo.estimate import Speed
+from cogvideo.generate.estimate import Speed
 
 PROMPT = "a dog runs to the right across a green field"
 HEAD = f"{'seconds':>9}{'least':>8}{'most':>8}"
@@ -32,10 +32,12 @@ HEAD = f"{'seconds':>9}{'least':>8}{'most':>8}"
 
 def verbs(pipe: Any, prompts: list[str], seeds: list[int]) -> dict[str, Callable[[Any], Any]]:
     """The verbs of videos in their order, each from what the one before it made; named as in
-    `cogvideo.estimate.plan`."""
+    `cogvideo.generate.cost.plan`."""
     if not pipe.draws:  # the regression family
-        return {"frames": lambda nothing: pipe.regress(prompts, max(pipe.frame_counts)),
-                "upscale": pipe.upscale}
+        return {
+            "frames": lambda nothing: pipe.regress(prompts, max(pipe.frame_counts)),
+            "upscale": pipe.upscale,
+        }
     planned = [one.name for one in pipe.estimate().work]
     found = {
         "first frame": lambda nothing: pipe.first_frames(prompts, seeds),

@@ -18,12 +18,12 @@ import torch
 from benchmarks import classifier
 from benchmarks.adherence import TIMES, judge, through_tokenizer
 from benchmarks.fidelity import compare, reconstruct, unseen_scenes
-from cogvideo import presets
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
-from cogvideo.eval.features import PictureFeatures
+from cogvideo.model import presets
+from cogvideo.model.features import PictureFeatures
+from cogvideo.model.vqvae import to_pictures
 from cogvideo.train import loop, recipes
 from cogvideo.train.losses import LossWeights, temporal_distance
-from cogvideo.vqvae import to_pictures
 
 WEIGHTS = LossWeights()
 ROWS = {

@@ -42,13 +42,13 @@ from benchmarks.fidelity import compare
 from benchmarks.frame_judge import SIZE, TIMES, FrameJudge, Sight
 from cogvideo.data.tinyworld import Scene, TinyWorld, cover, path, render, sample_scene, sprites
 from cogvideo.data.tinyworld.world import SceneRecording
-from cogvideo.draft import Draft, Kept
-from cogvideo.eval.features import PictureFeatures
 from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
 from cogvideo.files import replacing
+from cogvideo.generate.draft import Draft, Kept
+from cogvideo.model.features import PictureFeatures
+from cogvideo.model.folder import ModelFolder, find_model
+from cogvideo.model.vqvae import VQVAE, to_frames, to_pictures
 from cogvideo.video import Clip
-from cogvideo.vqvae import VQVAE, to_frames, to_pictures
-from cogvideo.weights import ModelFolder, find_model
 
 FPS = 8.0
 FOLLOWED = 96  # pixels of the square that follows the object
@@ -486,7 +486,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=frame_judge.FILE, help="weights of the frame judge")
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"))
     args = parser.parse_args()
-    from cogvideo.pipeline import CogVideo
+    from cogvideo.generate.cogvideo import CogVideo
 
     judge = frame_judge.load(args.judge)
     pipe = TokenizerOnly(load_tokenizer(args.vqvae)) if args.vqvae else CogVideo.from_pretrained(args.model)

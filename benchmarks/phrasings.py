@@ -21,8 +21,8 @@ import numpy as np
 from benchmarks import adherence, classifier
 from cogvideo.data.tinyworld import Scene, sample_scene, sprites
 from cogvideo.files import replacing
-from cogvideo.prompts import Prompts
-from cogvideo.weights import ModelFolder
+from cogvideo.generate.prompts import Prompts
+from cogvideo.model.folder import ModelFolder
 
 FILE = Path(__file__).with_name("phrasings.json")
 
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--sprites", type=int, help="default: as many as the model was trained on")
     parser.add_argument("--judge", type=Path, default=classifier.FILE, help="weights of the classifier")
     args = parser.parse_args()
-    from cogvideo.pipeline import CogVideo, find_model
+    from cogvideo.generate.cogvideo import CogVideo, find_model
 
     folder = ModelFolder(find_model(args.model))
     prompts = Prompts(folder.text(), folder.config.get("words", ()))

@@ -40,8 +40,10 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--count", type=int, default=32)
     arguments = parser.parse_args()
-    pipes = {dtype: CogVideo.from_pretrained(arguments.model, dtype=dtype)
-             for dtype in ("float32", "bfloat16", "int8")}
+    pipes = {
+        dtype: CogVideo.from_pretrained(arguments.model, dtype=dtype)
+        for dtype in ("float32", "bfloat16", "int8")
+    }
     scenes = unseen_scenes(sprites(trained_sprites(pipes["int8"].folder)), arguments.count, seed=777)
     prompts = captions(scenes)
     print("| model | dtype | error / spread | KL, nats | of entropy | same likeliest % | tokens |")
@@ -57,8 +59,10 @@ def main() -> None:
             error = (found - right).square().mean().sqrt() / right.std(-1).mean()
             divergence = F.kl_div(found, right, log_target=True, reduction="none").sum(-1).mean()
             same = (found.argmax(-1) == right.argmax(-1)).float().mean()
-            print(f"| {stage} | {dtype} | {error:.4f} | {divergence:.5f} | {entropy:.2f} | {100 * same:.1f} "
-                  f"| {right.shape[0] * right.shape[1]} |")
+            print(
+                f"| {stage} | {dtype} | {error:.4f} | {divergence:.5f} | {entropy:.2f} | {100 * same:.1f} "
+                f"| {right.shape[0] * right.shape[1]} |"
+            )
 
 
 if __name__ == "__main__":

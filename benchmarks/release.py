@@ -1,6 +1,6 @@
 """Make a model folder ready to ship: weights rounded to int8, sampling options, measured numbers, a card.
 
-    python -m benchmarks.release runs/tiny/model cogvideo/models/tiny --measured runs/measured.json
+python -m benchmarks.release runs/tiny/model cogvideo/models/tiny --measured runs/measured.json
 """
 
 import argparse
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from cogvideo.files import replacing
+from cogvideo.model.folder import ModelFolder
 from cogvideo.train import recipes
-from cogvideo.weights import ModelFolder
 
 CARD = """# {name}
 
@@ -48,8 +48,12 @@ def main() -> None:
     parser.add_argument("--about", default="An animated object moves over a drawn place: 4 s at 192 px.")
     parser.add_argument("--measured", type=Path, help='JSON: {"what": "number with its unit", ...}')
     parser.add_argument("--how", default="", help="how it was trained, if not by one command")
-    parser.add_argument("--dtype", choices=("int8", "float16"), default="int8",
-                        help="of the weights; int8 computes the same as `generate` does of any, on a CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=("int8", "float16"),
+        default="int8",
+        help="of the weights; int8 computes the same as `generate` does of any, on a CPU",
+    )
     parser.add_argument("--sampling", type=json.loads, help='JSON: {"stage1": {"guidance_scale": 3.0}, ...}')
     arguments = parser.parse_args()
     source, target = ModelFolder(arguments.model), ModelFolder(arguments.out)

@@ -21,10 +21,11 @@ from itertools import islice
 
 import torch
 
-from cogvideo import presets
-from cogvideo.estimate import Work, bandwidth, matrices
+from cogvideo.generate.cost import Work, matrices
+from cogvideo.generate.estimate import bandwidth
+from cogvideo.generate.int8 import join, pack
 from cogvideo.layout import Layout
-from cogvideo.model.packed import join, pack
+from cogvideo.model import presets
 from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig, TemporalChannel
 
 SIZES = {"12 x 768": (12, 768, 12), "4 x 3072": (4, 3072, 48)}  # layers, width, heads

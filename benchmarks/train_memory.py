@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import torch
 
-from cogvideo import presets
 from cogvideo.layout import Layout
+from cogvideo.model import presets
 from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
 from cogvideo.train.objectives import token_loss
 

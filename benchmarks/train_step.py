@@ -32,14 +32,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cogvideo import presets
 from cogvideo.data import loader
 from cogvideo.data.sources import open_source
 from cogvideo.hardware import gemm_rate
-from cogvideo.model import attention
+from cogvideo.model import attention, presets
+from cogvideo.model.folder import ModelFolder
 from cogvideo.train import loop, pace, parallel, recipes
 from cogvideo.train.cost import clip_flops
-from cogvideo.weights import ModelFolder
 
 WAYS = ("before", "now")
 KERNELS = {  # of the table of --profile
@@ -47,11 +46,21 @@ KERNELS = {  # of the table of --profile
     "attention's products": ("aten::bmm", "aten::baddbmm_", "aten::baddbmm"),
     "convolutions": ("aten::mkldnn_convolution", "aten::convolution_backward"),
     "softmax": ("aten::_softmax", "aten::_softmax_backward_data", "aten::_safe_softmax"),
-    "cross-entropy": ("aten::_log_softmax", "aten::_log_softmax_backward_data", "aten::nll_loss_forward",
-                      "aten::nll_loss_backward"),
+    "cross-entropy": (
+        "aten::_log_softmax",
+        "aten::_log_softmax_backward_data",
+        "aten::nll_loss_forward",
+        "aten::nll_loss_backward",
+    ),
     "norms": ("aten::native_layer_norm", "aten::native_layer_norm_backward", "aten::native_group_norm"),
-    "copies": ("aten::copy_", "aten::cat", "aten::index", "aten::index_select", "aten::fill_",
-               "aten::_index_put_impl_"),
+    "copies": (
+        "aten::copy_",
+        "aten::cat",
+        "aten::index",
+        "aten::index_select",
+        "aten::fill_",
+        "aten::_index_put_impl_",
+    ),
 }
 
 
@@ -65,8 +74,17 @@ class Clock:
         self.times.append((time.perf_counter(), time.process_time()))
 
 
-def take_steps(way: str, recipe: recipes.Recipe, phase: recipes.Phase, model: Path, steps: int, cores: int,
-               reuse: int, member: parallel.Member | None = None, clock: Clock | None = None) -> None:
+def take_steps(
+    way: str,
+    recipe: recipes.Recipe,
+    phase: recipes.Phase,
+    model: Path,
+    steps: int,
+    cores: int,
+    reuse: int,
+    member: parallel.Member | None = None,
+    clock: Clock | None = None,
+) -> None:
     """A short run of a phase, one way or the other, in the folder that `model` is in."""
     if way == "before":
         attention.by_matrices = lambda x: False
@@ -74,15 +92,34 @@ def take_steps(way: str, recipe: recipes.Recipe, phase: recipes.Phase, model: Pa
     torch.set_num_threads(cores if way == "before" else 1)
     phase = replace(phase, steps=steps, warmup=0, reuse=1 if way == "before" else reuse)
     source = open_source("tinyworld", seed=1, sprites=recipe.sprites)
-    options: dict[str, Any] = dict(recompute=False, compile=False, shard=False, quiet=True, init=None,
-                                   init_embedding=None, workers=0, save_every=10**9, log_every=10**9,
-                                   probe_every=1, probe=clock)
-    loop.run(replace(recipe, phases=(phase,)), model.parent, source, presets.find(recipe.preset), [phase],
-             member, device=torch.device("cpu"), **options)
+    options: dict[str, Any] = dict(
+        recompute=False,
+        compile=False,
+        shard=False,
+        quiet=True,
+        init=None,
+        init_embedding=None,
+        workers=0,
+        save_every=10**9,
+        log_every=10**9,
+        probe_every=1,
+        probe=clock,
+    )
+    loop.run(
+        replace(recipe, phases=(phase,)),
+        model.parent,
+        source,
+        presets.find(recipe.preset),
+        [phase],
+        member,
+        device=torch.device("cpu"),
+        **options,
+    )
 
 
-def one_round(way: str, recipe: recipes.Recipe, phase: recipes.Phase, model: Path, steps: int, cores: int,
-              reuse: int) -> None:
+def one_round(
+    way: str, recipe: recipes.Recipe, phase: recipes.Phase, model: Path, steps: int, cores: int, reuse: int
+) -> None:
     """Print, as JSON, seconds and the first process's CPU seconds of each step, once the pool is full."""
     clock, first = Clock(), reuse + 1
     ranks = cores if way == "now" else 1
@@ -112,8 +149,24 @@ def compare(
                     torch.set_num_threads(1)
                     peak = max(peak, gemm_rate(torch.device("cpu"), "bfloat16"))
                     shutil.rmtree(Path(place) / name, ignore_errors=True)
-                    options = ["--way", way, "--model", model, "--phases", name, "--steps", steps, "--cores",
-                               cores, "--reuse", reuse, "--recipe", recipe.name, "--batch", phase.batch]
+                    options = [
+                        "--way",
+                        way,
+                        "--model",
+                        model,
+                        "--phases",
+                        name,
+                        "--steps",
+                        steps,
+                        "--cores",
+                        cores,
+                        "--reuse",
+                        reuse,
+                        "--recipe",
+                        recipe.name,
+                        "--batch",
+                        phase.batch,
+                    ]
                     command = [sys.executable, "-m", "benchmarks.train_step", *map(str, options)]
                     quiet = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as cogvideo train sets it
                     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet)
@@ -125,8 +178,11 @@ def compare(
                 cpu *= cores if way == "now" else 1
                 best[way] = (phase.batch / seconds, phase.batch / cpu)
                 mfu = [flops * rate / peak / n for rate, n in zip(best[way], (cores, 1))]
-                print(f"{name:<8}{way:<8}{seconds:>8.2f}{best[way][0]:>9.1f}{best[way][1]:>13.2f}{mfu[0]:>6.0%}"
-                      f"{mfu[1]:>10.0%}", flush=True)
+                print(
+                    f"{name:<8}{way:<8}{seconds:>8.2f}{best[way][0]:>9.1f}{best[way][1]:>13.2f}{mfu[0]:>6.0%}"
+                    f"{mfu[1]:>10.0%}",
+                    flush=True,
+                )
             ratios = [now / before for now, before in zip(best["now"], best["before"])]
             print(f"{name:<8}{'ratio':<8}{'':>8}{ratios[0]:>9.2f}{ratios[1]:>13.2f}", flush=True)
 

@@ -8,7 +8,7 @@ clips[0].save("dog.mp4")
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cogvideo.pipeline import CogVideo
+    from cogvideo.generate.cogvideo import CogVideo
     from cogvideo.video import Clip
 
 __all__ = ["Clip", "CogVideo"]
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     # torch takes seconds to import; the command line and its help must not wait for it
     if name == "CogVideo":
-        from cogvideo.pipeline import CogVideo
+        from cogvideo.generate.cogvideo import CogVideo
 
         return CogVideo
     if name == "Clip":

@@ -77,9 +77,9 @@ def generate(
         check_folder(keep)
     import torch
 
+    from cogvideo.generate.cogvideo import CogVideo
+    from cogvideo.generate.sampling import pick_seeds
     from cogvideo.hardware import idle_cores
-    from cogvideo.pipeline import CogVideo
-    from cogvideo.sampling import pick_seeds
 
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or min(torch.get_num_threads(), idle_cores()))
@@ -95,8 +95,14 @@ def generate(
             raise ValueError(f"{prompts}, prompt {number}: {error}" if prompts else error) from None
     for hint in [] if quiet else pipe.hints(lines):
         print(f"hint: {hint}", file=sys.stderr)
-    options: dict[str, Any] = {"image": image, "video": video, "num_frames": num_frames, "keep": keep,
-                               "guidance_scale": guidance_scale, "progress": not quiet}
+    options: dict[str, Any] = {
+        "image": image,
+        "video": video,
+        "num_frames": num_frames,
+        "keep": keep,
+        "guidance_scale": guidance_scale,
+        "progress": not quiet,
+    }
     if pipe.draws and keep is not None and seed is None:
         raise ValueError("--keep needs --seed, for the same command must ask for the same videos")
     if not pipe.draws and num_videos > 1:
@@ -181,18 +187,23 @@ def train(
 
     import torch
 
-    from cogvideo import presets
     from cogvideo.data.sources import open_source
     from cogvideo.hardware import find_device, idle_cores
-    from cogvideo.preview import probe
+    from cogvideo.model import presets
+    from cogvideo.model.folder import ModelFolder, find_model
     from cogvideo.train import loop, parallel, recipes
-    from cogvideo.weights import ModelFolder, find_model
+    from cogvideo.train.preview import probe
 
     chosen = recipes.find(recipe).changed(fields or {})
     for name in phases:
         chosen.phase(name)
-    for option, value in {"processes": processes, "threads": threads, "save-every": save_every,
-                          "log-every": log_every, "probe-every": probe_every}.items():
+    for option, value in {
+        "processes": processes,
+        "threads": threads,
+        "save-every": save_every,
+        "log-every": log_every,
+        "probe-every": probe_every,
+    }.items():
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be 1 or more, got {value}")
     if workers is not None and workers < 0:
@@ -254,10 +265,10 @@ def estimate(
         return _estimate_training(train, device, processes, fields or {})
     if fields:
         raise ValueError(f"--{next(iter(fields))} is a field of a phase, for --train RECIPE")
-    from cogvideo import presets
-    from cogvideo.estimate import Estimate, Speed
-    from cogvideo.sampling import stages
-    from cogvideo.weights import ModelFolder, find_model, shipped
+    from cogvideo.generate.estimate import Estimate, Speed
+    from cogvideo.generate.sampling import stages
+    from cogvideo.model import presets
+    from cogvideo.model.folder import ModelFolder, find_model, shipped
 
     folder = None if model in presets.PRESETS and model not in shipped() else ModelFolder(find_model(model))
     system = folder.system() if folder else presets.find(model)
@@ -273,9 +284,9 @@ def estimate(
 def _estimate_training(recipe: str, device: str, processes: int | None, fields: dict[str, str]) -> None:
     import torch
 
-    from cogvideo import presets
     from cogvideo.data.sources import open_source
     from cogvideo.hardware import find_device, idle_cores
+    from cogvideo.model import presets
     from cogvideo.train import pace, parallel, recipes
 
     chosen, where = recipes.find(recipe).changed(fields), find_device(device)
@@ -285,13 +296,26 @@ def _estimate_training(recipe: str, device: str, processes: int | None, fields: 
     source = open_source("tinyworld", seed=chosen.seed, sprites=chosen.sprites)
     print(f"measured by a few steps of each phase, {processes} processes on {where}")
     phases = [*chosen.phases]
-    print(pace.table([*pace.measure(chosen, source, presets.find(chosen.preset), phases, device=where,
-                                    processes=processes, workers=workers)]))
+    print(
+        pace.table(
+            [
+                *pace.measure(
+                    chosen,
+                    source,
+                    presets.find(chosen.preset),
+                    phases,
+                    device=where,
+                    processes=processes,
+                    workers=workers,
+                )
+            ]
+        )
+    )
 
 
 def models(model: Positional[str | None] = None, /) -> None:
     """List the shipped models, or tell what a model knows: sizes, words, measured numbers."""
-    from cogvideo.weights import ModelFolder, find_model, shipped
+    from cogvideo.model.folder import ModelFolder, find_model, shipped
 
     if model is None:
         for name in shipped():
@@ -317,8 +341,9 @@ def models(model: Positional[str | None] = None, /) -> None:
 
 
 def convert(
-    kind: Positional[Literal["sat", "cogvideo-stage1", "cogvideo-stage2", "cogview2-dsr", "cogview2-itersr",
-                             "icetk"]],
+    kind: Positional[
+        Literal["sat", "cogvideo-stage1", "cogvideo-stage2", "cogview2-dsr", "cogview2-itersr", "icetk"]
+    ],
     paths: Positional[tuple[Path, ...]],
     /,
     codes: int | None = None,
@@ -335,7 +360,8 @@ def convert(
         paths: Folders or zips to read, and last the model folder to make or to add to.
         codes: How many of the checkpoint's ids are image codes. Default: 20000, as icetk has.
     """
-    from cogvideo.convert import convert_icetk, convert_sat
+    from cogvideo.convert.cogvideo import convert_sat
+    from cogvideo.convert.icetk import convert_icetk
 
     *sources, out = paths or (Path("."),)
     if not sources or (kind == "icetk" and len(sources) > 1):
@@ -349,8 +375,13 @@ def convert(
     print(f"model folder: {out}")
 
 
-COMMANDS: dict[str, Any] = {"generate": generate, "train": train, "convert": convert, "estimate": estimate,
-                            "models": models}
+COMMANDS: dict[str, Any] = {
+    "generate": generate,
+    "train": train,
+    "convert": convert,
+    "estimate": estimate,
+    "models": models,
+}
 
 
 def _take_fields(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -14,8 +14,12 @@ def telling(progress: bool | Progress) -> Iterator[Progress | None]:
         return
     from rich import progress as rich
 
-    with rich.Progress(rich.TextColumn("{task.description:<12}"), rich.BarColumn(), rich.MofNCompleteColumn(),
-                       rich.TimeElapsedColumn()) as bar:
+    with rich.Progress(
+        rich.TextColumn("{task.description:<12}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+    ) as bar:
         tasks: dict[str, rich.TaskID] = {}
 
         def told(what: str, done: int, total: int) -> None:

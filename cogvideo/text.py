@@ -112,10 +112,18 @@ def train_text(captions: Iterable[str], pieces: int) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(re.sub(APART, r"\1" + CUT, caption) for caption in left),
             pretokenization_delimiter=CUT,
-            model_writer=written, model_type="bpe", vocab_size=pieces,
-            byte_fallback=True, character_coverage=1.0, normalization_rule_name="nmt_nfkc_cf",
-            hard_vocab_limit=False, num_threads=1, minloglevel=2,
-            pad_id=3, pad_piece=PAD, control_symbols=[START],
+            model_writer=written,
+            model_type="bpe",
+            vocab_size=pieces,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="nmt_nfkc_cf",
+            hard_vocab_limit=False,
+            num_threads=1,
+            minloglevel=2,
+            pad_id=3,
+            pad_piece=PAD,
+            control_symbols=[START],
             user_defined_symbols=[NEWLINE, *(f"{seconds:.1f}秒" for seconds in DURATIONS)],
         )
     except RuntimeError as error:

@@ -267,8 +267,10 @@ def _square(image: Image.Image, size: int) -> Image.Image:
 def _load_animation(path: Path) -> Clip:
     """A gif or webp. Their writers join equal frames into a longer one: these are taken apart again."""
     with _open_image(path) as image:
-        shown = [(np.asarray(frame.convert("RGB")), frame.info.get("duration") or 100)  # milliseconds
-                 for frame in ImageSequence.Iterator(image)]
+        shown = [
+            (np.asarray(frame.convert("RGB")), frame.info.get("duration") or 100)  # milliseconds
+            for frame in ImageSequence.Iterator(image)
+        ]
     frames, spans = (np.stack(column) for column in zip(*shown))
     one = spans[spans < 1.5 * spans.min()].mean()  # of a single frame, but for rounding
     counts = np.maximum(np.round(spans / one), 1).astype(int)
@@ -300,8 +302,14 @@ def _save_animation(clip: Clip, path: Path) -> None:
     unit = 10 if path.suffix.lower() == ".gif" else 1  # milliseconds; what rounding takes must not add up
     edges = np.round(np.arange(len(clip.frames) + 1) * 1000 / clip.fps / unit) * unit
     first, *rest = (Image.fromarray(frame) for frame in clip.frames)
-    first.save(path, save_all=True, append_images=rest, duration=np.diff(edges).astype(int).tolist(), loop=0,
-               lossless=True)
+    first.save(
+        path,
+        save_all=True,
+        append_images=rest,
+        duration=np.diff(edges).astype(int).tolist(),
+        loop=0,
+        lossless=True,
+    )
 
 
 def _save_pictures(clip: Clip, path: Path) -> None:
@@ -313,5 +321,10 @@ def _save_pictures(clip: Clip, path: Path) -> None:
         Image.fromarray(frame).save(path / f"{i:04d}.png")
 
 
-_WRITERS = {".mp4": _save_video, ".gif": _save_animation, ".webp": _save_animation, ".png": _save_pictures,
-            "": _save_pictures}
+_WRITERS = {
+    ".mp4": _save_video,
+    ".gif": _save_animation,
+    ".webp": _save_animation,
+    ".png": _save_pictures,
+    "": _save_pictures,
+}

@@ -32,8 +32,11 @@ PROGRAMS = ("cogvideo", "python", "python3", "torchrun", "pip", "pytest")
 LONG = ("cogvideo train", "cogvideo generate", "cogvideo estimate --train", "torchrun")
 PYTHON = "the blocks of Python"
 LIMIT = 900  # seconds for a command, on a busy machine
-TOLD = {"whole": "", "few": ", recipes of 2 steps of 2 clips",
-        "nano": ", recipes of 2 steps of 2 clips, models of nano size"}
+TOLD = {
+    "whole": "",
+    "few": ", recipes of 2 steps of 2 clips",
+    "nano": ", recipes of 2 steps of 2 clips, models of nano size",
+}
 
 
 @dataclass(frozen=True)
@@ -73,43 +76,53 @@ def usual(command: str) -> Shorter:
 INSTALL = "python3 -m venv .venv && . .venv/bin/activate && pip install "
 SHORTENED = {
     # what `pip install .` lays down is what all of them are run with
-    f'{INSTALL}. && cogvideo generate "a dog runs to the right across a green field" -o dog.mp4':
-        Shorter(((f"{INSTALL}. && ", ""),)),
+    f'{INSTALL}. && cogvideo generate "a dog runs to the right across a green field" -o dog.mp4': Shorter(
+        ((f"{INSTALL}. && ", ""),)
+    ),
     f'{INSTALL}-e ".[dev]" && pytest -q': Shorter(by=".ci/run"),
     'cogvideo generate "a dog runs" --model direct-tiny': WHOLE,
     f"{PYTHON} in README.md": nano(),
     # the original: its files are stand-ins of the same construction, with 128 codes
-    "cogvideo convert sat cogvideo-stage1.zip cogvideo-stage2.zip cogview2-dsr.zip models/cogvideo":
-        Shorter(more="--codes 128"),
-    'cogvideo generate "一只小狗在草地上奔跑" --model models/cogvideo -o dog.mp4 --seed 1 --keep drafts':
-        WHOLE,
+    "cogvideo convert sat cogvideo-stage1.zip cogvideo-stage2.zip cogview2-dsr.zip models/cogvideo": Shorter(
+        more="--codes 128"
+    ),
+    'cogvideo generate "一只小狗在草地上奔跑" --model models/cogvideo -o dog.mp4 --seed 1 --keep drafts': WHOLE,  # noqa: E501
     "python -m benchmarks.full_size": nano(),
     # training
-    "torchrun --nproc-per-node 8 -m cogvideo train tiny --out runs/tiny":
-        nano((" 8 ", " 2 "), ("runs/tiny", "runs/two")),
+    "torchrun --nproc-per-node 8 -m cogvideo train tiny --out runs/tiny": nano(
+        (" 8 ", " 2 "), ("runs/tiny", "runs/two")
+    ),
     "cogvideo train tiny --out runs/tiny6w --phases image --processes 1 --threads 1 --save-every 25 "
-    "--image.lr 7e-4":
-        nano(("runs/tiny6w", "runs/tiny")),
-    "python -m scripts.on_gpu MODEL OUT base:240 stage1:138 stage2:125 --total 512":
-        nano(("MODEL OUT", "runs/tiny/model runs/gpu"), ("240", "1"), ("138", "1"), ("125", "1"),
-             more="--device cpu --eager --workers 0 --batch 2"),
+    "--image.lr 7e-4": nano(("runs/tiny6w", "runs/tiny")),
+    "python -m scripts.on_gpu MODEL OUT base:240 stage1:138 stage2:125 --total 512": nano(
+        ("MODEL OUT", "runs/tiny/model runs/gpu"),
+        ("240", "1"),
+        ("138", "1"),
+        ("125", "1"),
+        more="--device cpu --eager --workers 0 --batch 2",
+    ),
     "cogvideo train tiny --out runs/mis1 --init tiny --phases mistakes --processes 1 --threads 1 "
     "--save-every 50 --mistakes.steps 1500": nano(("1500", "2")),
     "cogvideo train direct-tiny": nano(more="--out runs/direct"),
-    "cogvideo train direct-tiny --init runs/pictures/model --phases low high":
-        nano(("runs/pictures/model", "runs/direct/model"), more="--out runs/again"),
-    "cogvideo train direct-gpt2 --data clips.csv --init-embedding openai-community/gpt2":
-        nano(("openai-community/gpt2", "gpt2.safetensors")),
+    "cogvideo train direct-tiny --init runs/pictures/model --phases low high": nano(
+        ("runs/pictures/model", "runs/direct/model"), more="--out runs/again"
+    ),
+    "cogvideo train direct-gpt2 --data clips.csv --init-embedding openai-community/gpt2": nano(
+        ("openai-community/gpt2", "gpt2.safetensors")
+    ),
     # what was measured
-    "python -m benchmarks.ablate base --model runs/tiny/model":
-        nano(more="--variants recipe --minutes 0.01 --clips 2 --layers 1 --width 64"),
-    "python -m benchmarks.ablate decoder --model runs/tiny/model":
-        nano(more="--variants recipe --minutes 0.01 --clips 2"),
+    "python -m benchmarks.ablate base --model runs/tiny/model": nano(
+        more="--variants recipe --minutes 0.01 --clips 2 --layers 1 --width 64"
+    ),
+    "python -m benchmarks.ablate decoder --model runs/tiny/model": nano(
+        more="--variants recipe --minutes 0.01 --clips 2"
+    ),
     "python -m benchmarks.classifier": Shorter(more="--steps 2 --count 2"),
     "python -m benchmarks.classifier --judge frame": Shorter(more="--steps 2 --count 2"),
     "python -m benchmarks.ladder --model tiny --clips 32": nano(("32", "1"), more="--shown 1"),
-    "python -m benchmarks.ladder --vqvae cogvideo/models/tiny/vqvae.safetensors --clips 64":
-        nano(("cogvideo/models/tiny", "$MODELS/tiny"), ("64", "1"), more="--shown 1"),
+    "python -m benchmarks.ladder --vqvae cogvideo/models/tiny/vqvae.safetensors --clips 64": nano(
+        ("cogvideo/models/tiny", "$MODELS/tiny"), ("64", "1"), more="--shown 1"
+    ),
     "python -m benchmarks.adherence --model tiny --reconstructions": nano(more="--count 2 --chinese 2"),
     "python -m benchmarks.adherence --model tiny --frames 9": nano(more="--count 2 --chinese 2"),
     "python -m benchmarks.phrasings --model tiny --out runs/phrasings": nano(more="--sprites 2"),
@@ -238,8 +251,13 @@ class Place:
     def __init__(self, folder: Path):
         self.folder = folder
         source, whole = folder / "source", folder / "whole"
-        listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True,
-                                capture_output=True, text=True).stdout.splitlines()
+        listed = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
         for file in filter(lambda file: (ROOT / file).is_file(), listed):
             (source / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, source / file)
@@ -254,8 +272,12 @@ class Place:
 
     def environment(self, size: str) -> dict[str, str]:
         programs = (self.folder / "whole" / "bin", Path(sys.executable).parent, os.environ["PATH"])
-        changed = {"PATH": programs, "PYTHONPATH": (self.folder / size, ROOT), "OMP_NUM_THREADS": "1",
-                   "MODELS": (self.folder / "nano" / "cogvideo" / "models",)}
+        changed = {
+            "PATH": programs,
+            "PYTHONPATH": (self.folder / size, ROOT),
+            "OMP_NUM_THREADS": "1",
+            "MODELS": (self.folder / "nano" / "cogvideo" / "models",),
+        }
         return os.environ | {name: os.pathsep.join(map(str, paths)) for name, paths in changed.items()}
 
     def run(self, task: Task) -> str:
@@ -267,8 +289,15 @@ class Place:
             (here / "program.py").write_text(program, encoding="utf-8")
             command = "python program.py"
         try:
-            done = subprocess.run(["bash", "-c", command], cwd=here, env=self.environment(task.shorter.size),
-                                  stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT)
+            done = subprocess.run(
+                ["bash", "-c", command],
+                cwd=here,
+                env=self.environment(task.shorter.size),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=LIMIT,
+            )
         except subprocess.TimeoutExpired:
             return f"it took more than {LIMIT} s"
         if done.returncode:

@@ -30,15 +30,15 @@ from torch.utils.data import DataLoader, Dataset
 from cogvideo.data.tinyworld import sprites
 from cogvideo.data.tinyworld.canvas import Canvas, views
 from cogvideo.data.tinyworld.world import TinyWorld
-from cogvideo.eval.features import perceptual_distance, weighted
 from cogvideo.layout import SECONDS, Layout
 from cogvideo.model.attention import groups_of, rotate, turns_of
+from cogvideo.model.features import perceptual_distance, weighted
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel, text_ranks
+from cogvideo.model.vqvae import VQVAE
 from cogvideo.text import TextTokenizer
 from cogvideo.train.discriminator import NOISE, SLOPE, new_discriminator
 from cogvideo.train.losses import HierarchicalLoss, LossWeights, temporal_distance
-from cogvideo.vqvae import VQVAE
-from cogvideo.weights import ModelFolder
 
 HALF = torch.bfloat16
 

@@ -61,8 +61,9 @@ def nano(presets: dict[str, Any]) -> dict[str, Any]:
     words = presets["direct-gpt2"].direct
     words = replace(words, layers=1, width=8, heads=2, resolution=16, patch=8)
     large = presets["cogvideo-9b"]
-    model = replace(large.model, layers=2, width=32, heads=2, vocab=700, codes=64, pad=67, start=690, grid=4,
-                    window=2)
+    model = replace(
+        large.model, layers=2, width=32, heads=2, vocab=700, codes=64, pad=67, start=690, grid=4, window=2
+    )
     vqvae = replace(large.vqvae, resolution=32, channels=8, codes=64, code_width=8, groups=4)
     superres = replace(large.superres, grid=4, window=(3, 3), cross=(3, 3))
     return presets | {
@@ -77,12 +78,12 @@ def write_models(folder: Path) -> None:
     """Random models of the sizes that the table of models has now, below `folder`."""
     import torch
 
-    from cogvideo import presets
     from cogvideo.data.loader import read_captions
     from cogvideo.data.tinyworld import TinyWorld, sprites
+    from cogvideo.model import presets
+    from cogvideo.model.folder import ModelFolder
     from cogvideo.text import split_words, train_text
     from cogvideo.train.inherit import new_part
-    from cogvideo.weights import ModelFolder
 
     captions = list(read_captions(TinyWorld(sprites(32), seed=1), 1000, seed=0))
     words = sorted({word for caption in captions for word in split_words(caption)})
@@ -144,8 +145,11 @@ def _write_checkpoints(folder: Path) -> None:
     sizes = {"vocab_size": 700, "max_sequence_length": 640}
     stage = {**sizes, "layout": [64, 80, 144], "additional_seqlen": 64}
     upscale = {**UPSCALES, **sizes, "layout": [96, 112, 256], "additional_seqlen": 160}
-    described = {"cogvideo-stage1": stage, "cogvideo-stage2": {**stage, **STAGE2, "window_size": 2},
-                 "cogview2-dsr": upscale}
+    described = {
+        "cogvideo-stage1": stage,
+        "cogvideo-stage2": {**stage, **STAGE2, "window_size": 2},
+        "cogview2-dsr": upscale,
+    }
     for name, settings in described.items():
         source, _ = small(folder, name, **settings)
         zipped(source)

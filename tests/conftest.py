@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from cogvideo import presets
 from cogvideo.data.loader import read_captions
 from cogvideo.data.tinyworld import TinyWorld, sprites
+from cogvideo.model import presets
+from cogvideo.model.families import System
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.superres import SuperResChannel, SuperResConfig
-from cogvideo.model.system import System
 from cogvideo.model.transformer import Base, TemporalChannel
+from cogvideo.model.vqvae import VQVAE, HierarchicalVQVAE
 from cogvideo.text import split_words, train_text
-from cogvideo.vqvae import VQVAE, HierarchicalVQVAE
-from cogvideo.weights import ModelFolder
 
 torch.set_num_threads(1)
 

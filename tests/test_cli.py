@@ -25,14 +25,15 @@ def test_help_names_the_commands_and_imports_no_torch():
 
 def test_opening_a_model_imports_no_compiler(nano):
     """Two seconds that no one who generates should wait for."""
-    code = ("import sys; from cogvideo import CogVideo; before = set(sys.modules); "
-            f"pipe = CogVideo.from_pretrained({str(nano)!r}); parts = pipe.parts; "
-            "parts.stage2, parts.refiner, parts.vqvae; assert pipe.estimate().fits; "
-            "new = set(sys.modules) - before; "
-            "assert not [n for n in new if n.startswith(('torch._dynamo', 'sympy'))], new")
+    code = (
+        "import sys; from cogvideo import CogVideo; before = set(sys.modules); "
+        f"pipe = CogVideo.from_pretrained({str(nano)!r}); parts = pipe.parts; "
+        "parts.stage2, parts.refiner, parts.vqvae; assert pipe.estimate().fits; "
+        "new = set(sys.modules) - before; "
+        "assert not [n for n in new if n.startswith(('torch._dynamo', 'sympy'))], new"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
 
 
 def test_generate_writes_a_video_that_reads_back(nano, tmp_path):

@@ -17,14 +17,16 @@ import torch
 from data.goldens import DATA, digest, read
 from safetensors.torch import load_file
 
-from cogvideo import convert, foreign
-from cogvideo.foreign import expand
+from cogvideo.convert import cogvideo as convert
+from cogvideo.convert.icetk import convert_icetk
+from cogvideo.convert.keys import expand
+from cogvideo.convert.sat import IGNORED, Ignored, read_states
 from cogvideo.layout import Layout
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.superres import SuperRes, SuperResConfig
 from cogvideo.model.transformer import DualChannelTransformer, TemporalChannel
 from cogvideo.text import TextTokenizer, train_text
 from cogvideo.train.objectives import token_loss
-from cogvideo.weights import ModelFolder
 
 FILE = "mp_rank_00_model_states.pt"
 STAGE1 = DATA / "cogvideo-stage1-tiny.zip"
@@ -64,20 +66,38 @@ def folders(original, tmp_path_factory) -> dict[str, ModelFolder]:
     return {name: ModelFolder(made / name) for name in ("stage1", "stage2")}
 
 
-UPSCALES = {"model_class": "DsrModel", "cogvideo_stage": None, "window_size": None, "layout": [5, 9, 45],
-            "kernel_size": 3, "kernel_size2": 1, "additional_seqlen": 40}
+UPSCALES = {
+    "model_class": "DsrModel",
+    "cogvideo_stage": None,
+    "window_size": None,
+    "layout": [5, 9, 45],
+    "kernel_size": 3,
+    "kernel_size2": 1,
+    "additional_seqlen": 40,
+}
 STAGE2 = {"cogvideo_stage": 2, "window_size": 1}
 
 
 def small(tmp_path: Path, name: str = "small", change=None, **described: object) -> tuple[Path, dict]:
     """A checkpoint of sizes of its own, with random weights that are the same every time, and the same base
     for every model; unless there is a `change` of them."""
-    settings = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 40,
-                "max_sequence_length": 600, "additional_seqlen": 20, "layout": [6, 10, 18]} | described
+    settings = {
+        "num_layers": 2,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "vocab_size": 40,
+        "max_sequence_length": 600,
+        "additional_seqlen": 20,
+        "layout": [6, 10, 18],
+    } | described
     generator, width, states = torch.Generator().manual_seed(0), settings["hidden_size"], {}
-    sizes = {"query_key_value": (3 * width, width), "dense": (width, width),
-             "dense_h_to_4h": (4 * width, width), "dense_4h_to_h": (width, 4 * width),
-             "word_embeddings": (settings["vocab_size"], width)}
+    sizes = {
+        "query_key_value": (3 * width, width),
+        "dense": (width, width),
+        "dense_h_to_4h": (4 * width, width),
+        "dense_4h_to_h": (width, 4 * width),
+        "word_embeddings": (settings["vocab_size"], width),
+    }
     model = next(row for row in convert.MODELS if row.startswith(settings.get("model_class", "CogVideo")))
     for key, _, _ in expand(convert.BASE + convert.MODELS[model][1], settings["num_layers"]):
         kind = next((part for part in key.split(".") if part in sizes), "")
@@ -153,9 +173,11 @@ def split(states: dict[str, torch.Tensor], ranks: int) -> list[dict[str, torch.T
 
 
 def test_ranks_of_different_checkpoints_are_refused(original, tmp_path):
-    states = foreign.read_states(original / "cogvideo-stage1-tiny" / "1000" / FILE)
-    for key, message in (("transformer.final_layernorm.bias", "final_layernorm.bias is not the same in all"),
-                         ("transformer.layers.0.attention.query_key_value.weight", "of different shapes")):
+    states = read_states(original / "cogvideo-stage1-tiny" / "1000" / FILE)
+    for key, message in (
+        ("transformer.final_layernorm.bias", "final_layernorm.bias is not the same in all"),
+        ("transformer.layers.0.attention.query_key_value.weight", "of different shapes"),
+    ):
         ranks = split(states, 2)
         ranks[1][key] = ranks[1][key] + 1 if "norm" in key else ranks[1][key][:-6]
         with pytest.raises(ValueError, match=message):
@@ -164,7 +186,7 @@ def test_ranks_of_different_checkpoints_are_refused(original, tmp_path):
 
 
 def test_ranks_are_put_together(original, folders, tmp_path):
-    states = foreign.read_states(original / "cogvideo-stage1-tiny" / "1000" / FILE)
+    states = read_states(original / "cogvideo-stage1-tiny" / "1000" / FILE)
     ranks = split({key: value.half() for key, value in states.items()}, 2)
     kept = json.loads((DATA / "cogvideo-stage1-tiny-mp2.json").read_text())  # of the original's own two files
     assert [{key: digest(value) for key, value in rank.items()} for rank in ranks] == [kept["0"], kept["1"]]
@@ -186,7 +208,11 @@ def test_a_folder_of_checkpoints_shares_one_base(tmp_path):
     assert any("stored once" in line for line in told)
     folder = ModelFolder(tmp_path / "out")
     assert sorted(p.name for p in folder.path.iterdir()) == [
-        "base.safetensors", "config.json", "stage1.safetensors", "stage2.safetensors"]
+        "base.safetensors",
+        "config.json",
+        "stage1.safetensors",
+        "stage2.safetensors",
+    ]
     assert torch.equal(folder.load("stage1").gate[1] + 1, folder.load("stage2").gate[1])
     model = folder.system().model
     assert (model.window, model.layers, model.frames, model.grid, model.text_len) == (1, 2, 3, 2, 6)
@@ -228,8 +254,13 @@ RELEASED = {
 def test_larger_maps_are_the_original_ones(tmp_path, part, file):
     golden = load_file(DATA / f"{file}.safetensors")
     weights = {key: value for key, value in golden.items() if key.startswith(("transformer.", "mixins."))}
-    settings = {"num_layers": 2, "new_sequence_length": 4624, "cogvideo_stage": None, "window_size": None,
-                "additional_seqlen": None}
+    settings = {
+        "num_layers": 2,
+        "new_sequence_length": 4624,
+        "cogvideo_stage": None,
+        "window_size": None,
+        "additional_seqlen": None,
+    }
     source = sat(tmp_path / "sr", [weights], **settings, **RELEASED[part])
     convert.convert_sat([source], tmp_path / "out", 256, quiet)
     folder = ModelFolder(tmp_path / "out")
@@ -303,8 +334,14 @@ def test_a_stage_that_its_description_does_not_tell(tmp_path):
 
 def test_super_resolution_needs_no_description(tmp_path):
     """The original's code never read it: the sizes are those of the model before it."""
-    stage, _ = small(tmp_path, "stage", vocab_size=40, max_sequence_length=1024, layout=[64, 464, 864],
-                     additional_seqlen=400)
+    stage, _ = small(
+        tmp_path,
+        "stage",
+        vocab_size=40,
+        max_sequence_length=1024,
+        layout=[64, 464, 864],
+        additional_seqlen=400,
+    )
     source, _ = small(tmp_path, "sr", max_sequence_length=1024, **{**UPSCALES, "additional_seqlen": 3600})
     (source / "model_config.json").unlink()
     convert.convert_sat([stage], tmp_path / "out", 20, quiet)
@@ -466,13 +503,19 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, legacy):
 
 def test_numpy_in_a_pickle_is_not_even_built(tmp_path):
     """A forged numpy dtype could point anywhere; what stands for numpy keeps nothing."""
-    saved = {"module": {"a": torch.ones(3)}, "np_rng_state": np.random.get_state(), "loss": np.float32(3),
-             "random_rng_state": random.getstate(), "many": {1, 2}, "torch_rng_state": torch.get_rng_state()}
+    saved = {
+        "module": {"a": torch.ones(3)},
+        "np_rng_state": np.random.get_state(),
+        "loss": np.float32(3),
+        "random_rng_state": random.getstate(),
+        "many": {1, 2},
+        "torch_rng_state": torch.get_rng_state(),
+    }
     torch.save(saved, tmp_path / "a.pt")
-    assert torch.equal(foreign.read_states(tmp_path / "a.pt")["a"], torch.ones(3))
-    with torch.serialization.safe_globals(foreign.IGNORED):
+    assert torch.equal(read_states(tmp_path / "a.pt")["a"], torch.ones(3))
+    with torch.serialization.safe_globals(IGNORED):
         loaded = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert isinstance(loaded["np_rng_state"][1], foreign.Ignored) and not vars(loaded["loss"])
+    assert isinstance(loaded["np_rng_state"][1], Ignored) and not vars(loaded["loss"])
 
 
 def test_files_of_old_torch_are_read(tmp_path):
@@ -596,7 +639,7 @@ def icetk(tmp_path_factory) -> Path:
 
 
 def test_icetk_becomes_text_and_tokenizer(icetk, tmp_path):
-    convert.convert_icetk(icetk, tmp_path / "out", quiet)
+    convert_icetk(icetk, tmp_path / "out", quiet)
     folder = ModelFolder(tmp_path / "out")
     text, before = folder.text(), TextTokenizer((icetk / "ice_text.model").read_bytes(), 128)
     model = folder.system().model
@@ -613,8 +656,10 @@ def test_icetk_becomes_text_and_tokenizer(icetk, tmp_path):
 @pytest.mark.parametrize("icetk_first", [True, False])
 def test_icetk_and_checkpoints_meet_in_one_folder(icetk, tmp_path, icetk_first):
     source, _ = small(tmp_path, vocab_size=700)
-    steps = [lambda: convert.convert_icetk(icetk, tmp_path / "out", quiet),
-             lambda: convert.convert_sat([source], tmp_path / "out", None if icetk_first else 128, quiet)]
+    steps = [
+        lambda: convert_icetk(icetk, tmp_path / "out", quiet),
+        lambda: convert.convert_sat([source], tmp_path / "out", None if icetk_first else 128, quiet),
+    ]
     for step in steps if icetk_first else steps[::-1]:
         step()
     folder = ModelFolder(tmp_path / "out")
@@ -629,7 +674,7 @@ def test_icetk_of_another_model_is_refused(icetk, tmp_path):
     convert.convert_sat([source], tmp_path / "out", 20, quiet)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(ValueError, match="icetk has 128 image codes"):
-        convert.convert_icetk(icetk, tmp_path / "out", quiet)
+        convert_icetk(icetk, tmp_path / "out", quiet)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
@@ -648,7 +693,7 @@ def test_bad_icetk_files_are_refused(icetk, tmp_path, harm, message):
     folder = shutil.copytree(icetk, tmp_path / "icetk")
     harm(folder)
     with pytest.raises(ValueError, match=message):
-        convert.convert_icetk(folder, tmp_path / "out", quiet)
+        convert_icetk(folder, tmp_path / "out", quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["icetk"]
 
 
@@ -674,7 +719,7 @@ def test_the_command_line(tmp_path):
 WATCHED = """
 import sys, threading, time
 from pathlib import Path
-from cogvideo import convert
+from cogvideo.convert import cogvideo as convert
 import torch
 
 def held():

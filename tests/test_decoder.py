@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import loosen
 
-from cogvideo import CogVideo, presets
+from cogvideo import CogVideo
+from cogvideo.model import presets
 from cogvideo.model.decoder import VideoDecoder
-from cogvideo.vqvae import VQVAE
-from cogvideo.weights import ModelFolder
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.vqvae import VQVAE
 
 NANO = presets.find("nano")
 MIXERS = 5  # residual blocks of the nano decoder, each followed by a look one frame ahead and back

@@ -15,17 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from cogvideo import CogVideo, presets
-from cogvideo.data.clips import Cut
+from cogvideo import CogVideo
+from cogvideo.data.cut import Cut
 from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld
-from cogvideo.model.direct import Direct, DirectConfig
-from cogvideo.preview import probe
+from cogvideo.model import presets
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.regression import Direct, DirectConfig
 from cogvideo.text import GPT2Tokenizer, train_text
 from cogvideo.train import inherit, loop, recipes
 from cogvideo.train.losses import LossWeights
+from cogvideo.train.preview import probe
 from cogvideo.video import Clip
-from cogvideo.weights import ModelFolder
 
 NANO = presets.find("direct-nano")
 TEXT = torch.tensor([[3, 3, 3, 20, 30, 40], [3, 50, 60, 70, 80, 90]])
@@ -43,8 +44,9 @@ def model() -> Direct:
 def nano_phase(name: str, **changes) -> recipes.Phase:
     phase = recipes.find("direct-tiny").phase(name)
     sizes = (16,) if len(phase.cut.sizes) == 1 else (16, 32)
-    defaults = dict(steps=4, batch=2, warmup=1, precision="float32",
-                    cut=dataclasses.replace(phase.cut, sizes=sizes))
+    defaults = dict(
+        steps=4, batch=2, warmup=1, precision="float32", cut=dataclasses.replace(phase.cut, sizes=sizes)
+    )
     return dataclasses.replace(phase, **{**defaults, **changes})
 
 
@@ -81,8 +83,14 @@ def _small():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, world):
     out = tmp_path_factory.mktemp("direct")
-    run(out, world, *(nano_phase(name) for name in ("image", "low", "high", "refiner")),
-        log_every=2, probe_every=4, probe=probe)
+    run(
+        out,
+        world,
+        *(nano_phase(name) for name in ("image", "low", "high", "refiner")),
+        log_every=2,
+        probe_every=4,
+        probe=probe,
+    )
     return out
 
 
@@ -92,7 +100,14 @@ def trained(tmp_path_factory, world):
 def test_the_reference_model_has_its_published_sizes():
     c = presets.find("direct").direct
     assert (c.width, c.layers, c.heads, c.resolution, c.frames, c.text_len, c.vocab) == (
-        2560, 32, 32, 64, 32, 256, 50257)
+        2560,
+        32,
+        32,
+        64,
+        32,
+        256,
+        50257,
+    )
     d, model = c.width, presets.find("direct").outline("direct")
     encoder = c.layers * (12 * d**2 + 13 * d) + 2 * d
     decoder = c.layers * (16 * d**2 + 19 * d) + 2 * d
@@ -147,11 +162,14 @@ def test_new_frames_begin_between_those_that_were_trained(model):
     assert torch.equal(table, before)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"patch": 7}, "frames of 16 pixels cannot be cut into patches of 7"),
-    ({"heads": 3}, "width 16 does not divide by 3 heads"),
-    ({"rates": (3.0, 8.0)}, "the full rate 8 must be a multiple"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"patch": 7}, "frames of 16 pixels cannot be cut into patches of 7"),
+        ({"heads": 3}, "width 16 does not divide by 3 heads"),
+        ({"rates": (3.0, 8.0)}, "the full rate 8 must be a multiple"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(NANO.direct, **changes)
@@ -159,6 +177,7 @@ def test_sizes_that_do_not_fit_are_refused(changes, message):
 
 def test_the_refinement_layer_looks_at_the_pixels_of_neighbouring_frames(model):
     """What the generation layer makes of a place changes the next frame too, and no frame after that."""
+
     def frames(push: float) -> torch.Tensor:
         def change(module, inputs, patches):
             patches = patches.clone()
@@ -386,20 +405,48 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
     table = torch.randn(50257, 8)
     save_file({"transformer.wte.weight": table}, tmp_path / "gpt2.safetensors")
     recipe = dataclasses.replace(recipes.find("direct"), phases=())
-    folder = loop.train(recipe, tmp_path / "run", world, system, [], quiet=True,
-                        init_embedding=str(tmp_path / "gpt2.safetensors"))
+    folder = loop.train(
+        recipe,
+        tmp_path / "run",
+        world,
+        system,
+        [],
+        quiet=True,
+        init_embedding=str(tmp_path / "gpt2.safetensors"),
+    )
     assert torch.equal(folder.load("direct").embed.weight[:50257], table)
     assert isinstance(folder.text(), GPT2Tokenizer)
-    both = loop.train(recipe, tmp_path / "both", world, system, [], quiet=True, init=folder,
-                      init_embedding=str(tmp_path / "gpt2.safetensors")).load("direct").state_dict()
+    both = (
+        loop.train(
+            recipe,
+            tmp_path / "both",
+            world,
+            system,
+            [],
+            quiet=True,
+            init=folder,
+            init_embedding=str(tmp_path / "gpt2.safetensors"),
+        )
+        .load("direct")
+        .state_dict()
+    )
     assert all(torch.equal(both[key], value) for key, value in folder.load("direct").state_dict().items())
     save_file({"wte.weight": table[:, :4].contiguous()}, tmp_path / "narrow.safetensors")
     save_file({"x": table[:2]}, tmp_path / "none.safetensors")
-    for name, message in (("narrow", "is 50257 ids x 4, this model's is 50257 x 8"),
-                          ("none", "has no tensor wte.weight"), ("missing", "cannot read an embedding")):
+    for name, message in (
+        ("narrow", "is 50257 ids x 4, this model's is 50257 x 8"),
+        ("none", "has no tensor wte.weight"),
+        ("missing", "cannot read an embedding"),
+    ):
         with pytest.raises(ValueError, match=message):
-            loop.train(recipe, tmp_path / name, world, system, [],
-                       init_embedding=str(tmp_path / f"{name}.safetensors"))
+            loop.train(
+                recipe,
+                tmp_path / name,
+                world,
+                system,
+                [],
+                init_embedding=str(tmp_path / f"{name}.safetensors"),
+            )
     with pytest.raises(ValueError, match="the recipe direct-tiny has words of its own"):
         loop.train(recipes.find("direct-tiny"), tmp_path / "three", world, NANO, [], init_embedding="x")
 
@@ -407,9 +454,17 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
 # -- the face
 
 
-@pytest.mark.parametrize("name, value", [
-    ("seed", 1), ("guidance_scale", 3.0), ("image", "cat.png"), ("video", "cat.mp4"), ("keep", "made"),
-    ("num_videos_per_prompt", 2)])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("seed", 1),
+        ("guidance_scale", 3.0),
+        ("image", "cat.png"),
+        ("video", "cat.mp4"),
+        ("keep", "made"),
+        ("num_videos_per_prompt", 2),
+    ],
+)
 def test_what_means_nothing_is_refused_by_name(trained, name, value):
     with pytest.raises(ValueError, match=f"{name} means nothing to a direct model"):
         CogVideo.from_pretrained(trained / "model")("a dog", progress=False, **{name: value})
@@ -417,9 +472,12 @@ def test_what_means_nothing_is_refused_by_name(trained, name, value):
 
 def test_bad_prompts_and_frames_are_refused(trained):
     pipe = CogVideo.from_pretrained(trained / "model")
-    for prompt, message in (("  ", "the prompt is empty"), ("\u200b", "the prompt is empty"),
-                            ("dog " * 90, "more than the 64 that fit"),
-                            ([], "there is no prompt")):
+    for prompt, message in (
+        ("  ", "the prompt is empty"),
+        ("\u200b", "the prompt is empty"),
+        ("dog " * 90, "more than the 64 that fit"),
+        ([], "there is no prompt"),
+    ):
         with pytest.raises(ValueError, match=message):
             pipe(prompt, progress=False)
     for make in (partial(pipe, num_frames=7), partial(pipe.regress, num_frames=7)):
@@ -455,7 +513,7 @@ def test_the_command_line_makes_and_describes_it(trained, tmp_path):
 
 
 def test_direct_config_reads_back():
-    from cogvideo.model.system import read_system
+    from cogvideo.model.families import read_system
 
     assert read_system(json.loads(json.dumps(NANO.to_dict()))) == NANO
     assert isinstance(NANO.direct, DirectConfig)

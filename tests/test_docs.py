@@ -49,7 +49,10 @@ def test_every_row_of_the_table_is_shown_and_can_be_run():
     assert len(tasks) > 40 and len({task.shown for task in tasks}) == len(tasks)
     by_default = [task for task in tasks if task.shown not in commands.SHORTENED]
     assert {task.run.split()[1] for task in by_default if task.shorter.size == "nano"} == {
-        "train", "generate", "estimate"}
+        "train",
+        "generate",
+        "estimate",
+    }
 
 
 def test_a_row_of_no_use_is_an_error(monkeypatch):

@@ -4,18 +4,21 @@ import pytest
 import torch
 from torch import nn
 
-from cogvideo import estimate, parts, pipeline, presets
-from cogvideo.model.packed import Int8Linear, PackedLinear, pack, unpack
-from cogvideo.pipeline import CogVideo
-from cogvideo.sampling import stages
-from cogvideo.weights import ModelFolder
+from cogvideo.generate import cogvideo as pipeline
+from cogvideo.generate import cost, estimate, parts
+from cogvideo.generate.cogvideo import CogVideo
+from cogvideo.generate.int8 import Int8Linear, PackedLinear, pack, unpack
+from cogvideo.generate.sampling import stages
+from cogvideo.layout import Layout
+from cogvideo.model import presets
+from cogvideo.model.folder import ModelFolder
 
 GUIDED = stages({"stage1": {"guidance_scale": 3.0}})
 
 
 def test_the_paper_makes_13200_tokens_a_video():
     """SPEC C.6: 400 and 1600 in stage 1, 800 a window in stage 2; guidance doubles the rows of stage 1."""
-    work = {one.name: one for one in estimate.plan(presets.find("cogvideo-9b"), GUIDED)}
+    work = {one.name: one for one in cost.plan(presets.find("cogvideo-9b"), GUIDED)}
     made = [work[name].tokens for name in ("first frame", "key frames", "to 2 fps", "to 4 fps", "to 8 fps")]
     assert made == [400, 2 * 1600, 2 * 800, 4 * 800, 8 * 800]
     assert work["key frames"].steps == 1600 and work["to 8 fps"].steps < 800
@@ -29,11 +32,14 @@ def test_the_steps_are_those_of_the_fills(nano):
     draft = pipe.first_frames(["a dog"], [1])
     block = pipe.parts.stage1.base.blocks[0]
     block.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape[:2]))
-    for name, verb in (("key frames", lambda d: pipe.keyframes(["a dog"], [1], begin=d)),
-                       ("to 2 fps", pipe.interpolate), ("to 4 fps", pipe.interpolate)):
+    for name, verb in (
+        ("key frames", lambda d: pipe.keyframes(["a dog"], [1], begin=d)),
+        ("to 2 fps", pipe.interpolate),
+        ("to 4 fps", pipe.interpolate),
+    ):
         calls.clear()
         draft = verb(draft)
-        work = next(one for one in estimate.plan(pipe.system, pipe.sampling) if one.name == name)
+        work = next(one for one in cost.plan(pipe.system, pipe.sampling) if one.name == name)
         steps = [call for call in calls if call[1] < pipe.system.model.text_len]  # after the prompts
         assert len(steps) == work.steps and sum(rows * tokens for rows, tokens in steps) == work.tokens
 
@@ -41,7 +47,7 @@ def test_the_steps_are_those_of_the_fills(nano):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_memory_is_that_of_the_loaded_parts(nano, dtype):
     folder = ModelFolder(nano)
-    held = estimate.memory(folder.system(), dtype, rows=2)
+    held = cost.memory(folder.system(), dtype, rows=2)
     for name in ("base", "stage1", "refiner"):
         part = folder.load(name)
         if name != "refiner":
@@ -61,10 +67,10 @@ def test_memory_is_that_of_the_loaded_parts(nano, dtype):
 def test_caches_are_as_large_as_said(nano):
     pipe = CogVideo.from_pretrained(nano, dtype="float32")
     c, model = pipe.system.model, pipe.parts.stage2
-    layout = estimate.Layout.interpolation(c.text_len, c.grid, c.frames)
+    layout = Layout.interpolation(c.text_len, c.grid, c.frames)
     cache = model.new_cache(layout, 3)
     taken = sum(t.nbytes for channel in cache.channels for t in channel.kept)
-    assert taken == 3 * estimate.cache_bytes(c, layout, model.window, "float32")
+    assert taken == 3 * cost.cache_bytes(c, layout, model.window, "float32")
 
 
 def test_what_does_not_fit_at_once_is_made_in_turn(nano, monkeypatch):
@@ -81,10 +87,11 @@ def test_what_does_not_fit_at_once_is_made_in_turn(nano, monkeypatch):
 def test_a_measured_speed_predicts_seconds():
     speed = estimate.Speed("int8", (1e-11, 2e-11, 4e-11, 8e-11, 16e-11), 1e-4, 1e10, 1e11)
     assert [speed.a_weight(rows) for rows in (0.5, 1, 2.5, 4, 512, 1024)] == pytest.approx(
-        [1e-11, 1e-11, 1.5e-11, 2e-11, 16e-11, 32e-11])
-    step = estimate.Work("a", steps=10, rows=1, layers=2, weights=10**9, seen=1e9)
-    assert step.seconds(speed) == pytest.approx(10 * (1e-2 + 2e-4 + 0.4))
-    assert estimate.Work("b", flops=3e11).seconds(speed) == pytest.approx(3)
+        [1e-11, 1e-11, 1.5e-11, 2e-11, 16e-11, 32e-11]
+    )
+    step = cost.Work("a", steps=10, rows=1, layers=2, weights=10**9, seen=1e9)
+    assert speed.seconds(step) == pytest.approx(10 * (1e-2 + 2e-4 + 0.4))
+    assert speed.seconds(cost.Work("b", flops=3e11)) == pytest.approx(3)
 
 
 def test_one_channel_at_a_time_where_memory_is_short(nano, monkeypatch):

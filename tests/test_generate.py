@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from cogvideo import presets
-from cogvideo.generate import fill
+from cogvideo.generate.fill import fill
+from cogvideo.generate.int8 import join, pack
+from cogvideo.generate.sampling import Sampling, guide, pick, uniforms
 from cogvideo.layout import Layout
-from cogvideo.model.packed import join, pack
+from cogvideo.model import presets
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
-from cogvideo.sampling import Sampling, guide, pick, uniforms
-from cogvideo.weights import ModelFolder
 
 CONFIG = presets.find("nano").model
 LAYOUT = Layout.keyframes(CONFIG.text_len, CONFIG.grid, CONFIG.frames)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from data.goldens import DATA, read
 
-from cogvideo import convert, presets
-from cogvideo.vqvae import VQVAE, HierarchicalVQVAE
-from cogvideo.weights import ModelFolder
+from cogvideo.convert import cogvideo as convert
+from cogvideo.model import presets
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.vqvae import VQVAE, HierarchicalVQVAE
 
 SYSTEM = presets.find("cogvideo-9b")
 RATES = (4, 8, 16)

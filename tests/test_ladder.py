@@ -10,10 +10,10 @@ import torch
 from benchmarks import frame_judge, ladder
 from benchmarks.frame_judge import SIZE, TIMES, FrameJudge, Sight
 from cogvideo.data.tinyworld import Scene, cover, draw_place, render, sprites
-from cogvideo.eval.features import PictureFeatures
-from cogvideo.pipeline import CogVideo
-from cogvideo.vqvae import VQVAEConfig, to_pictures
-from cogvideo.weights import ModelFolder
+from cogvideo.generate.cogvideo import CogVideo
+from cogvideo.model.features import PictureFeatures
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.vqvae import VQVAEConfig, to_pictures
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +141,7 @@ def test_frames_of_training_are_labelled_and_vary_in_size():
     changed = frame_judge.augment(grey, torch.Generator().manual_seed(0))
     assert changed.shape == grey.shape and changed.min() >= 0 and changed.max() <= 1
     assert not torch.equal(changed, grey)
-    cropped = frame_judge.augment(
-        grey, torch.Generator().manual_seed(0), torch.from_numpy(centres).float()
-    )
+    cropped = frame_judge.augment(grey, torch.Generator().manual_seed(0), torch.from_numpy(centres).float())
     assert cropped.shape[-2:] == (frame_judge.CROP, frame_judge.CROP)
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from cogvideo.data.clips import Cut, cut
-from cogvideo.data.loader import Reuse, _Cuts, batches, read_captions, recurring, to_pictures
+from cogvideo.data.cut import Cut, cut
+from cogvideo.data.loader import Cuts, batches, read_captions
 from cogvideo.data.tinyworld import MOTIONS, TinyWorld, sprites
+from cogvideo.data.tokens import Reuse, recurring
+from cogvideo.model.vqvae import to_pictures
 from cogvideo.text import split_words
 from cogvideo.video import Clip
 
@@ -177,7 +179,7 @@ def test_what_is_said_of_a_scene_does_not_follow_from_the_scene():
     world, how = TinyWorld(sprites(8), 1, even=True), Cut(3, (2, 4), keep=1, sizes=(8,))
     same, other = ({w for c in read_captions(world, 4000, seed) for w in split_words(c)} for seed in (1, 2))
     assert len(same ^ other) < 0.02 * len(same)
-    clips = _Cuts(world, how, seed=1)
+    clips = Cuts(world, how, seed=1)
     found = {(world[k].scene.motion, clips[k][1].duration, clips[k][1].caption.isascii()) for k in range(400)}
     assert len(found) == len(MOTIONS) * 2 * 2
 

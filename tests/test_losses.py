@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogvideo.eval.features import PictureFeatures, perceptual_distance
+from cogvideo.model.features import PictureFeatures, perceptual_distance
 from cogvideo.train.losses import HierarchicalLoss, LossWeights, optical_flow, temporal_distance, warp
 
 

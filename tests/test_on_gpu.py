@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from cogvideo.data.tinyworld.canvas import Canvas
+from cogvideo.model.folder import ModelFolder, find_model
 from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
 from cogvideo.train import objectives
-from cogvideo.weights import ModelFolder, find_model
 from scripts import on_gpu
 
 CPU = torch.device("cpu")

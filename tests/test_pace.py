@@ -10,14 +10,14 @@ from test_train import nano_phase
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogvideo import presets
 from cogvideo.cli import estimate
+from cogvideo.model import presets
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.transformer import ModelConfig
 from cogvideo.train import objectives, pace, recipes
 from cogvideo.train.cost import clip_flops
 from cogvideo.train.loop import batches
 from cogvideo.train.report import Report
-from cogvideo.weights import ModelFolder
 
 CPU = torch.device("cpu")
 

@@ -19,12 +19,12 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from cogvideo import presets
 from cogvideo.data.loader import batches
 from cogvideo.data.tinyworld import TinyWorld, sprites
+from cogvideo.model import presets
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.vqvae import Codebook
 from cogvideo.train import checkpoint, loop, objectives, parallel, recipes
-from cogvideo.vqvae import Codebook
-from cogvideo.weights import ModelFolder
 
 STEPS = 6
 

@@ -21,7 +21,7 @@ from cogvideo.data.tinyworld import (
     sprites,
 )
 from cogvideo.data.tinyworld.cast import shape
-from cogvideo.prompts import Prompts
+from cogvideo.generate.prompts import Prompts
 from cogvideo.text import TextTokenizer, split_words, train_text, without_stops
 
 ALL = sprites()
@@ -157,13 +157,17 @@ def test_frequent_words_are_one_piece_and_so_is_each_chinese_character(captions)
 
 
 def test_prompts_are_read_in_words_that_the_model_knows(prompts):
-    same = {"dogs run right": "dog run right", "Two PENGUINS": "Two penguin",
-            "butterflies at sunrise": "butterfly at sunset",
-            "a crab on the beach": "a crab on the sand", "please show me a dog": "show me a dog",
-            "一只螃蟹在沙滩上": "一只螃蟹在沙地上"}
+    same = {
+        "dogs run right": "dog run right",
+        "Two PENGUINS": "Two penguin",
+        "butterflies at sunrise": "butterfly at sunset",
+        "a crab on the beach": "a crab on the sand",
+        "please show me a dog": "show me a dog",
+        "一只螃蟹在沙滩上": "一只螃蟹在沙地上",
+    }
     for said, read in same.items():
         assert prompts.read(said) == read
-    assert prompts.unknown_words("Dogs and butterflies") .keys() <= {"and"}
+    assert prompts.unknown_words("Dogs and butterflies").keys() <= {"and"}
     assert Prompts(prompts.text).read("dogs on the beach") == "dogs on the beach"  # of models without a list
     row = {"length": 32, "seconds": 4.0, "template": "{seconds:.1f}秒<n>{prompt}"}
     assert prompts.ids(["Dogs run right."], **row) == prompts.ids(["dog run right"], **row)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from cogvideo import Clip, CogVideo
-from cogvideo.draft import Draft
-from cogvideo.prompts import Prompts
-from cogvideo.sampling import Sampling
-from cogvideo.weights import ModelError
+from cogvideo.generate.draft import Draft
+from cogvideo.generate.prompts import Prompts
+from cogvideo.generate.sampling import Sampling
+from cogvideo.model.folder import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -161,19 +161,27 @@ def test_a_part_that_is_missing_or_damaged_is_found_before_any_work(nano, tmp_pa
                 pipe("a dog", progress=lambda *step: pytest.fail("work was begun"))
         file.write_bytes(before)
     config = json.loads((folder / "config.json").read_text())
-    for change in ({"sampling": {"image": {"heat": 1}}}, {"prompts": {"stage1": "{x}"}}, {"sampling": []},
-                   {"model": config["model"] | {"layers": "six"}}, {"model": config["model"] | {"heads": 3}},
-                   {"vqvae": config["vqvae"] | {"resolution": 96}}):
+    for change in (
+        {"sampling": {"image": {"heat": 1}}},
+        {"prompts": {"stage1": "{x}"}},
+        {"sampling": []},
+        {"model": config["model"] | {"layers": "six"}},
+        {"model": config["model"] | {"heads": 3}},
+        {"vqvae": config["vqvae"] | {"resolution": 96}},
+    ):
         (folder / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ModelError, match="config.json"):
             CogVideo.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("device, dtype, message", [
-    ("quantum", None, "no device 'quantum' here; choose one of cpu"),
-    ("meta", None, "no device 'meta' here; choose one of cpu"),
-    ("cpu", "float8", "choose one of int8, bfloat16, float32"),
-])
+@pytest.mark.parametrize(
+    "device, dtype, message",
+    [
+        ("quantum", None, "no device 'quantum' here; choose one of cpu"),
+        ("meta", None, "no device 'meta' here; choose one of cpu"),
+        ("cpu", "float8", "choose one of int8, bfloat16, float32"),
+    ],
+)
 def test_devices_and_dtypes_that_are_not_there(nano, device, dtype, message):
     with pytest.raises(ValueError, match=message):
         CogVideo.from_pretrained(nano, device, dtype)

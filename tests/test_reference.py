@@ -7,13 +7,14 @@ import torch
 from data.goldens import read
 from torch import Tensor
 
-from cogvideo import convert, pipeline
-from cogvideo.generate import Filled
+from cogvideo.convert import cogvideo as convert
+from cogvideo.generate import cogvideo as pipeline
+from cogvideo.generate.cogvideo import CogVideo
+from cogvideo.generate.fill import Filled
+from cogvideo.generate.sampling import Sampling, guide, pick, stages
 from cogvideo.layout import Layout
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.transformer import DualChannelTransformer
-from cogvideo.pipeline import CogVideo
-from cogvideo.sampling import Sampling, guide, pick, stages
-from cogvideo.weights import ModelFolder
 
 TOLERANCE = 3e-5  # of logits whose deviation is about 2.5; guidance adds up three of them
 
@@ -38,8 +39,15 @@ def padded(rows: list[Tensor], length: int, pad: int) -> Tensor:
     return torch.stack([torch.cat((row.new_full((length - len(row),), pad), row)) for row in rows])
 
 
-def stepped(model: DualChannelTransformer, layout: Layout, text: list[Tensor], codes: Tensor, known: int,
-            steps: int, boost: float = 0.0) -> tuple[Tensor, Tensor]:
+def stepped(
+    model: DualChannelTransformer,
+    layout: Layout,
+    text: list[Tensor],
+    codes: Tensor,
+    known: int,
+    steps: int,
+    boost: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Logits of the given frames and of the steps after them, [B, known * N, V] and [B, steps, V].
 
     text: ids of every row; codes [B, F, N] in laid order, of which the first `known` are the prompt.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cogvideo.sampling import MAX_SEED, Sampling, guide, pick, pick_seeds, uniforms
+from cogvideo.generate.sampling import MAX_SEED, Sampling, guide, pick, pick_seeds, uniforms
 
 
 @pytest.mark.parametrize("top_k, temperature", [(0, 1.0), (3, 1.0), (3, 0.5), (0, 2.0)])

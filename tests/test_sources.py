@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from cogvideo import presets
-from cogvideo.data.clips import Cut, cut
+from cogvideo.data.cut import Cut, cut
 from cogvideo.data.loader import batches
 from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
+from cogvideo.model import presets
 from cogvideo.text import GPT2Tokenizer
 from cogvideo.train import loop, recipes
 from cogvideo.video import Clip
@@ -173,8 +173,10 @@ def test_what_cannot_be_used_is_left_out_and_told_of(tmp_path, films):
     source = open_source(folder)
     check(source, "a")
     assert {Path(name).name: why for name, why in source.skipped.items()} == {
-        "b.mp4": f"no caption in {folder / 'captions.csv'}", "d.mp4": "it is not there",
-        "c.mp4": f"no caption in {folder / 'captions.csv'}"}
+        "b.mp4": f"no caption in {folder / 'captions.csv'}",
+        "d.mp4": "it is not there",
+        "c.mp4": f"no caption in {folder / 'captions.csv'}",
+    }
     tar = shard(tmp_path / "x.tar", {"a.mp4": films["a"], "b.txt": "b"})
     with pytest.raises(ValueError, match=r"no captioned videos at .*1 without use: .*x\.tar: a\.mp4: no cap"):
         open_source(tar)
@@ -193,18 +195,26 @@ def kitchen(tmp_path_factory) -> Path:
     is annotated but not there, a fourth belongs to another subset."""
     folder = tmp_path_factory.mktemp("kitchen")
     database = {}
-    for number, (name, subset) in enumerate((("aaa", "training"), ("bbb", "training"), ("ccc", "training"),
-                                             ("ddd", "validation"))):
+    for number, (name, subset) in enumerate(
+        (("aaa", "training"), ("bbb", "training"), ("ccc", "training"), ("ddd", "validation"))
+    ):
         scenes = [WORLD[10 * number + i].scene for i in range(3)]
         if name != "ccc":
             place = folder / "raw_videos" / subset / "101"
             place.mkdir(parents=True, exist_ok=True)
             frames = np.concatenate([render(scene, TIMES, 96) for scene in scenes])
             save_lossless(frames, place / f"{name}.mp4")
-        rows = [{"id": i, "segment": [5 * i, 5 * i + SECONDS], "sentence": f"scene {i} of {name}"}
-                for i in range(3)]
-        database[name] = {"subset": subset, "recipe_type": "101", "duration": 15.0, "annotations": rows,
-                          "video_url": f"https://example.org/{name}"}
+        rows = [
+            {"id": i, "segment": [5 * i, 5 * i + SECONDS], "sentence": f"scene {i} of {name}"}
+            for i in range(3)
+        ]
+        database[name] = {
+            "subset": subset,
+            "recipe_type": "101",
+            "duration": 15.0,
+            "annotations": rows,
+            "video_url": f"https://example.org/{name}",
+        }
     (folder / "youcookii_annotations_trainval.json").write_text(json.dumps({"database": database}))
     return folder
 
@@ -237,8 +247,10 @@ def test_youcook2_segments_are_cut_when_they_are_decoded(kitchen, tmp_path):
     away = tmp_path / "usual"  # as it is downloaded, beside what is without captions
     (away / "annotations").mkdir(parents=True)
     for name in ("trainval", "test_segments_only"):
-        shutil.copy(kitchen / "youcookii_annotations_trainval.json",
-                    away / "annotations" / f"youcookii_annotations_{name}.json")
+        shutil.copy(
+            kitchen / "youcookii_annotations_trainval.json",
+            away / "annotations" / f"youcookii_annotations_{name}.json",
+        )
     shutil.copytree(kitchen / "raw_videos", away / "raw_videos")
     for place in (away, away / "annotations" / "youcookii_annotations_trainval.json"):
         assert open_source(place).count == 6
@@ -324,10 +336,14 @@ def test_annotations_of_another_layout_are_named(kitchen, tmp_path):
     refused(lambda t: [t], "not laid out like .* YouCook2: database is missing")
     refused(lambda t: {"database": 3}, "YouCook2: database is a int")
     refused(lambda t: t["database"]["aaa"].pop("subset") and t, r"database\.aaa\.subset is missing")
-    refused(lambda t: t["database"]["aaa"]["annotations"][1].pop("segment") and t,
-            r"database\.aaa\.annotations\[1\]\.segment is missing")
-    refused(lambda t: t["database"]["aaa"]["annotations"][1].update(segment=["a", 1]) or t,
-            r"annotations\[1\]\.segment is \['a', 1\], not \[start, end\]")
+    refused(
+        lambda t: t["database"]["aaa"]["annotations"][1].pop("segment") and t,
+        r"database\.aaa\.annotations\[1\]\.segment is missing",
+    )
+    refused(
+        lambda t: t["database"]["aaa"]["annotations"][1].update(segment=["a", 1]) or t,
+        r"annotations\[1\]\.segment is \['a', 1\], not \[start, end\]",
+    )
     refused(lambda t: t, "none of the 3 videos of the subset training is in .*; looked for aaa, bbb, ccc")
     with pytest.raises(ValueError, match="there are no annotations at"):
         open_source(tmp_path / "missing.json")
@@ -340,11 +356,13 @@ def test_annotations_of_another_layout_are_named(kitchen, tmp_path):
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_a_table_of_paths_and_times(kitchen, tmp_path, suffix):
     video = kitchen / "raw_videos" / "training" / "101" / "aaa.mp4"
-    rows = [{"path": str(video), "caption": "middle", "start": 5, "end": 9},
-            {"path": str(video), "caption": "all", "start": "", "end": ""},
-            {"path": str(video), "caption": "backwards", "start": 5, "end": 4},
-            {"path": "missing.mp4", "caption": "gone", "start": "", "end": ""},
-            {"path": str(video), "caption": "", "start": 1, "end": 5}]
+    rows = [
+        {"path": str(video), "caption": "middle", "start": 5, "end": 9},
+        {"path": str(video), "caption": "all", "start": "", "end": ""},
+        {"path": str(video), "caption": "backwards", "start": 5, "end": 4},
+        {"path": "missing.mp4", "caption": "gone", "start": "", "end": ""},
+        {"path": str(video), "caption": "", "start": 1, "end": 5},
+    ]
     table = tmp_path / f"clips{suffix}"
     if suffix == ".csv":
         lines = ["path,caption,start,end", *(",".join(map(str, row.values())) for row in rows)]
@@ -356,8 +374,10 @@ def test_a_table_of_paths_and_times(kitchen, tmp_path, suffix):
     assert source[0].seconds == pytest.approx(119 / 8) and source[1].seconds == 4
     assert np.array_equal(source[1].frames([1], 16), source[0].frames([6], 16))
     assert {name.split("/")[-1]: why for name, why in source.skipped.items()} == {
-        "aaa.mp4, 1 s to 5 s": "its caption is empty", "missing.mp4": "it is not there",
-        "aaa.mp4, 5 s to 4 s": "its start must be 0 s or later, and before its end"}
+        "aaa.mp4, 1 s to 5 s": "its caption is empty",
+        "missing.mp4": "it is not there",
+        "aaa.mp4, 5 s to 4 s": "its start must be 0 s or later, and before its end",
+    }
     with pytest.raises(ValueError, match="there is no .*none.csv"):
         open_source(tmp_path / "none.csv")
 
@@ -429,7 +449,11 @@ def test_real_videos_at_their_own_rate(tmp_path):
     batch = next(batches(source, Cut(9, (4, 28), sizes=(24,)), 8, seed=0))
     rates = dict(zip(batch.captions, (8 / np.array(batch.durations)).round().tolist()))
     assert rates["bikes"] == rates["bigbuckbunny"] == 4 and set(rates) == {
-        "bigbuckbunny", "bikes", "carphone_distorted", "carphone_pristine"}
+        "bigbuckbunny",
+        "bikes",
+        "carphone_distorted",
+        "carphone_pristine",
+    }
     moved = (batch.frames[0][:, 1:] - batch.frames[0][:, :-1]).abs().mean((2, 3, 4))  # [B, F - 1]
     assert moved.min() > 3e-4 and batch.frames[0].std((1, 2, 3, 4)).min() > 0.05
     rows = [{"id": 0, "segment": [1, 3.5], "sentence": "they move"}]

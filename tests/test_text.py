@@ -55,8 +55,12 @@ def test_split_words():
 def test_the_words_of_gpt2():
     """Ids that GPT-2 is known to have; no network is asked."""
     text = GPT2Tokenizer()
-    known = {"Hello world": [15496, 995], "The quick brown fox": [464, 2068, 7586, 21831],
-             "\n": [198], " the": [262]}
+    known = {
+        "Hello world": [15496, 995],
+        "The quick brown fox": [464, 2068, 7586, 21831],
+        "\n": [198],
+        " the": [262],
+    }
     assert {words: text.encode(words) for words in known} == known
     assert len(text) == 50257 and text.pad == 50256
     for caption in ("a dog runs to the right", "一只小狗向右跑", "naïve ☃ café\n\nindeed"):

@@ -12,17 +12,18 @@ import torch
 from conftest import loosen
 from data.goldens import DATA
 
-from cogvideo import CogVideo, presets
+from cogvideo import CogVideo
 from cogvideo.data.loader import Batch
 from cogvideo.layout import Layout
+from cogvideo.model import presets
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.superres import SuperResConfig
 from cogvideo.model.transformer import DualChannelTransformer
-from cogvideo.preview import probe
 from cogvideo.train import inherit, loop, objectives, recipes
 from cogvideo.train.losses import LossWeights
 from cogvideo.train.optim import learning_rate, optimizers
+from cogvideo.train.preview import probe
 from cogvideo.train.report import Report, draw_curve
-from cogvideo.weights import ModelFolder
 
 PHASES = ["tokenizer", "image", "stage1", "stage2", "decoder", "mistakes"]
 
@@ -31,8 +32,9 @@ def nano_phase(name: str, **changes) -> recipes.Phase:
     """A phase of the tiny recipe for the nano model: two clips a step, 16 px, float32."""
     phase = recipes.find("tiny").phase(name)
     sizes = (16,) if len(phase.cut.sizes) == 1 else (16, 32)
-    cut = dataclasses.replace(phase.cut, sizes=sizes, cover=4 if phase.cut.cover else 0,
-                              crop=8 if phase.cut.crop else 0)
+    cut = dataclasses.replace(
+        phase.cut, sizes=sizes, cover=4 if phase.cut.cover else 0, crop=8 if phase.cut.crop else 0
+    )
     defaults = dict(steps=6, batch=2, warmup=1, precision="float32", cut=cut)
     return dataclasses.replace(phase, **{**defaults, **changes})
 
@@ -76,15 +78,19 @@ def test_every_phase_reports(trained):
         assert (trained / name / "strips" / "0000006.png").exists()
 
 
-@pytest.mark.parametrize("name, changes", [
-    ("tokenizer", {}),
-    ("image", {}),
-    ("image", {"reuse": 3}),
-    ("image", {"windowed": 0.5}),
-    ("stage1", {"reuse": 2}),
-    ("stage2", {"windowed": 0.5}),
-    ("decoder", {"adversary": 0.1}),
-], ids=str)
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("tokenizer", {}),
+        ("image", {}),
+        ("image", {"reuse": 3}),
+        ("image", {"windowed": 0.5}),
+        ("stage1", {"reuse": 2}),
+        ("stage2", {"windowed": 0.5}),
+        ("decoder", {"adversary": 0.1}),
+    ],
+    ids=str,
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world, name, changes):
     """Also if clips recur whose codes are no longer remembered, and with a discriminator."""
     whole = nano_phase(name, steps=7, **changes)
@@ -251,22 +257,31 @@ def test_the_learning_rate_of_the_released_models():
     assert rates == pytest.approx(golden, rel=1e-9)
 
 
-@pytest.mark.parametrize("field, value, message", [
-    ("schedule", "linear", "one of trapezoid, cosine"), ("precision", "half", "one of float32, bfloat16"),
-    ("batch", 0, "image.batch must be 1 or more"), ("lr", float("nan"), "image.lr must be 0 or more"),
-    ("reuse", 0, "image.reuse must be 1 or more"),
-    ("drop", 1.5, "image.drop is a share and must be 1 or less"), ("decay", 7, "image.decay is a share"),
-])
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("schedule", "linear", "one of trapezoid, cosine"),
+        ("precision", "half", "one of float32, bfloat16"),
+        ("batch", 0, "image.batch must be 1 or more"),
+        ("lr", float("nan"), "image.lr must be 0 or more"),
+        ("reuse", 0, "image.reuse must be 1 or more"),
+        ("drop", 1.5, "image.drop is a share and must be 1 or less"),
+        ("decay", 7, "image.decay is a share"),
+    ],
+)
 def test_what_a_phase_cannot_be_is_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         nano_phase("image", **{field: value})
 
 
-@pytest.mark.parametrize("weights, message", [
-    ({"perceptual": float("nan")}, "loss.perceptual must be 0 or more, got nan"),
-    ({"pixel": -1.0}, "loss.pixel must be 0 or more"),
-    ({"pixel": 0, "perceptual": 0, "temporal": 0}, "one of loss.pixel, loss.perceptual"),
-])
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ({"perceptual": float("nan")}, "loss.perceptual must be 0 or more, got nan"),
+        ({"pixel": -1.0}, "loss.pixel must be 0 or more"),
+        ({"pixel": 0, "perceptual": 0, "temporal": 0}, "one of loss.pixel, loss.perceptual"),
+    ],
+)
 def test_what_a_loss_cannot_be_is_refused(weights, message):
     with pytest.raises(ValueError, match=message):
         LossWeights(**weights)
@@ -306,8 +321,13 @@ def every_part() -> list:
     large = SuperResConfig(grid=4, scale=2, text_len=64, pad=nano.model.pad, window=(3, 3), cross=(3, 3))
     tokenizer = dataclasses.replace(nano.vqvae, resolution=32, rates=(4, 8), rate=8)
     absolute = dataclasses.replace(nano.model, rotary=False)
-    system = dataclasses.replace(nano, model=absolute, superres=large, bases=("superres_base", "itersr_base"),
-                                 itersr=dataclasses.replace(large, cross=None))
+    system = dataclasses.replace(
+        nano,
+        model=absolute,
+        superres=large,
+        bases=("superres_base", "itersr_base"),
+        itersr=dataclasses.replace(large, cross=None),
+    )
     rows = [(one, name) for one in (nano, system, direct) for name in one.parts]
     return [*rows, (dataclasses.replace(nano, vqvae=tokenizer), "vqvae")]
 
@@ -319,16 +339,21 @@ def test_a_part_takes_all_of_one_of_its_sizes(system, name):
     told = inherit.take(mine, theirs)
     taken, given = mine.state_dict(), theirs.state_dict()
     assert all(torch.equal(taken[key], given[key]) for key in given)
-    assert told == f"{len(given) - (name == 'direct')} of {len(taken) - (name == 'direct')} tensors taken; " \
+    assert (
+        told == f"{len(given) - (name == 'direct')} of {len(taken) - (name == 'direct')} tensors taken; "
         "nothing is new"
+    )
 
 
-@pytest.mark.parametrize("part, changes, new", [
-    ("stage1", {"frames": 7}, ["positions.weight"]),
-    ("base", {"vocab": 600}, ["embed.weight but for 564 of 600 rows"]),
-    ("base", {"codes": 32}, ["embed.weight but for 0 of 564 rows"]),
-    ("vqvae", {"codes": 32}, [f"codebook.{name}" for name in ("vectors", "uses", "sums", "filled")]),
-])
+@pytest.mark.parametrize(
+    "part, changes, new",
+    [
+        ("stage1", {"frames": 7}, ["positions.weight"]),
+        ("base", {"vocab": 600}, ["embed.weight but for 564 of 600 rows"]),
+        ("base", {"codes": 32}, ["embed.weight but for 0 of 564 rows"]),
+        ("vqvae", {"codes": 32}, [f"codebook.{name}" for name in ("vectors", "uses", "sums", "filled")]),
+    ],
+)
 def test_a_part_of_another_size_takes_what_fits(part, changes, new):
     nano, field = presets.find("nano"), "vqvae" if part == "vqvae" else "model"
     other = dataclasses.replace(nano, **{field: dataclasses.replace(getattr(nano, field), **changes)})
@@ -345,10 +370,14 @@ def test_a_part_of_another_size_takes_what_fits(part, changes, new):
             assert torch.equal(value, before[key]), key
 
 
-@pytest.mark.parametrize("system, name, tables", [
-    ("nano", "base", {"embed.weight": 64}), ("nano", "decoder", {"words.weight": 0}),
-    ("direct-nano", "direct", {"embed.weight": 2}),
-])
+@pytest.mark.parametrize(
+    "system, name, tables",
+    [
+        ("nano", "base", {"embed.weight": 64}),
+        ("nano", "decoder", {"words.weight": 0}),
+        ("direct-nano", "direct", {"embed.weight": 2}),
+    ],
+)
 def test_of_other_words_no_embedding_is_taken(system, name, tables):
     """But those of image codes, and of frame rates."""
     mine, theirs = (inherit.new_part(presets.find(system), name, seed) for seed in (1, 2))

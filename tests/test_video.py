@@ -213,14 +213,24 @@ def through(tmp_path, image: Image.Image, name: str, **options) -> np.ndarray:
     return read_image(tmp_path / name, min(image.size)).astype(float)
 
 
-@pytest.mark.parametrize("name, pixels", [
-    ("a.png", GREY.astype(np.uint16)), ("a.tif", GREY.astype(np.uint16)), ("a.tif", GREY.astype(">u2")),
-    ("a.pgm", GREY.astype(np.int32)), ("a.tif", GREY.astype(np.int32)), ("a.tif", LEVELS.astype(np.int32)),
-    ("a.tif", (30000 * GREY - 10**9).astype(np.int32)),
-    ("a.tif", (GREY / 65535).astype(np.float32)), ("a.tif", LEVELS.astype(np.float32)),
-    ("a.tif", (3 * GREY - 70000).astype(np.float32)), ("a.tif", (GREY / 50000 - 0.2).astype(np.float32)),
-    ("a.pfm", (GREY / 65535).astype(np.float32)),
-], ids=lambda value: getattr(value, "dtype", value))
+@pytest.mark.parametrize(
+    "name, pixels",
+    [
+        ("a.png", GREY.astype(np.uint16)),
+        ("a.tif", GREY.astype(np.uint16)),
+        ("a.tif", GREY.astype(">u2")),
+        ("a.pgm", GREY.astype(np.int32)),
+        ("a.tif", GREY.astype(np.int32)),
+        ("a.tif", LEVELS.astype(np.int32)),
+        ("a.tif", (30000 * GREY - 10**9).astype(np.int32)),
+        ("a.tif", (GREY / 65535).astype(np.float32)),
+        ("a.tif", LEVELS.astype(np.float32)),
+        ("a.tif", (3 * GREY - 70000).astype(np.float32)),
+        ("a.tif", (GREY / 50000 - 0.2).astype(np.float32)),
+        ("a.pfm", (GREY / 65535).astype(np.float32)),
+    ],
+    ids=lambda value: getattr(value, "dtype", value),
+)
 def test_grey_of_any_depth_keeps_its_range(tmp_path, name, pixels):
     """16-bit grey once became white, and floating point black."""
     read = through(tmp_path, Image.fromarray(pixels), name)
@@ -244,8 +254,13 @@ def test_colours_of_any_mode_are_read(tmp_path):
     rgb = few[np.indices((32, 32)).sum(0) // 8 % 4]
     image, grey = Image.fromarray(rgb), Image.fromarray(rgb).convert("L")
     best = {"a.jpg": {"quality": 100, "subsampling": 0}, "a.webp": {"lossless": True}}
-    for mode, names in {"P": ("a.png", "a.gif", "a.tif"), "CMYK": ("a.tif", "a.jpg"), "YCbCr": ("a.tif",),
-                        "RGBA": ("a.png", "a.tif"), "RGB": ("a.png", "a.webp", "a.bmp")}.items():
+    for mode, names in {
+        "P": ("a.png", "a.gif", "a.tif"),
+        "CMYK": ("a.tif", "a.jpg"),
+        "YCbCr": ("a.tif",),
+        "RGBA": ("a.png", "a.tif"),
+        "RGB": ("a.png", "a.webp", "a.bmp"),
+    }.items():
         made = image.convert(mode, palette=Image.Palette.ADAPTIVE)
         for name in names:
             read = through(tmp_path, made, name, **best.get(name, {}))
@@ -290,8 +305,16 @@ def test_a_photograph_is_turned_as_it_was_held(tmp_path, name, wide):
     if wide and name not in ("a.png", "a.tif"):
         pytest.skip("of 8 bits only")
     upright = np.repeat(np.repeat(np.array([[0, 60, 120], [255, 180, 30]]), 16, 0), 16, 1)
-    turned = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
-              6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)}
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].T,
+        8: np.rot90(upright, -1),
+    }
     for orientation, pixels in turned.items():
         exif = Image.Exif()
         exif[0x0112] = orientation

@@ -1,7 +1,7 @@
 import torch
 
-from cogvideo import presets
-from cogvideo.vqvae import VQVAE, Codebook, to_frames, to_pictures
+from cogvideo.model import presets
+from cogvideo.model.vqvae import VQVAE, Codebook, to_frames, to_pictures
 
 CONFIG = presets.find("nano").vqvae
 

@@ -6,9 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogvideo.files import replacing, replacing_folder
-from cogvideo.foreign import Piece
-from cogvideo.model.packed import Int8Linear
-from cogvideo.weights import ModelError, ModelFolder, find_model
+from cogvideo.generate.int8 import Int8Linear
+from cogvideo.model.folder import ModelError, ModelFolder, Piece, find_model
 
 
 @pytest.fixture

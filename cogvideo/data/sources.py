@@ -17,24 +17,27 @@ from pathlib import Path
 from typing import Any
 
 from cogvideo.data import tinyworld
-from cogvideo.data.clips import Source
+from cogvideo.data.cut import Source
 from cogvideo.data.videos import Listed, Videos
 from cogvideo.video import VIDEOS
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 COLUMNS = "file_name (or path) and text (or caption), and start and end if only a part is meant"
-CHOICES = (f"give tinyworld; a folder of videos ({', '.join(VIDEOS)}) with captions in <name>.txt beside "
-           f"them or in {', '.join(TABLES)}; a .csv or .jsonl with {COLUMNS}; the annotations of YouCook2 "
-           "(.json) with the videos in its folder or below; or local shards: a folder of .tar, one .tar, or "
-           "a pattern as x-{000..099}.tar")
+CHOICES = (
+    f"give tinyworld; a folder of videos ({', '.join(VIDEOS)}) with captions in <name>.txt beside "
+    f"them or in {', '.join(TABLES)}; a .csv or .jsonl with {COLUMNS}; the annotations of YouCook2 "
+    "(.json) with the videos in its folder or below; or local shards: a folder of .tar, one .tar, or "
+    "a pattern as x-{000..099}.tar"
+)
 YOUCOOK = "youcook*trainval*.json"  # what its captions are in
 SUBSETS = ("training", "validation")  # of YouCook2; what it has for testing is not captioned
 
 Place = tuple[Path, float, float | None]  # a video, and the seconds where a part of it begins and ends
 
 
-def open_source(where: str | Path, seed: int = 0, sprites: int | None = 32,
-                subset: str | None = None) -> Source:
+def open_source(
+    where: str | Path, seed: int = 0, sprites: int | None = 32, subset: str | None = None
+) -> Source:
     """Recordings to train on: "tinyworld", a folder of videos, a table, YouCook2, or webdataset shards.
 
     `seed` and how many `sprites` (None: all) are for the tiny world, `subset` (None: training) for YouCook2.
@@ -183,8 +186,10 @@ def _read_youcook(path: Path, subset: str, skipped: dict[str, str]) -> list[List
     def take(place: str, values: Any, key: str | int, kind: Any) -> Any:
         value = values.get(key) if isinstance(values, dict) else None
         if not isinstance(value, kind):
-            raise ValueError(f"{path} is not laid out like the annotations of YouCook2: {place}{key} is "
-                             f"{'missing' if value is None else f'a {type(value).__name__}'}")
+            raise ValueError(
+                f"{path} is not laid out like the annotations of YouCook2: {place}{key} is "
+                f"{'missing' if value is None else f'a {type(value).__name__}'}"
+            )
         return value
 
     for name, video in take("", table, "database", dict).items():
@@ -196,16 +201,20 @@ def _read_youcook(path: Path, subset: str, skipped: dict[str, str]) -> list[List
             inside = f"{place}annotations[{number}]."
             segment = take(inside, row, "segment", list)
             if len(segment) != 2 or not all(isinstance(second, (int, float)) for second in segment):
-                raise ValueError(f"{path} is not laid out like the annotations of YouCook2: "
-                                 f"{inside}segment is {segment}, not [start, end]")
+                raise ValueError(
+                    f"{path} is not laid out like the annotations of YouCook2: "
+                    f"{inside}segment is {segment}, not [start, end]"
+                )
             file, captions = videos.get(name, below / f"{name}.mp4"), take(inside, row, "sentence", str)
             listed.append(Listed(file, _texts(captions), start=float(segment[0]), end=float(segment[1])))
     usable = _usable(listed, skipped)
     if not listed:
         raise ValueError(f"{path} has no segments of the subset {subset}")
     if not any(name in videos for name in asked):
-        raise ValueError(f"none of the {len(asked)} videos of the subset {subset} is in {below} or "
-                         f"below; looked for {', '.join(asked[:3])} ... with {', '.join(VIDEOS)}")
+        raise ValueError(
+            f"none of the {len(asked)} videos of the subset {subset} is in {below} or "
+            f"below; looked for {', '.join(asked[:3])} ... with {', '.join(VIDEOS)}"
+        )
     return usable
 
 

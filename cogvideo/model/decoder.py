@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.hardware import constant
-from cogvideo.vqvae import VQVAE, ResidualBlock, VQVAEConfig, decoder_of
+from cogvideo.model.vqvae import VQVAE, ResidualBlock, VQVAEConfig, decoder_of
 
 
 @dataclass(frozen=True)

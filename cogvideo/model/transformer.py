@@ -246,7 +246,11 @@ class DualChannelTransformer(nn.Module):
         self._write(len(blocks), self.channels[-1].project(last.norm1(x), turns), layout.text_len, cache)
 
     def _begin(
-        self, tokens: Tensor, layout: Layout, cache: Cache | None, boost: float,
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        cache: Cache | None,
+        boost: float,
         corners: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Callable[..., Tensor]]:
         """Text and frames as they enter the first layer [B, T + S, D], their rotations, and the attention of
@@ -297,9 +301,7 @@ class DualChannelTransformer(nn.Module):
         time, row, column = (layout.axes(table.device) + F.pad(corners, (1, 0))[:, None]).unbind(-1)
         return table[(time * self.config.grid + row) * self.config.grid + column]
 
-    def _turns(
-        self, layout: Layout, device: torch.device, corners: Tensor | None = None
-    ) -> Tensor | None:
+    def _turns(self, layout: Layout, device: torch.device, corners: Tensor | None = None) -> Tensor | None:
         """[2, T + F * N, d] the rotations of text, which has none, and of all laid places; None without
         rotary embedding."""
         if not self.config.rotary:
@@ -360,7 +362,11 @@ class DualChannelTransformer(nn.Module):
         return self.base.norm(x)
 
     def _attend_step(
-        self, layer: int, x: Tensor, cache: Cache, splits: Sequence[Sequence[list[list[int]]]],
+        self,
+        layer: int,
+        x: Tensor,
+        cache: Cache,
+        splits: Sequence[Sequence[list[list[int]]]],
         turns: Tensor | None,
     ) -> Tensor:
         """Attention of one layer for m new tokens a row, [B, m, D] to the same; `splits` groups their places,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cogvideo.files import replacing
-from cogvideo.model.system import Family
+from cogvideo.model.families import Family
 from cogvideo.train.parallel import Machine, gather_momentum, whole
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from cogvideo.layout import Layout
 from cogvideo.train import objectives
-from cogvideo.train.recipes import Phase
+from cogvideo.train.phase import Phase
 
 
 def clip_flops(phase: Phase, parts: dict[str, Any]) -> float | None:

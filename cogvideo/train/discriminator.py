@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideo.eval.features import weighted
+from cogvideo.model.features import weighted
 
 NOISE = 0.01  # standard deviation, in shares of white, of what the slope is measured by
 SLOPE = 100.0  # weight of the squared change that it makes: in the place of r1

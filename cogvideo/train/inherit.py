@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogvideo.data.clips import Source
+from cogvideo.convert.gpt2 import read_embedding
+from cogvideo.data.cut import Source
 from cogvideo.data.loader import read_captions
 from cogvideo.files import replacing_folder
 from cogvideo.model.decoder import VideoDecoder
-from cogvideo.model.direct import Direct
-from cogvideo.model.system import Family
+from cogvideo.model.families import Family
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.regression import Direct
 from cogvideo.model.transformer import Base
+from cogvideo.model.vqvae import VQVAE
 from cogvideo.text import split_words, train_text
 from cogvideo.train.recipes import Recipe
-from cogvideo.vqvae import VQVAE
-from cogvideo.weights import ModelFolder, read_embedding
 
 Rows = list[tuple[int, int]]  # here and there
 CAPTIONS = 40_000  # that the text model is trained on
@@ -40,8 +41,10 @@ def shared_parts(system: Family, init: ModelFolder) -> list[str]:
     """The parts that both models have; ValueError if there are none."""
     there = init.system().parts
     if not (shared := [name for name in system.parts if name in there and init.has(name)]):
-        raise ValueError(f"{init.path} has no part of this model; its parts are {', '.join(there)}, "
-                         f"this model's are {', '.join(system.parts)}")
+        raise ValueError(
+            f"{init.path} has no part of this model; its parts are {', '.join(there)}, "
+            f"this model's are {', '.join(system.parts)}"
+        )
     return shared
 
 
@@ -58,29 +61,38 @@ def read_words(system: Family, where: str) -> Tensor:
     """GPT-2's embedding [ids, width]; ValueError if it is not of this model's size."""
     given, ids, width = read_embedding(where), system.speaks.vocab, system.speaks.width
     if given.shape != (ids, width):
-        raise ValueError(f"the embedding in {where} is {given.shape[0]} ids x {given.shape[1]}, this model's "
-                         f"is {ids} x {width}; direct-gpt2 is as wide as the smallest GPT-2, 768")
+        raise ValueError(
+            f"the embedding in {where} is {given.shape[0]} ids x {given.shape[1]}, this model's "
+            f"is {ids} x {width}; direct-gpt2 is as wide as the smallest GPT-2, 768"
+        )
     return given
 
 
-def check(folder: ModelFolder, recipe: Recipe, system: Family, init: ModelFolder | None,
-          init_embedding: str | None) -> None:
+def check(
+    folder: ModelFolder, recipe: Recipe, system: Family, init: ModelFolder | None, init_embedding: str | None
+) -> None:
     """Raise ValueError, before anything is made, if a run cannot begin so, or has begun otherwise."""
     if (folder.path / "config.json").exists():
         config, asked = folder.config, _asked(init, init_embedding)
         if folder.system() != system:
-            raise ValueError(f"{folder.path} holds another model, {config.get('preset')}, than the recipe "
-                             f"{recipe.name} trains, {recipe.preset}; choose another --out")
+            raise ValueError(
+                f"{folder.path} holds another model, {config.get('preset')}, than the recipe "
+                f"{recipe.name} trains, {recipe.preset}; choose another --out"
+            )
         if asked and asked != (begun := config.get("begun", {})):
-            raise ValueError(f"the run in {folder.path.parent} has begun with {begun or 'new weights'}; to "
-                             f"begin with {asked} choose another --out")
+            raise ValueError(
+                f"the run in {folder.path.parent} has begun with {begun or 'new weights'}; to "
+                f"begin with {asked} choose another --out"
+            )
         return
     if init is not None:
         shared_parts(system, init)
     if init_embedding is not None:
         if recipe.pieces:
-            raise ValueError(f"the recipe {recipe.name} has words of its own; GPT-2's embedding is for "
-                             f"recipes with GPT-2's words, such as direct-gpt2")
+            raise ValueError(
+                f"the recipe {recipe.name} has words of its own; GPT-2's embedding is for "
+                f"recipes with GPT-2's words, such as direct-gpt2"
+            )
         read_words(system, init_embedding)
 
 
@@ -89,13 +101,24 @@ def _asked(init: ModelFolder | None, init_embedding: str | None) -> dict[str, st
     return {name: value for name, value in asked.items() if value}
 
 
-def prepare(folder: ModelFolder, recipe: Recipe, system: Family, source: Source,
-            init: ModelFolder | None = None, init_embedding: str | None = None) -> None:
+def prepare(
+    folder: ModelFolder,
+    recipe: Recipe,
+    system: Family,
+    source: Source,
+    init: ModelFolder | None = None,
+    init_embedding: str | None = None,
+) -> None:
     """Begin a model folder, if there is none: its text model, what it inherits, its configuration."""
     if (folder.path / "config.json").exists():
         return
-    config = {"preset": recipe.preset, "recipe": recipe.name, **system.to_dict(), "trained": {},
-              "begun": _asked(init, init_embedding)}
+    config = {
+        "preset": recipe.preset,
+        "recipe": recipe.name,
+        **system.to_dict(),
+        "trained": {},
+        "begun": _asked(init, init_embedding),
+    }
     if recipe.pieces:
         captions = list(read_captions(source, CAPTIONS, recipe.seed))
         words = sorted({word for caption in captions for word in split_words(caption)})

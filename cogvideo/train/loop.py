@@ -19,21 +19,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from cogvideo.data.clips import Source
-from cogvideo.data.loader import Batch, Reuse, batches, recurring
+from cogvideo.data.cut import Source
+from cogvideo.data.loader import Batch, batches
+from cogvideo.data.tokens import Reuse, recurring
 from cogvideo.hardware import find_device, free_memory, gemm_rate
 from cogvideo.layout import SECONDS
-from cogvideo.model.direct import Direct
-from cogvideo.model.system import Family
+from cogvideo.model.families import Family
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.regression import Direct
 from cogvideo.text import TextTokenizer
 from cogvideo.train import checkpoint, inherit, parallel
 from cogvideo.train.cost import clip_flops
 from cogvideo.train.discriminator import new_discriminator
 from cogvideo.train.objectives import encode_clips
 from cogvideo.train.optim import learning_rate, optimizers, set_rate
-from cogvideo.train.recipes import Phase, Recipe
+from cogvideo.train.phase import Phase
+from cogvideo.train.recipes import Recipe
 from cogvideo.train.report import Report, draw_curve
-from cogvideo.weights import ModelFolder
 
 LOOKED_AT = 2_000  # captions of a source without end, for their length
 MOST_SKIPPED = 20  # steps in a row whose gradients overflow
@@ -93,9 +95,24 @@ def train(
     check_data(phases, source)
 
     work = partial(
-        run, recipe, out, source, system, phases, device=device, recompute=recompute, compile=compile,
-        shard=shard, workers=workers, save_every=save_every, log_every=log_every, probe_every=probe_every,
-        probe=probe, quiet=quiet, init=init, init_embedding=init_embedding,
+        run,
+        recipe,
+        out,
+        source,
+        system,
+        phases,
+        device=device,
+        recompute=recompute,
+        compile=compile,
+        shard=shard,
+        workers=workers,
+        save_every=save_every,
+        log_every=log_every,
+        probe_every=probe_every,
+        probe=probe,
+        quiet=quiet,
+        init=init,
+        init_embedding=init_embedding,
     )
     with parallel.launch(1 if started or not phases else processes, work) as member:
         work(member)
@@ -132,9 +149,18 @@ def run(
         for number, phase in enumerate(recipe.phases):
             chosen = next((p for p in phases if p.name == phase.name), None)
             if chosen is not None:
-                run_phase(chosen, folder, out / phase.name, source, text, machine,
-                          before=came_before(recipe, phase, out), seed=recipe.seed + 1000 * number,
-                          quiet=quiet, **options)
+                run_phase(
+                    chosen,
+                    folder,
+                    out / phase.name,
+                    source,
+                    text,
+                    machine,
+                    before=came_before(recipe, phase, out),
+                    seed=recipe.seed + 1000 * number,
+                    quiet=quiet,
+                    **options,
+                )
     finally:
         parallel.stop(machine)
 
@@ -166,8 +192,10 @@ def remaining(recipe: Recipe, phases: list[Phase], folder: ModelFolder) -> list[
             continue
         names = [other.name for other in recipe.phases]
         for state in begun(recipe.phases[names.index(phase.name) + 1 :], phase, out):
-            raise ValueError(f"{phase.name} cannot go on, for {state.parent.name} has gone on from it; "
-                             f"delete {state.parent} to train it again after {phase.name}")
+            raise ValueError(
+                f"{phase.name} cannot go on, for {state.parent.name} has gone on from it; "
+                f"delete {state.parent} to train it again after {phase.name}"
+            )
         found.append(phase)
     return found
 
@@ -178,8 +206,10 @@ def check_begun(recipe: Recipe, phases: list[Phase], folder: ModelFolder) -> Non
     for phase in phases:
         before = came_before(recipe, phase, folder.path.parent)
         if before is not None and before.parent.name not in done:
-            raise ValueError(f"{phase.name} would go on from {before.parent.name}, which was stopped before "
-                             f"its end; finish that first, or delete {before.parent}")
+            raise ValueError(
+                f"{phase.name} would go on from {before.parent.name}, which was stopped before "
+                f"its end; finish that first, or delete {before.parent}"
+            )
 
 
 def check_parts(folder: ModelFolder, phases: list[Phase], init: ModelFolder | None = None) -> None:
@@ -189,14 +219,14 @@ def check_parts(folder: ModelFolder, phases: list[Phase], init: ModelFolder | No
         inherited = [phase.inherits] if phase.inherits and not folder.has(phase.trains[0]) else []
         for part in (*phase.uses, *inherited):
             if part not in made and part not in phase.trains and not folder.has(part):
-                raise ValueError(f"the phase {phase.name} needs the part {part}, which is not in "
-                                 f"{folder.path}; train the phase that makes it first")
+                raise ValueError(
+                    f"the phase {phase.name} needs the part {part}, which is not in "
+                    f"{folder.path}; train the phase that makes it first"
+                )
         made |= set(phase.trains)
 
 
-def check_memory(
-    phases: list[Phase], system: Family, device: torch.device, ranks: int, shard: bool
-) -> bool:
+def check_memory(phases: list[Phase], system: Family, device: torch.device, ranks: int, shard: bool) -> bool:
     """Whether weights must be cut into shards: if `shard` asks for it, or if not every process has room for
     whole weights, gradients and the optimizer's averages. Raise ValueError where not even shards of those
     fit."""
@@ -208,9 +238,11 @@ def check_memory(
         if free is not None and due * copies > free:
             shard = ranks > 1
         if free is not None and due * copies / ranks > free:
-            raise ValueError(f"{phase.name} needs {due * copies / ranks / 1e9:.1f} GB for weights, gradients "
-                             f"and averages alone, and {free / 1e9:.1f} GB are free; choose a smaller "
-                             f"preset, or more devices")
+            raise ValueError(
+                f"{phase.name} needs {due * copies / ranks / 1e9:.1f} GB for weights, gradients "
+                f"and averages alone, and {free / 1e9:.1f} GB are free; choose a smaller "
+                f"preset, or more devices"
+            )
     return shard
 
 
@@ -276,8 +308,15 @@ def run_phase(
     flops = clip_flops(phase, parts)
     passed = {**source.skipped}  # recordings without use, and why
     weights = [p for p in container.parameters() if p.requires_grad]
-    report = Report(out, phase.name, phase.steps, phase.batch, log_every, quiet,
-                    peak_clips=peak / flops if flops else None)
+    report = Report(
+        out,
+        phase.name,
+        phase.steps,
+        phase.batch,
+        log_every,
+        quiet,
+        peak_clips=peak / flops if flops else None,
+    )
     if machine.first:
         report.forget(first)
     skipped = 0  # steps in a row
@@ -301,8 +340,10 @@ def run_phase(
             for optimizer in optims:
                 optimizer.step()
         elif (skipped := skipped + 1) == MOST_SKIPPED:
-            raise ValueError(f"{phase.name}: {skipped} steps in a row overflowed; go on from the last save "
-                             f"with a lower --{phase.name}.lr, or --{phase.name}.precision float32")
+            raise ValueError(
+                f"{phase.name}: {skipped} steps in a row overflowed; go on from the last save "
+                f"with a lower --{phase.name}.lr, or --{phase.name}.precision float32"
+            )
         container.zero_grad(set_to_none=True)
         numbers = machine.mean({"loss": float(loss.detach()), **numbers})
         if machine.first:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideo.eval.features import PictureFeatures, perceptual_distance, weighted
 from cogvideo.hardware import constant
+from cogvideo.model.features import PictureFeatures, perceptual_distance, weighted
 
 
 @dataclass(frozen=True)

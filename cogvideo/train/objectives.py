@@ -18,15 +18,15 @@ from torch import Tensor
 
 from cogvideo.data.loader import Batch
 from cogvideo.layout import SECONDS, Layout
-from cogvideo.model.system import DirectSystem, Family, System
+from cogvideo.model.families import DirectSystem, Family, System
 from cogvideo.model.transformer import DualChannelTransformer
+from cogvideo.model.vqvae import VQVAE, Codebook
 from cogvideo.text import PLAIN, TEMPLATE, TextTokenizer
 from cogvideo.train.discriminator import opinion
 from cogvideo.train.losses import HierarchicalLoss
-from cogvideo.vqvae import VQVAE, Codebook
 
 if TYPE_CHECKING:
-    from cogvideo.train.recipes import Phase
+    from cogvideo.train.phase import Phase
 
 Parts = dict[str, Any]  # modules by name
 Result = tuple[Tensor, dict[str, float]]
@@ -105,7 +105,11 @@ def frames_loss(
 
 
 def prepare_text(
-    tokenizer: TextTokenizer, batch: Batch, text_len: int, drop: float, generator: torch.Generator,
+    tokenizer: TextTokenizer,
+    batch: Batch,
+    text_len: int,
+    drop: float,
+    generator: torch.Generator,
     template: str = TEMPLATE,
 ) -> Tensor:
     """Ids [B, T]; a share `drop` of the captions is left out (their duration stays), for classifier-free
@@ -224,8 +228,9 @@ def check(phase: Phase, system: Family) -> None:
         (rate,) = phase.cut.rates
         have, due = len(system.direct.slots(rate)[: phase.cut.keep]), phase.cut.keep or phase.cut.frames
         if have != due:
-            raise ValueError(f"{phase.name} cuts {due} frames, but the model has {have} at {rate:g} frames a "
-                             f"second")
+            raise ValueError(
+                f"{phase.name} cuts {due} frames, but the model has {have} at {rate:g} frames a second"
+            )
 
 
 def tokenizer(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from cogvideo.data.clips import Source
+from cogvideo.data.cut import Source
 from cogvideo.data.loader import batches
-from cogvideo.model.system import Family
+from cogvideo.model.families import Family
+from cogvideo.model.folder import ModelFolder
 from cogvideo.train import inherit, loop, objectives, parallel
-from cogvideo.train.recipes import Phase, Recipe
+from cogvideo.train.phase import Phase
+from cogvideo.train.recipes import Recipe
 from cogvideo.train.report import read_log
-from cogvideo.weights import ModelFolder
 
 CAPTIONS = 5_000  # that the text model is trained on
 
@@ -88,17 +89,38 @@ def random_model(folder: ModelFolder, recipe: Recipe, system: Any, source: Sourc
         part = inherit.new_part(system, name, recipe.seed)
         if name == "vqvae":
             generator = torch.Generator().manual_seed(recipe.seed)
-            part.codebook.fill(torch.randn(len(part.codebook.vectors), part.config.code_width,
-                                           generator=generator), generator)
+            part.codebook.fill(
+                torch.randn(len(part.codebook.vectors), part.config.code_width, generator=generator),
+                generator,
+            )
         folder.save(name, part)
 
 
-def _run(recipe: Recipe, out: Path, source: Source, system: Family, phase: Phase, device: torch.device,
-         processes: int, workers: int) -> None:
+def _run(
+    recipe: Recipe,
+    out: Path,
+    source: Source,
+    system: Family,
+    phase: Phase,
+    device: torch.device,
+    processes: int,
+    workers: int,
+) -> None:
     """A short run without the checks of a real one."""
-    options: dict[str, Any] = dict(device=device, recompute=False, compile=False, shard=False, quiet=True,
-                                   init=None, init_embedding=None, workers=workers, save_every=10**9,
-                                   log_every=1, probe_every=10**9, probe=None)
+    options: dict[str, Any] = dict(
+        device=device,
+        recompute=False,
+        compile=False,
+        shard=False,
+        quiet=True,
+        init=None,
+        init_embedding=None,
+        workers=workers,
+        save_every=10**9,
+        log_every=1,
+        probe_every=10**9,
+        probe=None,
+    )
     recipe = replace(recipe, phases=(phase,))
     work: Callable[[Any], None] = partial(loop.run, recipe, out, source, system, [phase], **options)
     with parallel.launch(processes, work) as member:
@@ -122,7 +144,9 @@ def table(paces: list[Pace]) -> str:
     lines = [f"{'phase':<12}{'steps':>8}{'s/step':>9}{'clips/s':>9}{'mfu':>6}{'hours':>8}"]
     for one in paces:
         mfu = f"{one.mfu:.0%}" if one.mfu else "-"
-        lines.append(f"{one.phase.name:<12}{one.phase.steps:>8}{one.step:>9.2f}{one.clips:>9.1f}{mfu:>6}"
-                     f"{one.hours:>8.1f}")
+        lines.append(
+            f"{one.phase.name:<12}{one.phase.steps:>8}{one.step:>9.2f}{one.clips:>9.1f}{mfu:>6}"
+            f"{one.hours:>8.1f}"
+        )
     lines.append(f"{'all':<44}{sum(one.hours for one in paces):>8.1f}")
     return "\n".join(lines)

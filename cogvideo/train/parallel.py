@@ -37,10 +37,10 @@ from torch.utils.checkpoint import checkpoint
 from cogvideo.data.loader import Batch
 from cogvideo.hardware import find_device, idle_cores
 from cogvideo.model.transformer import Block
+from cogvideo.model.vqvae import Codebook
 from cogvideo.train.objectives import Result
 from cogvideo.train.objectives import Step as Objective
-from cogvideo.train.recipes import Phase
-from cogvideo.vqvae import Codebook
+from cogvideo.train.phase import Phase
 
 BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -209,8 +209,10 @@ def launch(ranks: int, work: Callable[[Member], Any]) -> Iterator[Member | None]
             ended = [str(one.exitcode) for one in processes if one.exitcode]
             if not ended:
                 raise
-            raise OSError(f"a training process ended (exit code {', '.join(ended)}); the same command "
-                          f"resumes the run at its last save") from error
+            raise OSError(
+                f"a training process ended (exit code {', '.join(ended)}); the same command "
+                f"resumes the run at its last save"
+            ) from error
         finally:
             for process in processes:
                 process.kill()

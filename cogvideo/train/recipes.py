@@ -16,83 +16,12 @@ and of the regression family, whose one model goes from phase to phase:
     high        all frames
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
-from cogvideo.data.clips import Cut
-from cogvideo.model.system import Family
+from cogvideo.data.cut import Cut
 from cogvideo.train import objectives
-from cogvideo.train.losses import HierarchicalLoss, LossWeights
-from cogvideo.train.optim import OPTIMIZERS, SCHEDULES, check_optimizer
-
-PRECISIONS = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Phase:
-    name: str
-    objective: Callable[..., objectives.Step]
-    trains: tuple[str, ...]  # parts that learn; all others stay as they are
-    uses: tuple[str, ...]  # parts that must be there
-    cut: Cut
-    steps: int
-    batch: int  # clips
-    lr: float  # peak learning rate
-    epochs: int = 0  # if not 0, what decides on the steps; of data that has an end
-    inherits: str | None = None  # the part that a new temporal channel starts as a copy of
-    warmup: int = 200  # steps
-    decay: float = 0.3  # share of the steps, at the end, over which it falls to 0
-    schedule: str = "trapezoid"
-    optimizer: str = "muon"
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0  # norm of all gradients together
-    precision: str = "bfloat16"  # of matrix products; weights stay in float32
-    drop: float = 0.1  # share of captions left out
-    reuse: int = 1  # token models: times that a clip is used, each time with another caption
-    windowed: float = 0.0  # token models: share of clips of which only a window over the object is learnt
-    perturb: float = 0.0  # tokenizer: share of codes replaced by near ones
-    corrupt: float = 0.0  # token models: share of the codes they read replaced by near ones
-    resample: float = 0.0  # decoder: share of codes that the stages sample anew
-    object_weight: float = 0.0  # how much more a place counts where the object is
-    adversary: float = 0.0  # decoder: weight of a discriminator's opinion
-    loss: LossWeights = field(default_factory=LossWeights)
-
-    def __post_init__(self) -> None:
-        choices = {"precision": PRECISIONS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES}
-        for name, known in choices.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{self.name}.{name} must be one of {', '.join(known)}; got {value!r}")
-        for name in ("steps", "batch", "lr", "epochs", "warmup", "decay", "weight_decay", "clip", "drop",
-                     "perturb", "corrupt", "resample", "windowed", "object_weight", "adversary", "reuse"):
-            least = 1 if name in ("steps", "batch", "reuse") else 0
-            if not least <= (value := getattr(self, name)) < float("inf"):
-                raise ValueError(f"{self.name}.{name} must be {least} or more, got {value}")
-        for name in ("decay", "drop", "perturb", "corrupt", "resample", "windowed"):
-            if (value := getattr(self, name)) > 1:
-                raise ValueError(f"{self.name}.{name} is a share and must be 1 or less, got {value}")
-
-    def over(self, count: int | None) -> "Phase":
-        """With the steps that its epochs are, on `count` recordings; ValueError if there is no last one."""
-        if not self.epochs:
-            return self
-        if count is None:
-            raise ValueError(f"{self.name} takes {self.epochs} epochs, but the data has no end; "
-                             f"give --{self.name}.steps")
-        return replace(self, steps=max(1, self.epochs * count // self.batch), epochs=0)
-
-    def check(self, system: Family) -> None:
-        """ValueError unless it can train this model here: its clips are of the right sizes and rates, its
-        loss can be computed, and there is its optimizer."""
-        size, scale = system.resolution, system.refiner.scale if system.refiner else 1
-        due = (size, size * scale)[: len(self.cut.sizes)]
-        if self.cut.sizes != due:
-            have, want = (" and ".join(map(str, sizes)) for sizes in (self.cut.sizes, due))
-            raise ValueError(f"{self.name} cuts frames of {have} pixels, but the model's are of {want}; "
-                             f"choose another preset")
-        HierarchicalLoss(self.loss)  # knows its network, and finds the file for it
-        check_optimizer(self.optimizer)
-        objectives.check(self, system)
+from cogvideo.train.losses import LossWeights
+from cogvideo.train.phase import Phase
 
 
 @dataclass(frozen=True)
@@ -124,8 +53,9 @@ class Recipe:
             known |= {f"loss.{f.name}": getattr(phase.loss, f.name) for f in fields(phase.loss)}
             kinds = {name: type(now) for name, now in known.items() if type(now) in (int, float, str)}
             if what not in kinds:
-                raise ValueError(f"a phase has no field {what!r} that can be set; choose one of "
-                                 f"{', '.join(kinds)}")
+                raise ValueError(
+                    f"a phase has no field {what!r} that can be set; choose one of {', '.join(kinds)}"
+                )
             try:
                 typed = kinds[what](value)
             except ValueError:
@@ -138,11 +68,23 @@ class Recipe:
         return found
 
 
-def direct(name: str, cut: Cut, *, batch: int, lr: float, steps: int = 1, epochs: int = 0,
-           optimizer: str = "adamw") -> Phase:
+def direct(
+    name: str, cut: Cut, *, batch: int, lr: float, steps: int = 1, epochs: int = 0, optimizer: str = "adamw"
+) -> Phase:
     """A phase of the regression family; it goes on with what the phase before it made."""
-    return Phase(name, objectives.direct, trains=("direct",), uses=(), cut=cut, steps=steps, batch=batch,
-                 lr=lr, epochs=epochs, optimizer=optimizer, drop=0.0)
+    return Phase(
+        name,
+        objectives.direct,
+        trains=("direct",),
+        uses=(),
+        cut=cut,
+        steps=steps,
+        batch=batch,
+        lr=lr,
+        epochs=epochs,
+        optimizer=optimizer,
+        drop=0.0,
+    )
 
 
 REFERENCE = (  # of the regression family
@@ -152,41 +94,143 @@ REFERENCE = (  # of the regression family
 )
 
 RECIPES = {
-    "tiny": Recipe("tiny", "tiny", (
-        Phase("crops", objectives.tokenizer, trains=("vqvae",), uses=(),
-              cut=Cut(1, (8,), sizes=(192,), crop=96, cover=48), steps=5000, batch=32, lr=1e-3, warmup=100,
-              decay=0.0, optimizer="adamw", weight_decay=0.0, perturb=0.1, object_weight=4.0,
-              loss=LossWeights(perceptual=0.2, temporal=0.0)),
-        Phase("tokenizer", objectives.tokenizer, trains=("vqvae",), uses=(),
-              cut=Cut(1, (8,), sizes=(192,), cover=48), steps=2000, batch=8, lr=1e-3, warmup=100,
-              optimizer="adamw", weight_decay=0.0, perturb=0.1, object_weight=4.0,
-              loss=LossWeights(perceptual=0.2, temporal=0.0)),
-        Phase("image", objectives.image, trains=("base",), uses=("vqvae",),
-              cut=Cut(5, (1, 1, 2, 4, 8), keep=1, sizes=(192,), cover=16), steps=20000, batch=64, lr=7e-4,
-              windowed=0.75, object_weight=2.0),
-        Phase("stage1", objectives.stage1, trains=("stage1",), uses=("vqvae", "base"),
-              cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4), sizes=(192,), cover=16), steps=20000, batch=8, lr=2e-3,
-              inherits="base", corrupt=0.05, object_weight=2.0),
-        Phase("stage2", objectives.stage2, trains=("stage2",), uses=("vqvae", "base"),
-              cut=Cut(5, (2, 2, 4, 8), sizes=(192,), cover=16), steps=20000, batch=8, lr=2e-3,
-              inherits="stage1", corrupt=0.05, object_weight=2.0),
-        Phase("decoder", objectives.decoder, trains=("decoder",), uses=("vqvae",),
-              cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), crop=96, cover=48), steps=5000, batch=8, lr=5e-4,
-              warmup=100, decay=0.0, optimizer="adamw", weight_decay=0.0, inherits="vqvae", corrupt=0.1,
-              object_weight=4.0, loss=LossWeights(perceptual=0.2, temporal=0.02)),
-        Phase("mistakes", objectives.decoder, trains=("decoder",), uses=("vqvae", "base", "stage1", "stage2"),
-              cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), cover=48), steps=3000, batch=2, lr=5e-4,
-              warmup=100, decay=1.0, optimizer="adamw", weight_decay=0.0, inherits="vqvae", resample=0.2,
-              object_weight=4.0, loss=LossWeights(perceptual=0.2, temporal=0.02)),
-    ), sprites=96, pieces=2048),
-    "direct-tiny": Recipe("direct-tiny", "direct-tiny", (
-        direct("image", Cut(5, (1,), keep=1), steps=2000, batch=32, lr=1e-3, optimizer="muon"),
-        direct("low", Cut(5, (1,)), steps=2000, batch=8, lr=1e-3, optimizer="muon"),
-        direct("high", Cut(33, (8,)), steps=600, batch=4, lr=1e-3, optimizer="muon"),
-        Phase("refiner", objectives.refiner, trains=("refiner",), uses=(),
-              cut=Cut(3, (8,), sizes=(48, 192)), steps=1500, batch=4, lr=5e-4, optimizer="adamw",
-              weight_decay=0.0, loss=LossWeights(perceptual=0.02, temporal=0.02)),
-    )),
+    "tiny": Recipe(
+        "tiny",
+        "tiny",
+        (
+            Phase(
+                "crops",
+                objectives.tokenizer,
+                trains=("vqvae",),
+                uses=(),
+                cut=Cut(1, (8,), sizes=(192,), crop=96, cover=48),
+                steps=5000,
+                batch=32,
+                lr=1e-3,
+                warmup=100,
+                decay=0.0,
+                optimizer="adamw",
+                weight_decay=0.0,
+                perturb=0.1,
+                object_weight=4.0,
+                loss=LossWeights(perceptual=0.2, temporal=0.0),
+            ),
+            Phase(
+                "tokenizer",
+                objectives.tokenizer,
+                trains=("vqvae",),
+                uses=(),
+                cut=Cut(1, (8,), sizes=(192,), cover=48),
+                steps=2000,
+                batch=8,
+                lr=1e-3,
+                warmup=100,
+                optimizer="adamw",
+                weight_decay=0.0,
+                perturb=0.1,
+                object_weight=4.0,
+                loss=LossWeights(perceptual=0.2, temporal=0.0),
+            ),
+            Phase(
+                "image",
+                objectives.image,
+                trains=("base",),
+                uses=("vqvae",),
+                cut=Cut(5, (1, 1, 2, 4, 8), keep=1, sizes=(192,), cover=16),
+                steps=20000,
+                batch=64,
+                lr=7e-4,
+                windowed=0.75,
+                object_weight=2.0,
+            ),
+            Phase(
+                "stage1",
+                objectives.stage1,
+                trains=("stage1",),
+                uses=("vqvae", "base"),
+                cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4), sizes=(192,), cover=16),
+                steps=20000,
+                batch=8,
+                lr=2e-3,
+                inherits="base",
+                corrupt=0.05,
+                object_weight=2.0,
+            ),
+            Phase(
+                "stage2",
+                objectives.stage2,
+                trains=("stage2",),
+                uses=("vqvae", "base"),
+                cut=Cut(5, (2, 2, 4, 8), sizes=(192,), cover=16),
+                steps=20000,
+                batch=8,
+                lr=2e-3,
+                inherits="stage1",
+                corrupt=0.05,
+                object_weight=2.0,
+            ),
+            Phase(
+                "decoder",
+                objectives.decoder,
+                trains=("decoder",),
+                uses=("vqvae",),
+                cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), crop=96, cover=48),
+                steps=5000,
+                batch=8,
+                lr=5e-4,
+                warmup=100,
+                decay=0.0,
+                optimizer="adamw",
+                weight_decay=0.0,
+                inherits="vqvae",
+                corrupt=0.1,
+                object_weight=4.0,
+                loss=LossWeights(perceptual=0.2, temporal=0.02),
+            ),
+            Phase(
+                "mistakes",
+                objectives.decoder,
+                trains=("decoder",),
+                uses=("vqvae", "base", "stage1", "stage2"),
+                cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), cover=48),
+                steps=3000,
+                batch=2,
+                lr=5e-4,
+                warmup=100,
+                decay=1.0,
+                optimizer="adamw",
+                weight_decay=0.0,
+                inherits="vqvae",
+                resample=0.2,
+                object_weight=4.0,
+                loss=LossWeights(perceptual=0.2, temporal=0.02),
+            ),
+        ),
+        sprites=96,
+        pieces=2048,
+    ),
+    "direct-tiny": Recipe(
+        "direct-tiny",
+        "direct-tiny",
+        (
+            direct("image", Cut(5, (1,), keep=1), steps=2000, batch=32, lr=1e-3, optimizer="muon"),
+            direct("low", Cut(5, (1,)), steps=2000, batch=8, lr=1e-3, optimizer="muon"),
+            direct("high", Cut(33, (8,)), steps=600, batch=4, lr=1e-3, optimizer="muon"),
+            Phase(
+                "refiner",
+                objectives.refiner,
+                trains=("refiner",),
+                uses=(),
+                cut=Cut(3, (8,), sizes=(48, 192)),
+                steps=1500,
+                batch=4,
+                lr=5e-4,
+                optimizer="adamw",
+                weight_decay=0.0,
+                loss=LossWeights(perceptual=0.02, temporal=0.02),
+            ),
+        ),
+    ),
     "direct": Recipe("direct", "direct", REFERENCE, pieces=0),
     "direct-gpt2": Recipe("direct-gpt2", "direct-gpt2", REFERENCE, pieces=0),
 }

@@ -20,8 +20,16 @@ class Report:
     of it is reached is the model FLOPs utilisation (mfu).
     """
 
-    def __init__(self, folder: Path, phase: str, steps: int, clips: int, every: int, quiet: bool = False,
-                 peak_clips: float | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        phase: str,
+        steps: int,
+        clips: int,
+        every: int,
+        quiet: bool = False,
+        peak_clips: float | None = None,
+    ):
         self.log, self.phase, self.steps, self.clips = folder / "log.jsonl", phase, steps, clips
         self.every, self.quiet, self.peak_clips = every, quiet, peak_clips
         file = folder / "skipped.json"
@@ -82,8 +90,11 @@ class Report:
         """Say what was passed over."""
         if self.skipped and not self.quiet:
             name, why = next(iter(self.skipped.items()))
-            print(f"{self.phase}: {len(self.skipped)} recordings were passed over, all in "
-                  f"{self.log.with_name('skipped.json')}; the first is {name}: {why}", flush=True)
+            print(
+                f"{self.phase}: {len(self.skipped)} recordings were passed over, all in "
+                f"{self.log.with_name('skipped.json')}; the first is {name}: {why}",
+                flush=True,
+            )
 
 
 def read_log(log: Path) -> list[dict[str, float]]:

@@ -21,8 +21,14 @@ DATA = Path(__file__).parent
 
 
 # what was computed step by step: one step of so many is kept
-INFERENCE = {"stage1_infer_cached": 9, "stage1_infer_guidance": 6, "stage1_infer_first_frame": 5,
-             "stage1_infer_boost": 5, "stage2_infer_cached": 16, "stage2_infer_cached_noboost": 16}
+INFERENCE = {
+    "stage1_infer_cached": 9,
+    "stage1_infer_guidance": 6,
+    "stage1_infer_first_frame": 5,
+    "stage1_infer_boost": 5,
+    "stage2_infer_cached": 16,
+    "stage2_infer_cached_noboost": 16,
+}
 
 
 def read(name: str) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@
     places     where: ten places, each drawn in many looks
     scene      a sprite, a motion, a place and the numbers that vary; what goes together; where the object is
     picture    a scene at some times and a size, as frames
-    words      a scene as a sentence, in English or Chinese
+    words      what things are called, in English and Chinese
+    phrasing   a scene as a sentence
     world      scenes by index, as a `Source` to train on
 
 Notable:
@@ -17,11 +18,29 @@ Coordinates are fractions of the frame, y down. A clip lasts `SECONDS`.
 """
 
 from cogvideo.data.tinyworld.cast import sprites
+from cogvideo.data.tinyworld.phrasing import caption
 from cogvideo.data.tinyworld.picture import cover, render
 from cogvideo.data.tinyworld.places import LAND, LOOKS, PLACES, draw_place
 from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, allowed, path, sample_scene
-from cogvideo.data.tinyworld.words import caption, names_of
+from cogvideo.data.tinyworld.words import names_of
 from cogvideo.data.tinyworld.world import SceneRecording, TinyWorld
 
-__all__ = ["LAND", "LOOKS", "MOTIONS", "PLACES", "SECONDS", "Scene", "SceneRecording", "TinyWorld", "allowed",
-           "caption", "cover", "draw_place", "names_of", "path", "render", "sample_scene", "sprites"]
+__all__ = [
+    "LAND",
+    "LOOKS",
+    "MOTIONS",
+    "PLACES",
+    "SECONDS",
+    "Scene",
+    "SceneRecording",
+    "TinyWorld",
+    "allowed",
+    "caption",
+    "cover",
+    "draw_place",
+    "names_of",
+    "path",
+    "render",
+    "sample_scene",
+    "sprites",
+]

@@ -1,7 +1,7 @@
-"""A scene in the words of many people: what captions of a varied world are.
+"""Captions: a scene in the words of many people.
 
-`words.caption` says a scene in a few ways; here are articles, synonyms, word orders, keywords and requests,
-and the words for size and speed where the scene has them. All say only what is drawn. `phrasing.json` has the
+`words.plain_caption` says a scene in a few ways; here are articles, synonyms, word orders, keywords and
+requests, and the words for size and speed where the scene has them. All say only what is drawn. `phrasing.json` has the
 phrases; those of `words.json` belong to them.
 
     who     an article, a size, a name           "a tiny dog"        一只小小的狗
@@ -23,8 +23,15 @@ from cogvideo.data.tinyworld.scene import CROSSING, Scene
 
 LONGEST = {"en": 16, "zh": 26}  # words or characters, so that a text of 32 tokens has room for them
 _PERSONS = ("person", "man", "woman", "人")  # who they are is told by what they do
-_VIDEO = ("a video of", "video of", "a clip of", "an animation of", "a short video of", "footage of",
-          "a cartoon of")
+_VIDEO = (
+    "a video of",
+    "video of",
+    "a clip of",
+    "an animation of",
+    "a short video of",
+    "footage of",
+    "a cartoon of",
+)
 _WISH = ("show me", "i want to see", "make a video of", "here is", "we see", "you can see", "imagine")
 
 
@@ -38,6 +45,17 @@ def names(sprite: str, language: str = "en") -> tuple[str, ...]:
     more = _phrasing()["names"].get(sprite, {}).get(language, [])
     found = dict.fromkeys((*words.names_of(sprite, language), *more))
     return tuple(name for name in found if name not in _phrasing()["names left out"])
+
+
+def caption(scene: Scene, rng: np.random.Generator, language: str | None = None, varied: bool = False) -> str:
+    """One of many sentences that say what is drawn; `language` is "en", "zh" or None (English, p = 0.75).
+
+    `varied`: as people write; without it as the first models were trained with.
+    """
+    if language is None:
+        language = "en" if rng.random() < 0.75 else "zh"
+    assert language in ("en", "zh"), f"language is en, zh or None, not {language!r}"
+    return phrase(scene, rng, language) if varied else words.plain_caption(scene, rng, language)
 
 
 def phrase(scene: Scene, rng: np.random.Generator, language: str) -> str:
@@ -151,8 +169,15 @@ def _english(scene: Scene, rng: np.random.Generator) -> str:
     tops = ("upper", "lower") if rng.random() < 0.6 else ("top", "bottom")
     way, high = ("up" if scene.rising > 0 else "down"), tops[0 if scene.rising > 0 else 1]
     low = tops[1 if scene.rising > 0 else 0]
-    said = {"V": verb, "S": side, "O": other, "W": way, "Swards": f"{side}{_pick(rng, ('wards', 'ward'))}",
-            "C": f"{high} {side}", "B": f"{low} {other}"}
+    said = {
+        "V": verb,
+        "S": side,
+        "O": other,
+        "W": way,
+        "Swards": f"{side}{_pick(rng, ('wards', 'ward'))}",
+        "C": f"{high} {side}",
+        "B": f"{low} {other}",
+    }
     does = " ".join(said.get(word, word) for word in shape.split())
     if scene.pace:
         speed = _pick(rng, _phrasing()["speed"][scene.pace]["en"])
@@ -169,8 +194,16 @@ def _english(scene: Scene, rng: np.random.Generator) -> str:
     return _order_english(scene, rng, who, name, does, there, manner, shape)
 
 
-def _order_english(scene: Scene, rng: np.random.Generator, who: str, name: str, does: str, there: str,
-                   manner: str, shape: str) -> str:
+def _order_english(
+    scene: Scene,
+    rng: np.random.Generator,
+    who: str,
+    name: str,
+    does: str,
+    there: str,
+    manner: str,
+    shape: str,
+) -> str:
     """One of the orders of an English sentence."""
     does_s, doing = _inflect(does, "s"), _inflect(does, "ing")
     some = f"{_article(name)} {name}" if who.startswith("the ") else who
@@ -203,8 +236,16 @@ def _order_english(scene: Scene, rng: np.random.Generator, who: str, name: str, 
             return f"{there} {verb} {who} {rest}"
     noun = _pick(rng, _phrasing()["places"][scene.place]["en"]["noun"])
     if order < 0.94:
-        return _pick(rng, (f"{name}, {doing}, {noun}", f"{name} {doing}, {noun}", f"{noun}, {name} {doing}",
-                           f"{name}, {noun}, {doing}", f"{noun}: {who} {does_s}"))
+        return _pick(
+            rng,
+            (
+                f"{name}, {doing}, {noun}",
+                f"{name} {doing}, {noun}",
+                f"{noun}, {name} {doing}",
+                f"{name}, {noun}, {doing}",
+                f"{noun}: {who} {does_s}",
+            ),
+        )
     return f"{name} {_pick(rng, (does_s, doing, doing))} {there}"
 
 
@@ -252,8 +293,16 @@ def _chinese(scene: Scene, rng: np.random.Generator) -> str:
     if order < 0.77:
         return f"{_pick(rng, ('我想看', '给我看', '看'))}{who}{there}{does}"
     if order < 0.85:
-        return _pick(rng, (f"{bare}，{does}，{noun}", f"{noun}，{bare}，{does}", f"{bare}{does}，{noun}",
-                           f"{noun}，{bare}{does}", f"{noun}，{who}{does}"))
+        return _pick(
+            rng,
+            (
+                f"{bare}，{does}，{noun}",
+                f"{noun}，{bare}，{does}",
+                f"{bare}{does}，{noun}",
+                f"{noun}，{bare}{does}",
+                f"{noun}，{who}{does}",
+            ),
+        )
     if order < 0.94:
         return f"{bare}{there}{does}"
     if order < 0.97 and not crossing:

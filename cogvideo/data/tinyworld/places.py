@@ -57,8 +57,16 @@ class _Brush:
         cover = np.clip(0.5 + distance / max(1 / self.size, soft), 0, 1) * amount
         self.picture += (colour - self.picture) * cover[..., None]
 
-    def disc(self, x: float, y: float, rx: float, ry: float, colour: np.ndarray, amount: float = 1.0,
-             soft: float = 0.0) -> None:
+    def disc(
+        self,
+        x: float,
+        y: float,
+        rx: float,
+        ry: float,
+        colour: np.ndarray,
+        amount: float = 1.0,
+        soft: float = 0.0,
+    ) -> None:
         r = np.sqrt(((self.x - x) / rx) ** 2 + ((self.y - y) / ry) ** 2)
         self.fill((1 - r) * min(rx, ry), colour, amount, soft)
 
@@ -66,8 +74,9 @@ class _Brush:
         across, along = np.minimum(self.x - x0, x1 - self.x), np.minimum(self.y - y0, y1 - self.y)
         self.fill(np.minimum(across, along), colour)
 
-    def land(self, level: float, height: float, waves: float, shift: float, far: np.ndarray,
-             near: np.ndarray) -> None:
+    def land(
+        self, level: float, height: float, waves: float, shift: float, far: np.ndarray, near: np.ndarray
+    ) -> None:
         """Everything below a wavy line, from `far` at the line to `near` at the bottom."""
         line = level - height * np.sin(waves * self.x * 2 * np.pi + shift)
         ramp = np.clip((self.y - level) / (1 - level), 0, 1)[..., None]
@@ -197,5 +206,15 @@ def _space(b: _Brush, rng: np.random.Generator) -> None:
     b.disc(x - 0.2 * r, y - 0.2 * r, 0.72 * r, 0.72 * r, b.far, 0.7, 0.1)
 
 
-_SCENERY = {"field": _field, "desert": _desert, "snow": _snow, "city": _city, "forest": _forest, "sea": _sea,
-            "underwater": _underwater, "night sky": _night_sky, "sunset": _sunset, "space": _space}
+_SCENERY = {
+    "field": _field,
+    "desert": _desert,
+    "snow": _snow,
+    "city": _city,
+    "forest": _forest,
+    "sea": _sea,
+    "underwater": _underwater,
+    "night sky": _night_sky,
+    "sunset": _sunset,
+    "space": _space,
+}

@@ -14,24 +14,64 @@ from cogvideo.data.tinyworld.cast import LOOP, shape, table
 from cogvideo.data.tinyworld.places import LAND, LOOKS, PLACES
 
 SECONDS = 4.0
-MOTIONS = ("right", "left", "up", "down", "diagonal", "grows", "shrinks", "stays", "circles", "bounces",
-           "spins", "zigzags")
+MOTIONS = (
+    "right",
+    "left",
+    "up",
+    "down",
+    "diagonal",
+    "grows",
+    "shrinks",
+    "stays",
+    "circles",
+    "bounces",
+    "spins",
+    "zigzags",
+)
 CROSSING = ("right", "left", "diagonal", "zigzags")  # motions from one side towards the other
 SURFACE_MOTIONS = ("right", "left", "grows", "shrinks", "stays", "bounces", "spins", "zigzags")
 _EXTENTS = {  # least and most; 0 for the motions that are not named
-    "right": (0.41, 0.52), "left": (0.41, 0.52), "up": (0.36, 0.46), "down": (0.36, 0.46),
-    "diagonal": (0.30, 0.40), "zigzags": (0.41, 0.5), "grows": (0.30, 0.36), "shrinks": (0.30, 0.36),
-    "circles": (0.17, 0.21), "bounces": (0.20, 0.25)}
+    "right": (0.41, 0.52),
+    "left": (0.41, 0.52),
+    "up": (0.36, 0.46),
+    "down": (0.36, 0.46),
+    "diagonal": (0.30, 0.40),
+    "zigzags": (0.41, 0.5),
+    "grows": (0.30, 0.36),
+    "shrinks": (0.30, 0.36),
+    "circles": (0.17, 0.21),
+    "bounces": (0.20, 0.25),
+}
 _TURNS = {"circles": (1.0, 1.2), "spins": (1.0, 1.4), "bounces": (2.9, 3.1)}  # least and most in a clip
 
 # What a caption calls small, big, slow or fast lies outside the usual ranges above.
 SMALL, BIG = (0.28, 0.36), (0.62, 0.72)
-SLOW = {"right": (0.20, 0.27), "left": (0.20, 0.27), "up": (0.17, 0.23), "down": (0.17, 0.23),
-        "diagonal": (0.15, 0.20), "zigzags": (0.22, 0.28), "grows": (0.14, 0.19), "shrinks": (0.14, 0.19),
-        "circles": (0.5, 0.7), "spins": (0.4, 0.6), "bounces": (1.4, 1.6)}  # extents, or turns
-FAST = {"right": (0.62, 0.70), "left": (0.62, 0.70), "up": (0.56, 0.64), "down": (0.56, 0.64),
-        "diagonal": (0.50, 0.56), "zigzags": (0.60, 0.66), "grows": (0.44, 0.48), "shrinks": (0.44, 0.48),
-        "circles": (1.8, 2.2), "spins": (2.2, 2.8), "bounces": (4.6, 5.2)}
+SLOW = {
+    "right": (0.20, 0.27),
+    "left": (0.20, 0.27),
+    "up": (0.17, 0.23),
+    "down": (0.17, 0.23),
+    "diagonal": (0.15, 0.20),
+    "zigzags": (0.22, 0.28),
+    "grows": (0.14, 0.19),
+    "shrinks": (0.14, 0.19),
+    "circles": (0.5, 0.7),
+    "spins": (0.4, 0.6),
+    "bounces": (1.4, 1.6),
+}  # extents, or turns
+FAST = {
+    "right": (0.62, 0.70),
+    "left": (0.62, 0.70),
+    "up": (0.56, 0.64),
+    "down": (0.56, 0.64),
+    "diagonal": (0.50, 0.56),
+    "zigzags": (0.60, 0.66),
+    "grows": (0.44, 0.48),
+    "shrinks": (0.44, 0.48),
+    "circles": (1.8, 2.2),
+    "spins": (2.2, 2.8),
+    "bounces": (4.6, 5.2),
+}
 VARIED = 0.15  # share of the scenes that are small or big, and as many slow or fast, in a varied world
 
 
@@ -97,21 +137,34 @@ def allowed(sprite: str, motion: str, place: str) -> bool:
 
 
 @lru_cache(1024)
-def _choices(sprite: str, held_out: bool | None, motion: str | None,
-             place: str | None) -> dict[str, tuple[str, ...]]:
+def _choices(
+    sprite: str, held_out: bool | None, motion: str | None, place: str | None
+) -> dict[str, tuple[str, ...]]:
     """Motions, each with its places, that are open to a sprite."""
     found: dict[str, tuple[str, ...]] = {}
     for m in (m for m in MOTIONS if motion in (None, m)):
-        there = tuple(p for p in PLACES if place in (None, p) and allowed(sprite, m, p)
-                      and held_out in (None, Scene(sprite, m, p).held_out))
+        there = tuple(
+            p
+            for p in PLACES
+            if place in (None, p)
+            and allowed(sprite, m, p)
+            and held_out in (None, Scene(sprite, m, p).held_out)
+        )
         if there:
             found[m] = there
     return found
 
 
-def sample_scene(rng: np.random.Generator, names: Sequence[str], held_out: bool | None = False, *,
-                 sprite: str | None = None, motion: str | None = None, place: str | None = None,
-                 varied: bool = False) -> Scene:
+def sample_scene(
+    rng: np.random.Generator,
+    names: Sequence[str],
+    held_out: bool | None = False,
+    *,
+    sprite: str | None = None,
+    motion: str | None = None,
+    place: str | None = None,
+    varied: bool = False,
+) -> Scene:
     """A random scene: uniform over the sprites `names`, then over its motions, then over the places for both.
 
     `held_out`: False never draws a held-out triple, True draws only those, None either. `sprite`, `motion`,
@@ -121,8 +174,10 @@ def sample_scene(rng: np.random.Generator, names: Sequence[str], held_out: bool 
     names = [n for n in (names if sprite is None else (sprite,)) if n in table()]
     names = [n for n in names if _choices(n, held_out, motion, place)]
     if not names:
-        raise ValueError(f"no scene with sprite={sprite}, motion={motion}, place={place}, "
-                         f"held_out={held_out}; motions are {MOTIONS}, places are {PLACES}")
+        raise ValueError(
+            f"no scene with sprite={sprite}, motion={motion}, place={place}, "
+            f"held_out={held_out}; motions are {MOTIONS}, places are {PLACES}"
+        )
     sprite = names[rng.integers(len(names))]
     choices = _choices(sprite, held_out, motion, place)
     motion = tuple(choices)[rng.integers(len(choices))]
@@ -157,8 +212,14 @@ def _place_object(rng: np.random.Generator, scene: Scene, bulk: str = "", pace: 
     handed = {"right": 1, "left": -1}.get(motion, int(rng.choice((-1, 1))))
     rising = int(rng.choice((-1, 1)))
     dx = handed * extent if motion in CROSSING else 0.0
-    dy = {"up": -extent, "down": extent, "diagonal": -rising * extent, "circles": -2 * extent,
-          "bounces": -extent, "zigzags": -0.45 * extent}.get(motion, 0.0)
+    dy = {
+        "up": -extent,
+        "down": extent,
+        "diagonal": -rising * extent,
+        "circles": -2 * extent,
+        "bounces": -extent,
+        "zigzags": -0.45 * extent,
+    }.get(motion, 0.0)
     largest = size + (extent / 2 if grows else 0)
     side = (extent if motion == "circles" else 0) + largest * width / 2
 
@@ -173,12 +234,23 @@ def _place_object(rng: np.random.Generator, scene: Scene, bulk: str = "", pace: 
     else:
         level = 0.5 if abs(dy) > 0.15 or scene.place in ("underwater", "space", "night sky") else 0.43
         y = start(level, dy, largest * height / 2, 0.05)
-    return replace(scene, size=size, x=x, y=float(y), extent=extent, speed=speed, handed=handed,
-                   rising=rising, phase=int(rng.integers(LOOP)), look=int(rng.integers(LOOKS)))
+    return replace(
+        scene,
+        size=size,
+        x=x,
+        y=float(y),
+        extent=extent,
+        speed=speed,
+        handed=handed,
+        rising=rising,
+        phase=int(rng.integers(LOOP)),
+        look=int(rng.integers(LOOKS)),
+    )
 
 
-def _extreme(rng: np.random.Generator, scene: Scene, bulk: str, pace: str, size: float, extent: float,
-             speed: float) -> tuple[float, float, float]:
+def _extreme(
+    rng: np.random.Generator, scene: Scene, bulk: str, pace: str, size: float, extent: float, speed: float
+) -> tuple[float, float, float]:
     """Size, extent and speed of what is small or big, slow or fast; the usual ones give way to fit."""
     motion, (width, height) = scene.motion, shape(scene.sprite)
     if bulk:

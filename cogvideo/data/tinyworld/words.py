@@ -11,8 +11,20 @@ from cogvideo.data.tinyworld.cast import table
 from cogvideo.data.tinyworld.places import LAND
 from cogvideo.data.tinyworld.scene import CROSSING, Scene
 
-_AIRY = ("fly", "float", "drift", "soar", "glide", "hover", "flutter", "swoop", "buzz", "streak", "shoot",
-         "sweep")
+_AIRY = (
+    "fly",
+    "float",
+    "drift",
+    "soar",
+    "glide",
+    "hover",
+    "flutter",
+    "swoop",
+    "buzz",
+    "streak",
+    "shoot",
+    "sweep",
+)
 
 
 @lru_cache(1)
@@ -29,18 +41,9 @@ def names_of(sprite: str, language: str = "en") -> tuple[str, ...]:
     return (sprite, *(s for s in row["synonyms_en"] if s not in _words()["synonyms left out"]))
 
 
-def caption(scene: Scene, rng: np.random.Generator, language: str | None = None,
-            varied: bool = False) -> str:
-    """One of many sentences that say what is drawn; `language` is "en", "zh" or None (English, p = 0.75).
-
-    `varied`: as people write, see `phrasing`; without it as the first models were told.
-    """
-    language = language or ("en" if rng.random() < 0.75 else "zh")
-    assert language in ("en", "zh"), f"language is en, zh or None, not {language!r}"
-    if varied:
-        from cogvideo.data.tinyworld.phrasing import phrase  # it builds on this file
-
-        return phrase(scene, rng, language)
+def plain_caption(scene: Scene, rng: np.random.Generator, language: str) -> str:
+    """One of a few sentences that say what is drawn, as the first models were trained with, in "en" or
+    "zh"."""
     names = names_of(scene.sprite, language)
     name = names[0] if rng.random() < 0.6 else _pick(rng, names[1:])
     verb = _pick(rng, verbs_of(scene))
@@ -48,7 +51,8 @@ def caption(scene: Scene, rng: np.random.Generator, language: str | None = None,
     if scene.motion == "bounces" and not scene.stands:  # nothing hops or jumps in the air
         phrases = [p for p in phrases if "bounce" in p or "上" in p]
     there = _where(scene, rng, language)
-    return (_english if language == "en" else _chinese)(scene, rng, name, verb, _pick(rng, phrases), there)
+    say = _english if language == "en" else _chinese
+    return say(scene, rng, name, verb, _pick(rng, phrases), there)
 
 
 def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:
@@ -104,8 +108,21 @@ def inflect(verb: str, form: str) -> str:
             word = word[:-1] + "ies"
         else:
             word += "es" if word.endswith(("s", "sh", "ch", "x", "z", "go")) else "s"
-    elif word in ("run", "swim", "jog", "trot", "hop", "spin", "get", "strut", "zigzag", "chug", "bob",
-                  "drop", "set"):
+    elif word in (
+        "run",
+        "swim",
+        "jog",
+        "trot",
+        "hop",
+        "spin",
+        "get",
+        "strut",
+        "zigzag",
+        "chug",
+        "bob",
+        "drop",
+        "set",
+    ):
         word += word[-1] + "ing"
     else:
         word = word.removesuffix("e") + "ing"

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from cogvideo.data.tinyworld.phrasing import caption
 from cogvideo.data.tinyworld.picture import cover, render
 from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, sample_scene
-from cogvideo.data.tinyworld.words import caption
 
 
 @dataclass(frozen=True)

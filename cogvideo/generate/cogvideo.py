@@ -21,20 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideo.direct import DirectPipeline
-from cogvideo.draft import Draft, Kept
-from cogvideo.estimate import Estimate, cache_bytes
-from cogvideo.generate import fill
+from cogvideo.generate.cost import cache_bytes
+from cogvideo.generate.draft import Draft, Kept
+from cogvideo.generate.estimate import Estimate
+from cogvideo.generate.fill import fill
+from cogvideo.generate.parts import Parts, refine
+from cogvideo.generate.prompts import Prompts
+from cogvideo.generate.regression import DirectPipeline
+from cogvideo.generate.sampling import STAGES, Sampling, pick, pick_seeds, stages, uniforms
 from cogvideo.hardware import find_device, free_memory, has_fast_bfloat16
 from cogvideo.layout import SECONDS, Layout, rounds
-from cogvideo.parts import Parts, refine
+from cogvideo.model.folder import ModelError, ModelFolder, find_model, read_clusters
+from cogvideo.model.vqvae import to_frames, to_pictures
 from cogvideo.progress import Progress, telling
-from cogvideo.prompts import Prompts
-from cogvideo.sampling import STAGES, Sampling, pick, pick_seeds, read_clusters, stages, uniforms
 from cogvideo.text import TEMPLATE
 from cogvideo.video import VIDEOS, Clip, VideoFile, read_image
-from cogvideo.vqvae import to_frames, to_pictures
-from cogvideo.weights import ModelError, ModelFolder, find_model
 
 ROWS = 400  # of logits at a time
 MOST = {"cpu": 16}  # samples that are filled together: more of them are slower where caches are small
@@ -45,8 +46,13 @@ class CogVideo:
 
     draws = True  # at random: a prompt may have many videos
 
-    def __init__(self, folder: ModelFolder, device: torch.device | str = "cpu", dtype: str | None = None,
-                 reference_quirks: bool = False):
+    def __init__(
+        self,
+        folder: ModelFolder,
+        device: torch.device | str = "cpu",
+        dtype: str | None = None,
+        reference_quirks: bool = False,
+    ):
         self.folder, self.device, self.reference_quirks = folder, find_device(device), reference_quirks
         self.dtype = dtype or ("int8" if self.device.type == "cpu" else "bfloat16")
         self.parts = Parts(folder, self.device, self.dtype)
@@ -70,8 +76,13 @@ class CogVideo:
             raise ModelError(f"{file} does not describe a model that generates: {error}") from None
 
     @classmethod
-    def from_pretrained(cls, model: str | Path = "tiny", device: torch.device | str = "cpu",
-                        dtype: str | None = None, reference_quirks: bool = False) -> Any:
+    def from_pretrained(
+        cls,
+        model: str | Path = "tiny",
+        device: torch.device | str = "cpu",
+        dtype: str | None = None,
+        reference_quirks: bool = False,
+    ) -> Any:
         """Open a model: a shipped name, a folder, or a hub id. One of the regression family is a
         `DirectPipeline`, which is called the same way.
 
@@ -104,10 +115,19 @@ class CogVideo:
 
     # -- the whole way
 
-    def __call__(self, prompt: str | Sequence[str], *, image: np.ndarray | str | Path | None = None,
-                 video: Clip | str | Path | None = None, num_frames: int | None = None,
-                 num_videos_per_prompt: int = 1, guidance_scale: float | None = None, seed: int | None = None,
-                 progress: bool | Progress = True, keep: str | Path | None = None) -> list[Clip]:
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: np.ndarray | str | Path | None = None,
+        video: Clip | str | Path | None = None,
+        num_frames: int | None = None,
+        num_videos_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        progress: bool | Progress = True,
+        keep: str | Path | None = None,
+    ) -> list[Clip]:
         """Make clips, `num_videos_per_prompt` for each prompt, in the order of the prompts.
 
         image: the first frame, uint8 [H, W, 3] or a file. video: a clip or file to go on from; the result
@@ -122,8 +142,10 @@ class CogVideo:
             num_frames = max(self.frame_counts)
         fps = self.frame_counts.get(num_frames)
         if fps is None:
-            raise ValueError(f"num_frames {num_frames} cannot be made; "
-                             f"choose one of {', '.join(map(str, self.frame_counts))}")
+            raise ValueError(
+                f"num_frames {num_frames} cannot be made; "
+                f"choose one of {', '.join(map(str, self.frame_counts))}"
+            )
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt must be 1 or more, got {num_videos_per_prompt}")
         if guidance_scale is not None:
@@ -131,8 +153,10 @@ class CogVideo:
         if image is not None and video is not None:
             raise ValueError("give an image or a video to begin with, not both")
         if num_frames == 1 and (image is not None or video is not None):
-            raise ValueError("num_frames 1 is the first frame, which an image or a video already gives; "
-                             f"choose one of {', '.join(map(str, sorted(self.frame_counts)[1:]))}")
+            raise ValueError(
+                "num_frames 1 is the first frame, which an image or a video already gives; "
+                f"choose one of {', '.join(map(str, sorted(self.frame_counts)[1:]))}"
+            )
         if not prompts:
             raise ValueError("there is no prompt")
         for one in prompts:
@@ -142,8 +166,18 @@ class CogVideo:
         seeds = pick_seeds(seed, len(prompts))
         begin = self._beginning(image, video, prompts, seeds)
         codes = None if begin is None else begin.codes.tolist()
-        decides = (self.folder.version(), self.dtype, self.sampling, self.templates, self.reference_quirks,
-                   prompts, seeds, num_frames, guidance_scale, codes)
+        decides = (
+            self.folder.version(),
+            self.dtype,
+            self.sampling,
+            self.templates,
+            self.reference_quirks,
+            prompts,
+            seeds,
+            num_frames,
+            guidance_scale,
+            codes,
+        )
         kept = Kept(keep, repr(decides), self.device)
         with telling(progress) as told:
             draft = kept.load("frames")
@@ -157,24 +191,48 @@ class CogVideo:
                 kept.save("frames", draft)
                 draft = self.interpolate(draft, progress=told)
             kept.save("frames", draft)
-            larger = self.enlarge(draft, begin=kept.load("larger"), each=partial(kept.save, "larger"),
-                                  progress=told)
+            larger = self.enlarge(
+                draft, begin=kept.load("larger"), each=partial(kept.save, "larger"), progress=told
+            )
             return self.upscale(self.decode(larger), progress=told)
 
     # -- the verbs
 
-    def first_frames(self, prompts: Sequence[str], seeds: Sequence[int], *,
-                     guidance_scale: float | None = None, progress: Progress | None = None) -> Draft:
+    def first_frames(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        guidance_scale: float | None = None,
+        progress: Progress | None = None,
+    ) -> Draft:
         """The first picture of every clip, by the image model alone."""
         c = self.system.model
         known = torch.empty(len(prompts), 0, c.frame_len, dtype=torch.long, device=self.device)
         last = self.sampling["stage1"] if self.reference_quirks else None
-        codes = self._fill("image", c.layout("image"), prompts, SECONDS, known,
-                           uniforms(seeds, c.frame_len, 0), guidance_scale, "first frame", progress, last)
+        codes = self._fill(
+            "image",
+            c.layout("image"),
+            prompts,
+            SECONDS,
+            known,
+            uniforms(seeds, c.frame_len, 0),
+            guidance_scale,
+            "first frame",
+            progress,
+            last,
+        )
         return Draft(codes, self._keyframe_rate, tuple(prompts), tuple(seeds))
 
-    def keyframes(self, prompts: Sequence[str], seeds: Sequence[int], *, begin: Draft | None = None,
-                  guidance_scale: float | None = None, progress: Progress | None = None) -> Draft:
+    def keyframes(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        begin: Draft | None = None,
+        guidance_scale: float | None = None,
+        progress: Progress | None = None,
+    ) -> Draft:
         """Stage 1: the first frame by the image model, then the key frames after it, one frame a second.
 
         `begin` holds frames that are there already: the first k key frames of every clip.
@@ -184,8 +242,17 @@ class CogVideo:
             begin = self.first_frames(prompts, seeds, guidance_scale=guidance_scale, progress=progress)
         layout = c.layout("stage1")
         missing = (c.frames - begin.codes.shape[1]) * c.frame_len
-        codes = self._fill("stage1", layout, prompts, SECONDS, begin.codes, uniforms(seeds, missing, 1),
-                           guidance_scale, "key frames", progress)
+        codes = self._fill(
+            "stage1",
+            layout,
+            prompts,
+            SECONDS,
+            begin.codes,
+            uniforms(seeds, missing, 1),
+            guidance_scale,
+            "key frames",
+            progress,
+        )
         return Draft(codes, begin.fps, tuple(prompts), tuple(seeds))
 
     def interpolate(self, draft: Draft, *, progress: Progress | None = None) -> Draft:
@@ -212,14 +279,33 @@ class CogVideo:
         missing = (size - 1) * c.frame_len
         numbers = [uniforms(draft.seeds, missing, 100 * windows + i) for i in range(windows)]
         seconds = (c.frames - 1) / (2 * draft.fps)
-        filled = self._fill("stage2", layout, prompts, seconds, known, torch.stack(numbers, 1).flatten(0, 1),
-                            None, f"to {2 * draft.fps:g} fps", progress)
+        filled = self._fill(
+            "stage2",
+            layout,
+            prompts,
+            seconds,
+            known,
+            torch.stack(numbers, 1).flatten(0, 1),
+            None,
+            f"to {2 * draft.fps:g} fps",
+            progress,
+        )
         made = filled[:, :-1].unflatten(0, (count, windows)).flatten(1, 2)  # its last frame begins the next
         return replace(draft, codes=torch.cat((made, draft.codes[:, -1:]), 1), fps=2 * draft.fps)
 
-    def _fill(self, stage: str, layout: Layout, prompts: Sequence[str], seconds: float, known: Tensor,
-              uniform: Tensor, guidance_scale: float | None, what: str, progress: Progress | None,
-              last: Sampling | None = None) -> Tensor:
+    def _fill(
+        self,
+        stage: str,
+        layout: Layout,
+        prompts: Sequence[str],
+        seconds: float,
+        known: Tensor,
+        uniform: Tensor,
+        guidance_scale: float | None,
+        what: str,
+        progress: Progress | None,
+        last: Sampling | None = None,
+    ) -> Tensor:
         """Fill in a layout by the model of a stage: codes [B, F, N]."""
         model, sampling = getattr(self.parts, stage), self.sampling[stage]
         if guidance_scale is not None and (stage != "image" or sampling.guided):
@@ -249,8 +335,14 @@ class CogVideo:
         return int(min(max(0.85 * free // held, 1), most))
 
     @torch.inference_mode()
-    def enlarge(self, draft: Draft, *, begin: Draft | None = None,
-                each: Callable[[Draft], None] | None = None, progress: Progress | None = None) -> Draft:
+    def enlarge(
+        self,
+        draft: Draft,
+        *,
+        begin: Draft | None = None,
+        each: Callable[[Draft], None] | None = None,
+        progress: Progress | None = None,
+    ) -> Draft:
         """Super-resolution of tokens, frame by frame, to as many codes more a side as the model's scale;
         without such a part in the model folder a draft stays as it is.
 
@@ -307,8 +399,10 @@ class CogVideo:
         """Frames to tokens: a draft of the user's own frames. All clips must have as many frames and the same
         rate."""
         if not clips or not len(clips) == len(prompts) == len(seeds):
-            raise ValueError(f"each clip needs a prompt and a seed; got {len(clips)} clips, "
-                             f"{len(prompts)} prompts, {len(seeds)} seeds")
+            raise ValueError(
+                f"each clip needs a prompt and a seed; got {len(clips)} clips, "
+                f"{len(prompts)} prompts, {len(seeds)} seeds"
+            )
         if len({(len(clip.frames), clip.fps) for clip in clips}) > 1:
             raise ValueError("all clips must have as many frames and the same rate")
         vqvae, size = self.parts.vqvae, self.system.resolution

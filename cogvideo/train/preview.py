@@ -10,14 +10,14 @@ from torch import Tensor
 
 from cogvideo.data.loader import Batch
 from cogvideo.files import replacing
+from cogvideo.generate.cogvideo import CogVideo
 from cogvideo.layout import SECONDS
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.refiner import enlarge
 from cogvideo.model.transformer import DualChannelTransformer
-from cogvideo.pipeline import CogVideo
 from cogvideo.text import PLAIN
 from cogvideo.train.objectives import decoder, tokenizer
-from cogvideo.train.recipes import Phase
-from cogvideo.weights import ModelFolder
+from cogvideo.train.phase import Phase
 
 SHOWN = 6  # clips
 
@@ -29,8 +29,10 @@ def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch
     clips = batch.frames[0][:SHOWN] if batch.frames else torch.empty(0)  # clips that recur are codes
     if "direct" in parts:
         text, c = folder.text(), parts["direct"].config
-        ids = [text.pad_left(text.prompt(one, 0.0, PLAIN)[: c.text_len], c.text_len)
-               for one in batch.captions[:SHOWN]]
+        ids = [
+            text.pad_left(text.prompt(one, 0.0, PLAIN)[: c.text_len], c.text_len)
+            for one in batch.captions[:SHOWN]
+        ]
         (rate,), keep = phase.cut.rates, phase.cut.keep
         made = parts["direct"](torch.tensor(ids, device=clips.device), rate, c.slots(rate)[:keep])
         rows = _rows(made, clips)

@@ -91,12 +91,17 @@ def cut(recording: Recording, how: Cut, rng: np.random.Generator) -> Sample:
     no such rate."""
     spans = {rate: (how.frames - 1) / rate for rate in how.rates}
     slack = 0.5 / recording.fps  # each time takes the nearest frame
-    fitting = [rate for rate in how.rates
-               if rate <= 1.01 * recording.fps and spans[rate] <= recording.seconds + slack]
+    fitting = [
+        rate
+        for rate in how.rates
+        if rate <= 1.01 * recording.fps and spans[rate] <= recording.seconds + slack
+    ]
     if not fitting:
         rates = ", ".join(f"{rate:g}" for rate in sorted(set(how.rates)))
-        raise ValueError(f"{recording.seconds:.2f} s at {recording.fps:g} frames a second are too few for "
-                         f"{how.frames} frames at {rates} frames a second")
+        raise ValueError(
+            f"{recording.seconds:.2f} s at {recording.fps:g} frames a second are too few for "
+            f"{how.frames} frames at {rates} frames a second"
+        )
     chosen = fitting[rng.integers(len(fitting))]
     lower = sorted({rate for rate in fitting if rate < chosen}, reverse=True)
     for rate in (chosen, *lower):

@@ -9,29 +9,42 @@ compared piece by piece.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from cogvideo.files import replacing
-from cogvideo.foreign import Piece
-from cogvideo.model.system import read_system
+from cogvideo.model.families import read_system
 from cogvideo.text import GPT2Tokenizer, TextTokenizer
 
 HUB_ID = r"[\w.-]+/[\w.-]+"  # owner/name
-SHIPPED = Path(__file__).parent / "models"
+SHIPPED = Path(__file__).parent.parent / "models"
 SCALE = ":scale"  # ends the names of the scales of a matrix that is stored as int8
-TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-         torch.bool: "BOOL"}  # what safetensors calls them
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.bool: "BOOL",
+}  # what safetensors calls them
 
 
 class ModelError(ValueError):
     """A model folder that cannot be used; the message names the file."""
+
+
+class Piece(NamedTuple):
+    """A tensor of a part, before it is made."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
 
 
 class ModelFolder:
@@ -201,20 +214,16 @@ def restore_rounded(state: dict[str, torch.Tensor]) -> None:
             state[name.removesuffix(SCALE)] = weight.float() * scale
 
 
-def read_embedding(where: str) -> torch.Tensor:
-    """GPT-2's embedding of words [ids, width], out of a safetensors file or a repository of the hub."""
-    path = Path(where).expanduser()
-    if not path.exists() and re.fullmatch(HUB_ID, where):
-        path = _from_hub(where, ["model.safetensors"])
-    path = path / "model.safetensors" if path.is_dir() else path
+def read_tensor(file: Path, ending: str) -> Tensor | None:
+    """The first tensor of a safetensors file whose name has this ending; ModelError if it cannot be read."""
     try:
-        with safe_open(path, "pt") as stored:
+        with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118
-                if name.endswith("wte.weight"):
+                if name.endswith(ending):
                     return stored.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"cannot read an embedding from {where}: {error}") from None
-    raise ModelError(f"{where} has no tensor wte.weight, as GPT-2's embedding is called")
+        raise ModelError(f"cannot read a tensor {ending} from {file}: {error}") from None
+    return None
 
 
 def shipped() -> list[str]:
@@ -235,14 +244,14 @@ def find_model(name: str | Path) -> Path:
     if path.is_dir():
         return path
     if re.fullmatch(HUB_ID, str(name)) and not path.exists():
-        return _from_hub(str(name), ["*.json", "*.safetensors", "text.model", "*.npy", "README.md"])
+        return from_hub(str(name), ["*.json", "*.safetensors", "text.model", "*.npy", "README.md"])
     raise ModelError(
         f"unknown model {str(name)!r}; choose one of {', '.join(shipped())}, or give a model folder "
         f"or a hub id (owner/name)"
     )
 
 
-def _from_hub(name: str, files: list[str]) -> Path:
+def from_hub(name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -251,3 +260,14 @@ def _from_hub(name: str, files: list[str]) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         why = str(error).splitlines()[0]
         raise ModelError(f"{name} is no folder here, and the hub did not give it: {why}") from None
+
+
+def read_clusters(file: Path, codes: int) -> np.ndarray:
+    """The cluster of each code, int64 [V]; ValueError if the .npy file does not hold that."""
+    try:
+        labels = np.load(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from None
+    if labels.shape != (codes,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(f"{file} does not give a cluster to each of {codes} codes")
+    return labels.astype(np.int64)

@@ -25,15 +25,22 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cogvideo.model.decoder import DecoderConfig, VideoDecoder
-from cogvideo.model.direct import Direct, DirectConfig
 from cogvideo.model.refiner import Refiner, RefinerConfig
+from cogvideo.model.regression import Direct, DirectConfig
 from cogvideo.model.superres import SuperResChannel, SuperResConfig
 from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel
+from cogvideo.model.vqvae import VQVAE, HierarchicalVQVAE, VQVAEConfig
 from cogvideo.text import PLAIN, TEMPLATE
-from cogvideo.vqvae import VQVAE, HierarchicalVQVAE, VQVAEConfig
 
-CONFIGS = {"model": ModelConfig, "vqvae": VQVAEConfig, "decoder": DecoderConfig, "refiner": RefinerConfig,
-           "superres": SuperResConfig, "itersr": SuperResConfig, "direct": DirectConfig}
+CONFIGS = {
+    "model": ModelConfig,
+    "vqvae": VQVAEConfig,
+    "decoder": DecoderConfig,
+    "refiner": RefinerConfig,
+    "superres": SuperResConfig,
+    "itersr": SuperResConfig,
+    "direct": DirectConfig,
+}
 BASES = ("base", "superres_base", "itersr_base")
 
 
@@ -115,8 +122,10 @@ class System(Family):
 
     def describe(self) -> dict[str, str]:
         c = self.model
-        return {"transformer": f"{c.layers} layers, width {c.width}, {c.heads} heads",
-                "frames": f"{c.frames} key frames of {c.grid}x{c.grid} tokens, {c.codes} codes"}
+        return {
+            "transformer": f"{c.layers} layers, width {c.width}, {c.heads} heads",
+            "frames": f"{c.frames} key frames of {c.grid}x{c.grid} tokens, {c.codes} codes",
+        }
 
     @property
     def speaks(self) -> ModelConfig:
@@ -162,8 +171,10 @@ class DirectSystem(Family):
 
     def describe(self) -> dict[str, str]:
         c = self.direct
-        return {"transformer": f"{c.layers} and {c.layers} layers, width {c.width}, {c.heads} heads",
-                "frames": f"{c.frames} of {c.grid}x{c.grid} patches, {c.patch} px each"}
+        return {
+            "transformer": f"{c.layers} and {c.layers} layers, width {c.width}, {c.heads} heads",
+            "frames": f"{c.frames} of {c.grid}x{c.grid} patches, {c.patch} px each",
+        }
 
     @property
     def speaks(self) -> DirectConfig:

@@ -49,8 +49,10 @@ class DirectConfig:
 
     def __post_init__(self) -> None:
         if self.resolution % self.patch:
-            raise ValueError(f"frames of {self.resolution} pixels cannot be cut into patches of "
-                             f"{self.patch}; choose a patch that divides them")
+            raise ValueError(
+                f"frames of {self.resolution} pixels cannot be cut into patches of "
+                f"{self.patch}; choose a patch that divides them"
+            )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide by {self.heads} heads")
         if any(self.rates[-1] % rate for rate in self.rates):
@@ -64,8 +66,10 @@ class DirectConfig:
     def slots(self, rate: float) -> range:
         """The numbers, at the full rate, of the frames that a clip has at `rate` frames a second."""
         if rate not in self.rates:
-            raise ValueError(f"no frame-rate token for {rate:g} frames a second; "
-                             f"choose one of {', '.join(f'{one:g}' for one in self.rates)}")
+            raise ValueError(
+                f"no frame-rate token for {rate:g} frames a second; "
+                f"choose one of {', '.join(f'{one:g}' for one in self.rates)}"
+            )
         return range(0, self.frames, round(self.rates[-1] / rate))
 
 
@@ -81,12 +85,21 @@ class Direct(nn.Module):
         self.text_positions = nn.Embedding(c.text_len, c.width)
         self.frame_positions = nn.Embedding(c.frames, c.width)
         self.patch_positions = nn.Embedding(c.grid**2, c.width)
-        layer: Any = {"d_model": c.width, "nhead": c.heads, "dim_feedforward": 4 * c.width, "dropout": 0.0,
-                      "activation": F.gelu, "batch_first": True, "norm_first": True}
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), c.layers,
-                                             nn.LayerNorm(c.width), enable_nested_tensor=False)
-        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer), c.layers,
-                                             nn.LayerNorm(c.width))
+        layer: Any = {
+            "d_model": c.width,
+            "nhead": c.heads,
+            "dim_feedforward": 4 * c.width,
+            "dropout": 0.0,
+            "activation": F.gelu,
+            "batch_first": True,
+            "norm_first": True,
+        }
+        self.encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(**layer), c.layers, nn.LayerNorm(c.width), enable_nested_tensor=False
+        )
+        self.decoder = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(**layer), c.layers, nn.LayerNorm(c.width)
+        )
         self.generation = nn.Linear(c.width, 3 * c.patch**2)
         self.refinement = Refiner(RefinerConfig(1, c.refine_width, c.refine_blocks))
         self.register_buffer("trained", torch.zeros(len(c.rates), c.frames, dtype=torch.bool))

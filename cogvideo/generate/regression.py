@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogvideo.estimate import Estimate
+from cogvideo.generate.estimate import Estimate
+from cogvideo.generate.parts import refine
+from cogvideo.generate.prompts import Prompts
+from cogvideo.generate.sampling import stages
 from cogvideo.hardware import find_device
-from cogvideo.model.direct import Direct
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.refiner import Refiner
-from cogvideo.parts import refine
+from cogvideo.model.regression import Direct
+from cogvideo.model.vqvae import to_frames
 from cogvideo.progress import Progress, telling
-from cogvideo.prompts import Prompts
-from cogvideo.sampling import stages
 from cogvideo.video import Clip
-from cogvideo.vqvae import to_frames
-from cogvideo.weights import ModelFolder
 
 DTYPES = ("float32", "bfloat16")
 
@@ -53,21 +53,38 @@ class DirectPipeline:
         done = [rate for row, rate in zip(trained, c.rates) if row[list(c.slots(rate))].all()]
         return {len(c.slots(rate)): rate for rate in done} or {1: c.rates[0]}
 
-    def __call__(self, prompt: str | Sequence[str], *, image: np.ndarray | str | Path | None = None,
-                 video: Clip | str | Path | None = None, num_frames: int | None = None,
-                 num_videos_per_prompt: int = 1, guidance_scale: float | None = None, seed: int | None = None,
-                 progress: bool | Progress = True, keep: str | Path | None = None) -> list[Clip]:
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: np.ndarray | str | Path | None = None,
+        video: Clip | str | Path | None = None,
+        num_frames: int | None = None,
+        num_videos_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        progress: bool | Progress = True,
+        keep: str | Path | None = None,
+    ) -> list[Clip]:
         """Make a clip for each prompt, of `num_frames`, one of `frame_counts` (default: the most).
 
         The other arguments are those of `CogVideo`; what means nothing here is refused: ValueError, before
         any work, as for all that it cannot do.
         """
-        means_nothing = {"image": image, "video": video, "guidance_scale": guidance_scale, "seed": seed,
-                         "keep": keep, "num_videos_per_prompt": num_videos_per_prompt - 1 or None}
+        means_nothing = {
+            "image": image,
+            "video": video,
+            "guidance_scale": guidance_scale,
+            "seed": seed,
+            "keep": keep,
+            "num_videos_per_prompt": num_videos_per_prompt - 1 or None,
+        }
         for name, value in means_nothing.items():
             if value is not None:
-                raise ValueError(f"{name} means nothing to a direct model, which makes the one clip that it "
-                                 f"knows of a prompt; leave it out, or choose a model such as tiny")
+                raise ValueError(
+                    f"{name} means nothing to a direct model, which makes the one clip that it "
+                    f"knows of a prompt; leave it out, or choose a model such as tiny"
+                )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("there is no prompt")
@@ -80,12 +97,15 @@ class DirectPipeline:
             return self.upscale(self.regress(prompts, num_frames, progress=told), progress=told)
 
     @torch.inference_mode()
-    def regress(self, prompts: Sequence[str], num_frames: int, *,
-                progress: Progress | None = None) -> list[Clip]:
+    def regress(
+        self, prompts: Sequence[str], num_frames: int, *, progress: Progress | None = None
+    ) -> list[Clip]:
         """Clips of one of `frame_counts` at the model's own size, one after the other."""
         if num_frames not in self.frame_counts:
-            raise ValueError(f"num_frames {num_frames} cannot be made; "
-                             f"choose one of {', '.join(map(str, self.frame_counts))}")
+            raise ValueError(
+                f"num_frames {num_frames} cannot be made; "
+                f"choose one of {', '.join(map(str, self.frame_counts))}"
+            )
         rate, clips = self.frame_counts[num_frames], []
         for i, prompt in enumerate(prompts):
             slots = self.system.direct.slots(rate)[:num_frames]

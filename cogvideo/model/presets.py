@@ -4,12 +4,12 @@ released CogVideo, `direct` is the reference of the regression family."""
 from typing import Any
 
 from cogvideo.model.decoder import DecoderConfig
-from cogvideo.model.direct import DirectConfig
+from cogvideo.model.families import DirectSystem, System
 from cogvideo.model.refiner import RefinerConfig
+from cogvideo.model.regression import DirectConfig
 from cogvideo.model.superres import SuperResConfig
-from cogvideo.model.system import DirectSystem, System
 from cogvideo.model.transformer import ModelConfig
-from cogvideo.vqvae import VQVAEConfig
+from cogvideo.model.vqvae import VQVAEConfig
 
 PRESETS = {
     # layers, width, heads, grid of tokens a frame; codes and text pieces
@@ -75,14 +75,26 @@ PRESETS = {
         DirectConfig(layers=12, width=768, heads=12, vocab=50257, pad=50256),
     ),
     "direct-tiny": DirectSystem(
-        DirectConfig(layers=4, width=192, heads=4, vocab=1280, pad=3, text_len=32, resolution=48, patch=8,
-                     frames=33),
+        DirectConfig(
+            layers=4, width=192, heads=4, vocab=1280, pad=3, text_len=32, resolution=48, patch=8, frames=33
+        ),
         RefinerConfig(scale=4, width=64, blocks=6),
     ),
     # for tests: made in a second
     "direct-nano": DirectSystem(
-        DirectConfig(layers=1, width=16, heads=2, vocab=500, pad=3, text_len=64, resolution=16, patch=8,
-                     frames=33, refine_width=8, refine_blocks=1),
+        DirectConfig(
+            layers=1,
+            width=16,
+            heads=2,
+            vocab=500,
+            pad=3,
+            text_len=64,
+            resolution=16,
+            patch=8,
+            frames=33,
+            refine_width=8,
+            refine_blocks=1,
+        ),
         RefinerConfig(scale=2, width=8, blocks=1),
     ),
     "nano": System(

@@ -1,4 +1,4 @@
-"""Importers of the original's files: SAT checkpoint folders (SPEC A.6, A.7) and icetk (SPEC C.10).
+"""Convert SAT checkpoint folders of the original to a model folder (docs/reference.md, "Checkpoint files").
 
 An importer is a table of key rules. It fails on anything that a file has and the table does not name, and on
 anything that our model has and the file does not give. Notable:
@@ -16,26 +16,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from cogvideo import foreign, presets
+from cogvideo.convert import keys, sat
+from cogvideo.convert.keys import Rule
+from cogvideo.convert.sat import Checkpoint
 from cogvideo.files import replacing_folder
-from cogvideo.foreign import Checkpoint, Piece, Rule, States
+from cogvideo.model import presets
+from cogvideo.model.families import System
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.superres import SuperResConfig
-from cogvideo.model.system import System
-from cogvideo.sampling import read_clusters
-from cogvideo.text import PAD, START, TextTokenizer
-from cogvideo.vqvae import VQVAEConfig
-from cogvideo.weights import ModelFolder
+from cogvideo.text import START
 
 Say = Callable[[str], None]
 Table = tuple[Rule, ...]
 
 ABOUT = "CogVideo (2022), converted from the released weights, whose licence restricts their use"
 # what the original's scripts ask for (SPEC C.1, C.5 to C.8)
-PROMPTS = {"image": "{prompt} 高清摄影", "stage1": "{seconds:.1f}秒<n>{prompt} 视频",
-           "stage2": "{seconds:.1f}秒<n>{prompt}", "superres": "{prompt}"}
+PROMPTS = {
+    "image": "{prompt} 高清摄影",
+    "stage1": "{seconds:.1f}秒<n>{prompt} 视频",
+    "stage2": "{seconds:.1f}秒<n>{prompt}",
+    "superres": "{prompt}",
+}
 SAMPLING = presets.SAMPLING["cogvideo-9b"]
 SPECIALS = (START, "<start_of_english>", "<start_of_chinese>")  # CogVideo's own, behind icetk's pieces
 MOST = 10**6  # of anything that a configuration counts
@@ -73,19 +74,12 @@ MODELS: dict[str, tuple[str, Table, list[int]]] = {
 }
 STAGES = {"stage1", "stage2"}
 # in model_config.json, and in our ModelConfig
-SIZES = {"num_layers": "layers", "hidden_size": "width", "num_attention_heads": "heads",
-         "vocab_size": "vocab"}
-
-# in our vqvae, once its modules have icetk's names, and in icetk
-ICETK = (
-    (r"\.shortcut\.", ".nin_shortcut."),
-    (r"\.out\.", ".proj_out."),
-    (r"^halves\.(\d+)\.", r"down_samplers.\1.conv_down_sampler."),
-    (r"^project\.", "quantize.proj."),
-    (r"^codebook\.vectors$", "quantize.embed.weight"),
-    (r"^codebook\.uses$", "quantize.cluster_size"),
-    (r"^codebook\.sums$", "quantize.embed_avg"),
-)
+SIZES = {
+    "num_layers": "layers",
+    "hidden_size": "width",
+    "num_attention_heads": "heads",
+    "vocab_size": "vocab",
+}
 
 
 @dataclass
@@ -99,10 +93,16 @@ class Output:
 
 
 @contextmanager
-def _building(path: Path) -> Iterator[Output]:
+def building(path: Path) -> Iterator[Output]:
     """A new model folder, or what an earlier conversion made, to be added to."""
-    config: dict[str, Any] = {"family": "cogvideo", "about": ABOUT, "languages": ["zh"],
-                              "prompts": PROMPTS, "sampling": SAMPLING, "converted": {}}
+    config: dict[str, Any] = {
+        "family": "cogvideo",
+        "about": ABOUT,
+        "languages": ["zh"],
+        "prompts": PROMPTS,
+        "sampling": SAMPLING,
+        "converted": {},
+    }
     before, system = ModelFolder(path), replace(presets.find("cogvideo-9b"), superres=None)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not (path / "config.json").exists() or "converted" not in before.config:
@@ -114,9 +114,6 @@ def _building(path: Path) -> Iterator[Output]:
         output.work.write_config(config | output.system.to_dict())
 
 
-# -- SAT
-
-
 def convert_sat(
     sources: Sequence[Path], out: Path, codes: int | None = None, say: Say = print, model: str | None = None
 ) -> None:
@@ -126,14 +123,15 @@ def convert_sat(
     must be; then they need no model_config.json. Raises ValueError, and leaves `out` as it was, if a source
     is not exactly what is expected.
     """
-    with _building(out) as output:
-        for source in foreign.find_checkpoints(sources):
-            with foreign.opened(source, output.work.path / "unpacked") as checkpoint:
+    with building(out) as output:
+        for source in sat.find_checkpoints(sources):
+            with sat.opened(source, output.work.path / "unpacked") as checkpoint:
                 _convert_checkpoint(checkpoint, output, codes, say, model)
 
 
-def _convert_checkpoint(checkpoint: Checkpoint, output: Output, codes: int | None, say: Say,
-                        model: str | None) -> None:
+def _convert_checkpoint(
+    checkpoint: Checkpoint, output: Output, codes: int | None, say: Say, model: str | None
+) -> None:
     """Write what one checkpoint adds."""
     name, described, ranks = checkpoint
     kind, stage = described.get("model_class"), described.get("cogvideo_stage")
@@ -154,14 +152,16 @@ def _convert_checkpoint(checkpoint: Checkpoint, output: Output, codes: int | Non
     c = system.model
     say(f"{name}: {c.layers} layers, width {c.width}, {c.codes} of {c.vocab} ids are image codes")
     layers = min(c.layers, len(ranks[0]))  # whoever claims more is told what is missing
-    rules = {"base": foreign.expand(BASE, layers), part: foreign.expand(table, layers)}
-    plan = foreign.pick(name, ranks, rules, system.shapes)
+    rules = {"base": keys.expand(BASE, layers), part: keys.expand(table, layers)}
+    plan = keys.pick(name, ranks, rules, system.shapes)
     if first := output.made.get("base"):
         base, held = plan.pop("base"), output.work if output.work.has("base") else output.before
         differs = next(held.differing("base", base), None)
         if differs and part in STAGES:
-            raise ValueError(f"{name} has another base than {first}: {differs} is not the same; convert it "
-                             "to a folder of its own, or the stages before super-resolution")
+            raise ValueError(
+                f"{name} has another base than {first}: {differs} is not the same; convert it "
+                "to a folder of its own, or the stages before super-resolution"
+            )
         if differs:
             plan[f"{part}_base"], system = base, replace(system, bases=(*system.bases, f"{part}_base"))
         else:
@@ -192,12 +192,16 @@ def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output
     if part in STAGES:
         fields |= {"text_len": text_len, "frames": 1 + times}
         fixed |= {"text_len", "frames"} if STAGES & made.keys() else set()
-    other = [f"{key} {fields[key]}, not {getattr(c, key)}" for key in sorted(fixed)
-             if fields[key] != getattr(c, key)]
+    other = [
+        f"{key} {fields[key]}, not {getattr(c, key)}"
+        for key in sorted(fixed)
+        if fields[key] != getattr(c, key)
+    ]
     divides = type(window) is int and window > 0 and grid % window == 0
     checks = {
-        f"num_attention_heads is missing, for a width of {fields['width']}":
-            "num_attention_heads" in described or fields["width"] == c.width,
+        f"num_attention_heads is missing, for a width of {fields['width']}": "num_attention_heads"
+        in described
+        or fields["width"] == c.width,
         f"{fields['heads']} heads do not make {fields['width']}": fields["width"] % fields["heads"] == 0,
         "layernorm_order is not sandwich": described.get("layernorm_order", "sandwich") == "sandwich",
         f"window_size {window} does not divide {grid}": part != "stage2" or divides,
@@ -222,8 +226,11 @@ def _read_layout(layout: Any, part: str, grid: int) -> tuple[int, int, int]:
     many frames long the rest is."""
     if isinstance(layout, str) and re.fullmatch(r"[\d, ]+", layout):
         layout = [int(number) for number in layout.split(",") if number.strip()]
-    if (isinstance(layout, list) and [type(n) for n in layout] == [int] * (2 if part == "itersr" else 3)
-            and max(layout) < MOST):
+    if (
+        isinstance(layout, list)
+        and [type(n) for n in layout] == [int] * (2 if part == "itersr" else 3)
+        and max(layout) < MOST
+    ):
         text_len, *spans = (end - begin for begin, end in zip([0, *layout], layout))
         frame_len, rest = [grid**2, *spans][-2:]
         if 0 < text_len <= FIRST_FRAME and min(frame_len, rest) > 0 and rest % frame_len == 0:
@@ -231,105 +238,3 @@ def _read_layout(layout: Any, part: str, grid: int) -> tuple[int, int, int]:
             if grid**2 == frame_len and (part in STAGES or math.isqrt(times) ** 2 == times):
                 return text_len, grid, times
     raise ValueError(f"layout {layout} is no text with whole square frames")
-
-
-# -- icetk
-
-
-def convert_icetk(source: Path, out: Path, say: Say = print) -> None:
-    """The folder of icetk's ice_text.model and ice_image.pt to text.model and the part vqvae of `out`.
-
-    A cluster_label2.npy in that folder becomes cluster_labels.npy (SPEC C.7).
-    """
-    with _building(out) as output:
-        states, system = foreign.read_states(source / "ice_image.pt"), output.system
-        vqvae, model = _vqvae_config(states, system), system.model
-        text = _text(source / "ice_text.model", vqvae.codes)
-        ids = vqvae.codes + len(text)
-        if "vqvae" in output.made:
-            raise ValueError(f"{out} has the files of icetk already")
-        if "base" not in output.made:
-            model = replace(model, codes=vqvae.codes, vocab=max(model.vocab, ids))
-        if model.codes != vqvae.codes or model.vocab < ids:
-            raise ValueError(f"icetk has {vqvae.codes} image codes and {len(text)} pieces, the transformer "
-                             f"{model.codes} codes (--codes when it was converted) of {model.vocab} ids")
-        model = replace(model, pad=text.pad, start=text.start)
-        output.system = system = replace(system, vqvae=vqvae, model=model)
-        output.work.write("vqvae", _vqvae_pieces(states, system))
-        output.work.write_text(text.model)
-        if (source / "cluster_label2.npy").exists():
-            labels = read_clusters(source / "cluster_label2.npy", vqvae.codes)
-            np.save(output.work.path / "cluster_labels.npy", labels)
-        output.made.update(vqvae="ice_image.pt", text="ice_text.model")
-        say(f"vqvae: {vqvae.codes} codes, rates {vqvae.rates}; text: {len(text)} pieces from {vqvae.codes}")
-
-
-def _text(file: Path, codes: int) -> TextTokenizer:
-    """icetk's pieces, and behind them CogVideo's own.
-
-    A sentencepiece model is a protobuf message; bytes appended to it are appended to its list, field 1, of
-    pieces: name, and score 0 as in the original.
-    """
-    try:
-        model = file.read_bytes()
-        for special in SPECIALS:
-            piece = b"\x0a" + bytes([len(special)]) + special.encode() + b"\x15\0\0\0\0"
-            model += b"\x0a" + bytes([len(piece)]) + piece
-        text = TextTokenizer(model, codes)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{file} is missing, damaged or not icetk's: {error}") from None
-    if text.pieces.id_to_piece(text.pad - codes) != PAD:
-        raise ValueError(f"{file} is not icetk's: it has no {PAD}")
-    return text
-
-
-def _vqvae_config(states: States, system: System) -> VQVAEConfig:
-    """The sizes of icetk's image tokenizer, by its tensors."""
-    first = re.compile(r"enc\.down\.\d+\.block\.0\.conv1\.weight")
-    try:
-        channels = len(states["enc.conv_in.weight"])
-        multipliers = tuple(len(states[key]) // channels for key in sorted(filter(first.fullmatch, states)))
-        decoders = len({key.split(".")[1] for key in states if key.startswith("decs.")})
-        rates = tuple(2 ** (len(multipliers) - 1 + number) for number in range(decoders))
-        rate = 8 if 8 in rates else rates[0]
-        codes, width = states["quantize.embed.weight"].shape
-    except (LookupError, ArithmeticError, ValueError) as error:
-        raise ValueError(f"ice_image.pt is no image tokenizer of icetk: {error}") from None
-    return replace(system.vqvae, channels=channels, multipliers=multipliers, codes=codes, code_width=width,
-                   rates=rates, rate=rate, resolution=system.model.grid * rate)
-
-
-def _vqvae_pieces(states: States, system: System) -> dict[str, Piece]:
-    modules, shapes = _vqvae_modules(system.vqvae), system.shapes("vqvae")
-    rules: list[Rule] = []
-    filled = Piece(shapes.pop("codebook.filled"), torch.bool, lambda: torch.tensor(True))
-    for ours in shapes:
-        theirs = re.sub(r"^(encoder|decoders\.\d+)\.\d+", lambda module: modules[module[0]], ours)
-        for mine, other in ICETK:
-            theirs = re.sub(mine, other, theirs)
-        keys = dict.fromkeys(theirs.replace(".qkv.", f".{x}.") for x in "qkv")  # one or three
-        rules.append((" ".join(keys), ours, "rows"))
-    pieces = foreign.pick("ice_image.pt", [states], {"vqvae": rules}, lambda _: shapes)
-    return pieces["vqvae"] | {"codebook.filled": filled}
-
-
-def _vqvae_modules(config: VQVAEConfig) -> dict[str, str]:
-    """The modules of our encoder and decoders, and icetk's names of them."""
-
-    def way(name: str, levels: Sequence[int], blocks: int) -> list[str]:
-        """Level by level, and what resamples between them."""
-        steps = []
-        for level in levels:
-            kinds = ("block", "attn") if level in config.attended else ("block",)
-            steps += [f"{name}.{level}.{kind}.{n}" for n in range(blocks) for kind in kinds]
-            steps += [f"{name}.{level}.{name}sample"]
-        return steps[:-1]
-
-    middle, end = ["mid.block_1", "mid.attn_1", "mid.block_2"], ["norm_out", "", "conv_out"]
-    levels, rates = len(config.multipliers), len(config.rates)
-    names = {"encoder": ("enc", [*way("down", range(levels), config.encoder_blocks), *middle])}
-    for number in range(rates):  # icetk's begin with the largest rate
-        up = way("up", range(levels + number)[::-1], config.decoder_blocks)
-        names[f"decoders.{number}"] = (f"decs.{rates - 1 - number}", [*middle, *up])
-    return {f"{ours}.{place}": f"{theirs}.{step}" for ours, (theirs, steps) in names.items()
-            for place, step in enumerate(["conv_in", *steps, *end])}

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from cogvideo.estimate import BYTES, CHANNELS, memory
+from cogvideo.generate.cost import BYTES, CHANNELS, memory
+from cogvideo.generate.int8 import join, pack
 from cogvideo.hardware import free_memory
 from cogvideo.model.decoder import VideoDecoder
-from cogvideo.model.packed import join, pack
+from cogvideo.model.folder import ModelFolder
 from cogvideo.model.refiner import Refiner
 from cogvideo.model.superres import SuperRes
 from cogvideo.model.transformer import Base, DualChannelTransformer
+from cogvideo.model.vqvae import VQVAE, to_frames, to_pictures
 from cogvideo.progress import Progress
 from cogvideo.video import Clip
-from cogvideo.vqvae import VQVAE, to_frames, to_pictures
-from cogvideo.weights import ModelFolder
 
 
 class Parts:

@@ -63,9 +63,7 @@ def weighted(map: Tensor, weights: Tensor | None) -> Tensor:
     return map * F.interpolate(weights[:, None], map.shape[1:], mode="bilinear", align_corners=False)[:, 0]
 
 
-def perceptual_distance(
-    net: PictureFeatures, a: Tensor, b: Tensor, weights: Tensor | None = None
-) -> Tensor:
+def perceptual_distance(net: PictureFeatures, a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared difference of unit-length features of two batches of pictures [B, 3, H, W], summed over
     layers: [B]. `weights` [B, h, w], of mean 1, say how much a place counts.
 

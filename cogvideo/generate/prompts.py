@@ -14,7 +14,7 @@ from cogvideo.text import TextTokenizer, split_words
 @lru_cache(1)
 def _near() -> dict[str, dict]:
     """Words that say nothing, words that are read as others, and what a hint names for a word."""
-    file = Path(__file__).parent / "data" / "tinyworld" / "near.json"
+    file = Path(__file__).parent.parent / "data" / "tinyworld" / "near.json"
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -32,8 +32,9 @@ class Prompts:
     words: Sequence[str] = ()  # of the captions of its training; none: it is not known
     languages: Sequence[str] = ()
 
-    def ids(self, prompts: Sequence[str], seconds: float, template: str, length: int,
-            pad: int | None = None) -> list[list[int]]:
+    def ids(
+        self, prompts: Sequence[str], seconds: float, template: str, length: int, pad: int | None = None
+    ) -> list[list[int]]:
         """A row of `length` ids for each prompt; ValueError if one is too long, saying by how many."""
         read = [self.read(one) for one in prompts]
         return [self.text.pad_left(self.text.prompt(one, seconds, template), length, pad) for one in read]
@@ -41,8 +42,9 @@ class Prompts:
     def check(self, prompt: str) -> None:
         """Raise ValueError if a prompt says nothing."""
         if not self.text.encode(prompt.strip()):
-            raise ValueError("the prompt is empty; write a sentence such as 'a dog runs to the right across "
-                             "a green field'")
+            raise ValueError(
+                "the prompt is empty; write a sentence such as 'a dog runs to the right across a green field'"
+            )
 
     def read(self, prompt: str) -> str:
         """The prompt in words that the model knows, as far as there are any.

@@ -6,9 +6,7 @@ Shapes: B samples, V codes.
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,17 +43,6 @@ class Sampling:
 def stages(chosen: dict[str, dict], clusters: Tensor | None = None) -> dict[str, Sampling]:
     """How each stage draws its tokens, by the options that a model folder gives."""
     return {stage: Sampling(**chosen.get(stage, {}), clusters=clusters) for stage in STAGES}
-
-
-def read_clusters(file: Path, codes: int) -> np.ndarray:
-    """The cluster of each code, int64 [V]; ValueError if the .npy file does not hold that."""
-    try:
-        labels = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if labels.shape != (codes,) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(f"{file} does not give a cluster to each of {codes} codes")
-    return labels.astype(np.int64)
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:

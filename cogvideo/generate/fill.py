@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cogvideo.generate.sampling import Sampling, guide, pick
 from cogvideo.layout import Layout
 from cogvideo.model.cache import Cache
 from cogvideo.model.transformer import DualChannelTransformer
-from cogvideo.sampling import Sampling, guide, pick
 
 
 @dataclass(frozen=True)

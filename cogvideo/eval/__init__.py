@@ -1,0 +1,4 @@
+"""Evaluate: numbers about clips.
+
+metrics   Frechet distance, PSNR, SSIM, sharpness, flicker
+"""

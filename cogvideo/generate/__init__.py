@@ -1,0 +1,14 @@
+"""Generate: a sentence becomes a clip.
+
+pipeline     what every loaded model can do, and `load`
+cogvideo     key frames, rounds of interpolation, decoding: verbs over a `Draft`
+regression   all frames in one pass
+fill         tokens one after another, with a cache
+sampling     from logits to a token
+prompts      checks, hints and ids of prompts
+draft        clips as tokens, and where an interrupted call finds them
+parts        the stored parts of a model, each loaded when first needed
+int8         linear layers as a CPU computes them fastest
+cost         steps, bytes and memory, as arithmetic
+estimate     seconds on this machine
+"""

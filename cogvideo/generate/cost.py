@@ -1,0 +1,177 @@
+"""What generation costs, as arithmetic over the sizes of a model: steps, bytes to read, memory.
+
+A step is bound by memory: it reads all weights once, however many rows go through them, and the keys and
+values of every row.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cogvideo.generate.sampling import Sampling
+from cogvideo.layout import Layout, rounds
+from cogvideo.model.families import DirectSystem, System
+from cogvideo.model.transformer import ModelConfig
+
+BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
+CHANNELS = ("stage1", "stage2", "superres")  # of which one at a time must be in memory
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one verb does: `steps` times, `rows` tokens go through all layers; and convolutions, once."""
+
+    name: str
+    steps: int = 0
+    rows: float = 0.0  # tokens a step, on average
+    layers: int = 0
+    weights: int = 0  # of matrices
+    seen: float = 0.0  # numbers of keys and values that a step reads
+    before: int = 0  # tokens that go through all layers before the first step
+    flops: float = 0.0  # of convolutions
+
+    @property
+    def tokens(self) -> int:
+        return round(self.steps * self.rows)
+
+    def read(self, dtype: str) -> float:
+        """Bytes that a step reads."""
+        return self.weights * BYTES[dtype] + self.seen * (2 if dtype == "bfloat16" else 4)
+
+
+def plan(system: Any, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
+    """Every verb of making `videos` of the full length, with a System or a DirectSystem."""
+    work = _regression(system, videos) if system.family == "direct" else _stages(system, sampling, videos)
+    if system.refiner:
+        frames = system.direct.frames if system.family == "direct" else max(rounds(system.model.frames))
+        work.append(Work("upscale", flops=videos * _upscale_flops(system, frames)))
+    return work
+
+
+def _regression(system: DirectSystem, videos: int) -> list[Work]:
+    c = system.direct
+    places = c.frames * c.grid**2
+    attention = 4 * c.layers * places * (places + c.text_len) * c.width  # which grows with the square
+    refinement = 2 * places * c.patch**2 * 9 * c.refine_width * (2 * c.refine_blocks * c.refine_width + 12)
+    return [
+        Work("text", videos, c.text_len, c.layers, 12 * c.layers * c.width**2),
+        Work(
+            "frames",
+            videos,
+            places,
+            c.layers,
+            16 * c.layers * c.width**2 + 3 * c.patch**2 * c.width,
+            flops=videos * (attention + refinement),
+        ),
+    ]
+
+
+def _stages(system: System, sampling: dict[str, Sampling], videos: int) -> list[Work]:
+    c = system.model
+    image, keyframes, between = (c.layout(stage) for stage in ("image", "stage1", "stage2"))
+    rows = {name: videos * (1 + one.guided) for name, one in sampling.items()}
+    work = [
+        _fill("first frame", c, image, 0, None, rows["image"]),
+        _fill("key frames", c, keyframes, 1, 0, rows["stage1"]),
+    ]
+    counts = rounds(c.frames)
+    for before, fps in zip(counts, [*counts.values()][1:]):
+        windows = (before - 1) // (len(between.given) - 1) * rows["stage2"]
+        work.append(_fill(f"to {fps:g} fps", c, between, len(between.given), c.window, windows))
+    frames = max(counts)
+    if system.superres:
+        s = system.superres
+        tokens = s.text_len + s.grid**2 + s.side**2
+        work.append(Work("larger frames", videos * frames, tokens, c.layers, matrices(c, False)))
+    grid = system.superres.side if system.superres else c.grid
+    flops = _decoder_flops(system, frames) if system.decoder else frames * _decode_flops(system, grid)
+    work.append(Work("decode", flops=videos * flops))
+    return work
+
+
+def _fill(name: str, c: ModelConfig, layout: Layout, known: int, window: int | None, rows: int) -> Work:
+    """Filling in the frames of a layout after the known ones, by a model with a temporal channel or none."""
+    steps = list(layout.waves(known, window or 0))
+    kinds = ("spatial",) if window is None else ("spatial", "temporal")
+    seen = 0.0
+    for kind in kinds:
+        for shifted in (False, True):
+            segments = layout.segments(kind, window or 0, shifted)
+            reads = {(segments.start[p], segments.end[p], n) for n, step in enumerate(steps) for p in step}
+            seen += sum(end - start for start, end, _ in reads) * c.layers / 2 * 2 * c.width
+    tokens = sum(len(step) for step in steps)
+    before = rows * (layout.text_len + known * layout.frame_len)
+    return Work(
+        name,
+        len(steps),
+        rows * tokens / len(steps),
+        c.layers,
+        matrices(c, window is not None),
+        rows * seen / len(steps),
+        before,
+    )
+
+
+def matrices(c: ModelConfig, temporal: bool) -> int:
+    """Weights that a step reads."""
+    return c.layers * (16 if temporal else 12) * c.width**2 + c.codes * c.width
+
+
+def _decode_flops(system: System, grid: int) -> float:
+    vqvae, codes = system.outline("vqvae"), torch.zeros(1, grid * grid, dtype=torch.long, device="meta")
+    return _flops(lambda: vqvae.decode(codes))
+
+
+def _decoder_flops(system: System, frames: int) -> float:
+    decoder, c = system.outline("decoder"), system.model
+    z = torch.zeros(1, frames, system.vqvae.code_width, c.grid, c.grid, device="meta")
+    text = torch.zeros(1, c.text_len, dtype=torch.long, device="meta")
+    return _flops(lambda: decoder(z, text))
+
+
+def _upscale_flops(system: Any, frames: int) -> float:
+    size, refiner = system.resolution, system.outline("refiner")
+    return _flops(lambda: refiner(torch.zeros(1, frames, 3, size, size, device="meta")))
+
+
+def _flops(action: Callable[[], Tensor]) -> float:
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        action()
+    return float(counter.get_total_flops())
+
+
+def memory(system: Any, dtype: str, rows: int, cpu: bool = True) -> dict[str, float]:
+    """Bytes of every part when it is loaded, and of keys and values: of `rows` key frames, or of a window."""
+    held: dict[str, float] = {}
+    for name in system.parts:
+        if name.startswith("itersr"):  # which generation does without
+            continue
+        part = system.outline(name)
+        linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
+        rest = sum(p.numel() for p in part.state_dict().values()) - linear
+        kind = dtype if name not in ("vqvae", "decoder", "refiner") else "float32"
+        if name.endswith("base") and cpu:  # the head is a copy; the embedding is mapped, not read
+            linear += system.model.codes * system.model.width
+            rest -= system.model.vocab * system.model.width if kind != "bfloat16" else 0
+        held[name] = linear * BYTES[kind] + rest * (2 if kind == "bfloat16" else 4)
+    if system.family == "direct":
+        return held
+    c = system.model
+    keyframes = cache_bytes(c, c.layout("stage1"), 0, dtype)
+    between = cache_bytes(c, c.layout("stage2"), c.window, dtype)
+    held["caches"] = max(keyframes * rows, between)  # windows are filled as many at a time as there is room
+    return held
+
+
+def cache_bytes(c: ModelConfig, layout: Layout, window: int, dtype: str) -> float:
+    """Of the keys and values of one row, in both channels of all layers."""
+    slots = sum(
+        max(layout.segments(kind, window, shifted).slot) + 1
+        for kind in ("spatial", "temporal")
+        for shifted in (False, True)
+    )
+    return slots * c.layers * c.width * (2 if dtype == "bfloat16" else 4)

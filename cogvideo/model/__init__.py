@@ -1,0 +1,15 @@
+"""Model: what is learnt, and how it is stored.
+
+transformer   the text-to-image base, the temporal channels, and the two together
+attention     the two attention channels of a block
+cache         keys and values of generated tokens
+vqvae         the frame tokenizer
+decoder       codes of a clip to frames, each with its neighbours and the caption
+refiner       decoded frames to larger ones
+superres      codes to more codes
+regression    the encoder-decoder transformer of the regression family
+features      frozen feature networks, for losses and metrics
+families      the parts of a model and their sizes
+presets       one table of models
+folder        a model as a folder of safetensors
+"""

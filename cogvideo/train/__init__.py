@@ -1,0 +1,17 @@
+"""Train: a recipe becomes a run, and a run a model folder.
+
+recipes        the curricula, as one table
+phase          one phase of a recipe
+loop           the training loop
+objectives     what each phase minimises
+losses         the hierarchical loss
+discriminator  the adversary of a video decoder
+optim          optimizers and learning rates
+parallel       several processes or devices, applied from outside
+inherit        what a new run begins with
+checkpoint     save and resume
+report         log, loss curve
+preview        sample strips
+cost           floating-point operations of a step
+pace           how fast a recipe trains here
+"""
