@@ -29,7 +29,7 @@ from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.files import replacing
 from cogvideo.model import presets
-from cogvideo.model.families import System
+from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.features import PictureFeatures
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.transformer import DualChannelTransformer
@@ -46,7 +46,7 @@ ORIGINAL = {
     "zero_init": False,
     "skew": 0,
 }
-SYSTEM = presets.find("tiny")
+SPEC = presets.find("tiny")
 DECODER_LOSS = recipes.find("tiny").phase("decoder").loss
 MEASURED_STEPS = 30  # that tell how many fit into the minutes
 
@@ -86,7 +86,7 @@ DECODER = {
 }
 
 
-def train_for(minutes: float, phase: Phase, system: System, init: ModelFolder, out: Path) -> ModelFolder:
+def train_for(minutes: float, phase: Phase, spec: CogVideoSpec, init: ModelFolder, out: Path) -> ModelFolder:
     """Train one phase in `out`. Its number of steps is decided once and kept in steps.json."""
     recipe = replace(recipes.find("tiny"), phases=(phase,))
     source = open_source("tinyworld", sprites=recipe.sprites)
@@ -94,13 +94,13 @@ def train_for(minutes: float, phase: Phase, system: System, init: ModelFolder, o
     if not kept.exists():
         started = time.process_time()
         short = replace(phase, steps=MEASURED_STEPS)
-        loop.train(recipe, out / "speed", source, system, [short], init=init, quiet=True)
+        loop.train(recipe, out / "speed", source, spec, [short], init=init, quiet=True)
         seconds = (time.process_time() - started) / MEASURED_STEPS
         out.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(max(1, int(60 * minutes / seconds))))
     steps = json.loads(kept.read_text())
     phase = replace(phase, steps=steps, warmup=min(phase.warmup, steps // 10))
-    return loop.train(recipe, out / "run", source, system, [phase], init=init, log_every=50, save_every=20)
+    return loop.train(recipe, out / "run", source, spec, [phase], init=init, log_every=50, save_every=20)
 
 
 @torch.inference_mode()
@@ -109,7 +109,7 @@ def loss_of(folder: ModelFolder, count: int = 64) -> float:
     world = TinyWorld(sprites(), 555, True, varied=True)
     phase = recipes.find("tiny").phase("image")
     batch = next(batches(world, phase.cut, count, seed=9))
-    c, text = folder.system().model, folder.text()
+    c, text = folder.spec().model, folder.text()
     ids = objectives.prepare_text(text, batch, c.text_len, 0.0, torch.Generator())
     codes = objectives.encode_clips(folder.load("vqvae"), batch.frames[0])
     model = DualChannelTransformer(folder.load("base"))
@@ -136,19 +136,19 @@ def tokenizer_of(model: ModelFolder, out: Path) -> ModelFolder:
 
 def ablate_base(args: argparse.Namespace, variant: Variant, init: ModelFolder, out: Path) -> Row:
     judge = frame_judge.load(args.judge)
-    system, size = SYSTEM, {"layers": args.layers, "width": args.width, "heads": args.width // 64}
-    system = replace(system, model=replace(system.model, **size, **variant.part))
+    spec, size = SPEC, {"layers": args.layers, "width": args.width, "heads": args.width // 64}
+    spec = replace(spec, model=replace(spec.model, **size, **variant.part))
     phase = replace(recipes.find("tiny").phase("image"), **variant.phase)
-    folder = train_for(args.minutes, phase, system, init, out)
+    folder = train_for(args.minutes, phase, spec, init, out)
     right = recognised(folder, judge, args.clips)
     return {"nats a code": loss_of(folder), "sprite recognised %": 100 * right}
 
 
 def ablate_decoder(args: argparse.Namespace, variant: Variant, init: ModelFolder, out: Path) -> Row:
     judge = frame_judge.load(args.judge)
-    system = replace(SYSTEM, decoder=replace(SYSTEM.decoder, **variant.part))
+    spec = replace(SPEC, decoder=replace(SPEC.decoder, **variant.part))
     phase = replace(recipes.find("tiny").phase("decoder"), decay=1.0, **variant.phase)
-    folder = train_for(args.minutes, phase, system, init, out)
+    folder = train_for(args.minutes, phase, spec, init, out)
     pipe, batch = CogVideo.from_pretrained(folder.path), ladder.draw_batch(sprites(), args.clips, seed=1000)
     rungs = ("codes", "replaced")
     found = ladder.climb(pipe, batch, rungs, judge, PictureFeatures())

@@ -34,7 +34,7 @@ from cogvideo import CogVideo
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
 from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
 from cogvideo.files import replacing
-from cogvideo.generate.regression import DirectPipeline
+from cogvideo.generate.regression import RegressionPipeline
 from cogvideo.model import presets
 from cogvideo.model.features import PictureFeatures
 from cogvideo.model.folder import ModelFolder
@@ -52,18 +52,18 @@ def train(out: Path, phases: Sequence[recipes.Phase], begin: Path | None = None)
         with replacing(out / "model") as copy:
             shutil.copytree(begin / "model", copy)
     world = TinyWorld(sprites(RECIPE.sprites), RECIPE.seed, even=True)
-    system = presets.find(RECIPE.preset)
-    return loop.train(RECIPE, out, world, system, list(phases), log_every=100, save_every=100)
+    spec = presets.find(RECIPE.preset)
+    return loop.train(RECIPE, out, world, spec, list(phases), log_every=100, save_every=100)
 
 
 @torch.inference_mode()
 def regress(folder: ModelFolder, prompts: Sequence[str], rate: float) -> np.ndarray:
     """9 frames, 2 a second, for each prompt, with the rate's token, of a model that may know only some of
     them: uint8 [B, 9, R, R, 3]."""
-    pipe = DirectPipeline(folder)
+    pipe = RegressionPipeline(folder)
     pipe.model.get_ready(rate, [])
-    text = torch.tensor(pipe.prompts.ids(prompts, 0.0, PLAIN, pipe.system.direct.text_len))
-    slots = range(0, pipe.system.direct.frames, 4)
+    text = torch.tensor(pipe.prompts.ids(prompts, 0.0, PLAIN, pipe.spec.direct.text_len))
+    slots = range(0, pipe.spec.direct.frames, 4)
     made = [pipe.model(rows, rate, slots) for rows in text.split(16)]
     return np.stack([to_frames(clip) for clip in torch.cat(made)])
 
@@ -89,7 +89,7 @@ def phases_table(out: Path, other: str, count: int) -> None:
     for name, (phases, begin) in runs.items():
         folder = train(out / name.replace(" ", "-"), phases, None if begin is None else out / begin)
         clips = regress(folder, split.prompts, 8.0 if "high" in name else 1.0)
-        rows[f"direct-tiny after {name}"] = (clips, duration(DirectPipeline(folder)))
+        rows[f"direct-tiny after {name}"] = (clips, duration(RegressionPipeline(folder)))
     pipe = CogVideo.from_pretrained(other)
     clips_of_it = out / pipe.folder.path.name
     claim(clips_of_it, pipe.folder, seed=1000, batch=8, frames=9, dtype=pipe.dtype)
@@ -122,7 +122,7 @@ def losses_table(out: Path, steps: int, count: int) -> None:
     for name, weights in ROWS.items():
         phase = replace(RECIPE.phase("low"), steps=steps, loss=weights)
         folder = train(out / f"loss-{name.replace(', ', '-')}", [phase], out / "image")
-        pipe = DirectPipeline(folder)
+        pipe = RegressionPipeline(folder)
         made = np.stack([clip.frames for clip in pipe.regress(prompts, 5)])
         row = compare(PictureFeatures(), made.reshape(-1, 48, 48, 3), real.reshape(-1, 48, 48, 3))
         flow = float(temporal_distance(to_pictures(made), to_pictures(real)).mean())

@@ -133,7 +133,7 @@ def main() -> None:
     size, of = vqvae.config.resolution, f"of {len(names)} sprites"
     numbers = {"tokenizer": measure_tokenizer(vqvae, net, scenes)}
     print_tokenizer(numbers["tokenizer"], f"{size} px, 9 frames of each of {len(scenes)} unseen clips {of}")
-    if folder.system().refiner is None or not folder.has("refiner"):
+    if folder.spec().refiner is None or not folder.has("refiner"):
         print("no refiner in this model folder yet")
     else:
         refiner, scenes = folder.load("refiner"), scenes[: args.refiner_count]

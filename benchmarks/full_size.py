@@ -37,32 +37,32 @@ PART = {"first frame": "image", "key frames": "stage1", "larger frames": "superr
 
 def write_random(path: Path, preset: str) -> ModelFolder:
     """The parts that are not there yet, tensor by tensor; matrices small enough to keep activations alive."""
-    folder, system = ModelFolder(path), presets.find(preset)
+    folder, spec = ModelFolder(path), presets.find(preset)
     path.mkdir(parents=True, exist_ok=True)
-    pieces = min(1280, system.model.vocab - system.model.codes)  # icetk's text model cannot be had here
+    pieces = min(1280, spec.model.vocab - spec.model.codes)  # icetk's text model cannot be had here
     folder.write_text(train_text(read_captions(TinyWorld(sprites(32), 1), 20_000, 1), pieces))
-    ids = TextTokenizer.load(path / "text.model", system.model.codes)
-    system = replace(system, model=replace(system.model, pad=ids.pad, start=ids.start))
+    ids = TextTokenizer.load(path / "text.model", spec.model.codes)
+    spec = replace(spec, model=replace(spec.model, pad=ids.pad, start=ids.start))
     config = {"family": "cogvideo", "preset": preset, "prompts": PROMPTS, "sampling": SAMPLING}
-    folder.write_config(config | system.to_dict())
+    folder.write_config(config | spec.to_dict())
 
     def make(shape: torch.Size, name: str) -> torch.Tensor:
         if len(shape) == 1:
             return torch.full(shape, float("norm" in name and name.endswith("weight"))).half()
         return (0.02 * torch.randn(shape)).half()
 
-    for part in system.parts:
+    for part in spec.parts:
         if folder.has(part):
             continue
         if part == "vqvae":  # a tenth of a billion weights, with a codebook that must be filled
-            vqvae = system.build(part)
-            vectors = torch.randn(system.vqvae.codes, system.vqvae.code_width)
+            vqvae = spec.build(part)
+            vectors = torch.randn(spec.vqvae.codes, spec.vqvae.code_width)
             vqvae.codebook.fill(vectors, torch.Generator().manual_seed(0))
             folder.save(part, vqvae, torch.float16)
             continue
         fresh = {
             name: Piece(shape, torch.float16, lambda shape=shape, name=name: make(shape, name))
-            for name, shape in system.shapes(part).items()
+            for name, shape in spec.shapes(part).items()
         }
         print(f"{part}: {folder.write(part, fresh) / 1e9:.1f} GB", flush=True)
     return folder

@@ -36,7 +36,7 @@ ROWS = {
 
 def measure(folder, scenes) -> list[float]:
     """PSNR, SSIM, perceptual distance, flow error, and shares of sprites and motions recognised."""
-    vqvae, size = folder.load("vqvae"), folder.system().resolution
+    vqvae, size = folder.load("vqvae"), folder.spec().resolution
     real = np.stack([render(scene, TIMES[8:12], size) for scene in scenes])  # four neighbouring frames
     made = reconstruct(vqvae, real.reshape(-1, size, size, 3))[0].reshape(real.shape)
     row = compare(PictureFeatures(), made.reshape(-1, size, size, 3), real.reshape(-1, size, size, 3))
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=256, help="unseen clips")
     parser.add_argument("--out", type=Path, default=Path("runs/hierarchical"))
     arguments = parser.parse_args()
-    recipe, system = recipes.find("tiny"), presets.find("tiny")
+    recipe, spec = recipes.find("tiny"), presets.find("tiny")
     names = sprites(recipe.sprites)
     scenes = unseen_scenes(names, arguments.count, seed=4321)
     print(f"{arguments.steps} steps, {torch.get_num_threads()} threads\n")
@@ -69,7 +69,7 @@ def main() -> None:
     for name, weights in ROWS.items():
         phase = replace(recipe.phase("tokenizer"), steps=arguments.steps, loss=weights)
         out = arguments.out / name.replace(", ", "-")
-        folder = loop.train(recipe, out, TinyWorld(names, recipe.seed), system, [phase], log_every=100)
+        folder = loop.train(recipe, out, TinyWorld(names, recipe.seed), spec, [phase], log_every=100)
         psnr, ssim, perceptual, flow, sprite, motion = measure(folder, scenes)
         print(f"| {name} | {psnr:.2f} | {ssim:.4f} | {perceptual:.4f} | {flow:.4f} ", end="")
         print(f"| {sprite:.1f} | {motion:.1f} |")

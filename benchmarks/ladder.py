@@ -158,7 +158,7 @@ TRUE = (*RECONSTRUCTIONS, "keyframes")  # where every frame has a rendered one t
 
 
 def tokenizer_config(pipe: Any) -> Any:
-    return pipe.vqvae.config if isinstance(pipe, TokenizerOnly) else pipe.system.vqvae
+    return pipe.vqvae.config if isinstance(pipe, TokenizerOnly) else pipe.spec.vqvae
 
 
 def has_decoder(pipe: Any) -> bool:
@@ -178,7 +178,7 @@ def title_of(row: str) -> str:
 
 
 def coded_size(pipe: Any) -> int:
-    return pipe.system.resolution if hasattr(pipe, "system") else tokenizer_config(pipe).resolution
+    return pipe.spec.resolution if hasattr(pipe, "spec") else tokenizer_config(pipe).resolution
 
 
 def keyframes(pipe: Any, batch: Batch) -> Draft:

@@ -24,7 +24,7 @@ STAGES = {"image": (1, 1), "stage1": (5, 8), "stage2": (5, 4)}  # frames, and ei
 @torch.inference_mode()
 def logits(pipe: CogVideo, stage: str, clips: list[Clip], prompts: list[str]) -> torch.Tensor:
     """[B, S, V] of the codes of clips, by the model of a stage."""
-    c = pipe.system.model
+    c = pipe.spec.model
     layout = c.layout(stage)
     codes = layout.lay(pipe.encode(clips, prompts, range(len(clips))).codes)
     seconds = 4.0 if stage == "image" else (len(clips[0].frames) - 1) / clips[0].fps
@@ -50,7 +50,7 @@ def main() -> None:
     print("|---|---|---:|---:|---:|---:|---:|")
     for stage, (frames, apart) in STAGES.items():
         times = TIMES[: 1 + (frames - 1) * apart : apart]
-        clips = [Clip(render(scene, times, pipes["int8"].system.resolution), 8 / apart) for scene in scenes]
+        clips = [Clip(render(scene, times, pipes["int8"].spec.resolution), 8 / apart) for scene in scenes]
         made = {dtype: logits(pipe, stage, clips, prompts) for dtype, pipe in pipes.items()}
         right = made.pop("float32").log_softmax(-1)
         entropy = -(right.exp() * right).sum(-1).mean()

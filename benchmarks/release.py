@@ -63,7 +63,7 @@ def main() -> None:
         config["sampling"] = arguments.sampling
     if arguments.measured:
         config["measured"] = json.loads(arguments.measured.read_text())
-    for part in source.system().parts:
+    for part in source.spec().parts:
         target.save(part, source.load(part), getattr(torch, arguments.dtype))
     if config.get("text") != "gpt2":
         target.write_text(source.text().model)
@@ -73,7 +73,7 @@ def main() -> None:
     with replacing(target.path / "README.md") as file:
         values = {"name": target.path.name, "about": arguments.about, "sprites": recipe.sprites}
         trained = arguments.how or f"`cogvideo train {recipe.name}`, seed {recipe.seed}."
-        values |= {"how": trained, "phases": phases, "method": METHODS[source.system().family]}
+        values |= {"how": trained, "phases": phases, "method": METHODS[source.spec().family]}
         file.write_text(CARD.format(**values, measured=measured or "nothing yet"))
     size = sum(file.stat().st_size for file in target.path.iterdir()) / 1e6
     print(f"{target.path}: {size:.1f} MB")

@@ -271,14 +271,14 @@ def estimate(
     from cogvideo.model.folder import ModelFolder, find_model, shipped
 
     folder = None if model in presets.PRESETS and model not in shipped() else ModelFolder(find_model(model))
-    system = folder.system() if folder else presets.find(model)
+    spec = folder.spec() if folder else presets.find(model)
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     chosen = folder.config.get("sampling", {}) if folder else presets.SAMPLING.get(model, {})
-    if system.family == "direct" and dtype == "int8":
+    if spec.family == "direct" and dtype == "int8":
         raise ValueError("a direct model computes in float32 or bfloat16, not in int8")
-    dtype = dtype or ("float32" if system.family == "direct" else "int8")
-    print(Estimate(system, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
+    dtype = dtype or ("float32" if spec.family == "direct" else "int8")
+    print(Estimate(spec, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
 
 
 def _estimate_training(recipe: str, device: str, processes: int | None, fields: dict[str, str]) -> None:
@@ -322,14 +322,14 @@ def models(model: Positional[str | None] = None, /) -> None:
             print(f"{name:<12} {ModelFolder(find_model(name)).config.get('about', '')}")
         return
     folder = ModelFolder(find_model(model))
-    config, system = folder.config, folder.system()
-    size = system.resolution
-    refined = f", refined to {size * system.refiner.scale} px" if system.refiner else ""
+    config, spec = folder.config, folder.spec()
+    size = spec.resolution
+    refined = f", refined to {size * spec.refiner.scale} px" if spec.refiner else ""
     print(f"{folder.path}\n{config.get('about', '')}\n")
-    for name, value in system.describe().items():
+    for name, value in spec.describe().items():
         print(f"{name:<13} {value}")
     print(f"pixels        {size} px{refined}")
-    for part in system.parts:
+    for part in spec.parts:
         weight = f"{folder.file(part).stat().st_size / 1e6:.1f} MB" if folder.has(part) else "missing"
         print(f"{part:<13} {weight}")
     for name, row in config.get("trained", {}).items():

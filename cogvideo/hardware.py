@@ -68,7 +68,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def free_memory(device: torch.device | str = "cpu") -> float | None:
-    """Bytes that can be had without swapping; None where the system does not tell."""
+    """Bytes that can be had without swapping; None where the operating system does not say."""
     if torch.device(device).type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:

@@ -460,7 +460,7 @@ class Trainer:
         seed: int,
     ):
         model = ModelFolder(folder)
-        self.config, self.plan, self.device = model.system().model, plan, device
+        self.config, self.plan, self.device = model.spec().model, plan, device
         self.stage = "image" if plan.part == "base" else plan.part
         self.layout = self.config.layout(self.stage)
         self.side = self.layout.grid // 2
@@ -482,7 +482,7 @@ class Trainer:
 
     def _scenes(self, model: ModelFolder, seed: int, workers: int) -> None:
         text = (model.path / "text.model").read_bytes()
-        first, length = model.system().first_text, self.config.text_len
+        first, length = model.spec().first_text, self.config.text_len
         world = TinyWorld(sprites(), seed, even=True, varied=True)
         self.scenes = Scenes(world, text, first, self.plan, length, seed)
         held = replace(self.plan, batch=32, drop=0.0)
@@ -640,7 +640,7 @@ class DecoderTrainer(Trainer):
         features: str,
     ):
         model = ModelFolder(folder)
-        self.config, self.plan, self.device, self.canvas = model.system().model, plan, device, canvas
+        self.config, self.plan, self.device, self.canvas = model.spec().model, plan, device, canvas
         self.layout = self.config.layout("stage1")
         self.parts = {
             name: model.load(name).to(device) for name in ("vqvae", "base", "stage1", "stage2", "decoder")
@@ -854,7 +854,7 @@ def main() -> None:
 
     torch.set_num_threads(2)
     torch._dynamo.config.recompile_limit = 64
-    resolution = ModelFolder(options.model).system().resolution
+    resolution = ModelFolder(options.model).spec().resolution
     canvas = Canvas(resolution, device, processes=min(16, os.cpu_count() or 1))
     say(
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, torch {torch.__version__}, "

@@ -90,13 +90,13 @@ def write_models(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for name in ("tiny", "direct-tiny"):
         (folder / name).mkdir(parents=True)
-        system, model = presets.find(name), ModelFolder(folder / name)
-        model.write_config({"preset": name, "about": "Random.", **system.to_dict(), "words": words})
+        spec, model = presets.find(name), ModelFolder(folder / name)
+        model.write_config({"preset": name, "about": "Random.", **spec.to_dict(), "words": words})
         model.write_text(train_text(captions, 500))
-        for part in system.parts:
-            made = new_part(system, part, seed=1)
+        for part in spec.parts:
+            made = new_part(spec, part, seed=1)
             if part == "vqvae":
-                made.codebook.fill(torch.randn(200, system.vqvae.code_width, generator=generator), generator)
+                made.codebook.fill(torch.randn(200, spec.vqvae.code_width, generator=generator), generator)
             if part == "direct":
                 made.trained.fill_(True)
             model.save(part, made)

@@ -9,7 +9,7 @@ import torch
 from cogvideo.data.loader import read_captions
 from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.model import presets
-from cogvideo.model.families import System
+from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.superres import SuperResChannel, SuperResConfig
 from cogvideo.model.transformer import Base, TemporalChannel
@@ -33,31 +33,31 @@ def nano(tmp_path_factory: pytest.TempPathFactory, world: TinyWorld) -> Path:
 
 @pytest.fixture(scope="session")
 def nano_large(tmp_path_factory: pytest.TempPathFactory, world: TinyWorld) -> Path:
-    """Like `nano`, but built like the released system: super-resolution of codes, and no refiner."""
+    """Like `nano`, but built like the released spec: super-resolution of codes, and no refiner."""
     nano = presets.find("nano")
     superres = SuperResConfig(grid=4, scale=2, text_len=64, pad=nano.model.pad, window=(3, 3), cross=(3, 3))
     vqvae = replace(nano.vqvae, resolution=32, rates=(4, 8), rate=8)
     original = replace(
         nano.model, rotary=False, qk_norm=False, activation="gelu", norm="sandwich", zero_init=False
     )
-    system = replace(nano, model=original, vqvae=vqvae, decoder=None, refiner=None, superres=superres)
-    return make(tmp_path_factory.mktemp("models") / "nano_large", system, world)
+    spec = replace(nano, model=original, vqvae=vqvae, decoder=None, refiner=None, superres=superres)
+    return make(tmp_path_factory.mktemp("models") / "nano_large", spec, world)
 
 
-def make(path: Path, system: System, world: TinyWorld) -> Path:
+def make(path: Path, spec: CogVideoSpec, world: TinyWorld) -> Path:
     folder = ModelFolder(path)
     captions = list(read_captions(world, 2000, seed=0))
     words = sorted({word for caption in captions for word in split_words(caption)})
-    folder.write_config({"family": "cogvideo", "preset": "nano", **system.to_dict(), "words": words})
+    folder.write_config({"family": "cogvideo", "preset": "nano", **spec.to_dict(), "words": words})
     folder.write_text(train_text(captions, 500))
     generator = torch.Generator().manual_seed(0)
-    for name in system.parts:
-        part = system.build(name)
+    for name in spec.parts:
+        part = spec.build(name)
         if isinstance(part, (Base, TemporalChannel, SuperResChannel)):
             part.init_weights(generator)
             loosen(part, generator)
         if isinstance(part, (VQVAE, HierarchicalVQVAE)):
-            part.codebook.fill(torch.randn(200, system.vqvae.code_width, generator=generator), generator)
+            part.codebook.fill(torch.randn(200, spec.vqvae.code_width, generator=generator), generator)
         folder.save(name, part)
     return folder.path
 

@@ -124,7 +124,7 @@ CASES = {
 def test_logits_loss_and_gradients_are_the_original_ones(folders, case):
     part, window, layout = CASES[case]
     golden, folder = read(case), folders[part]
-    config = folder.system().model
+    config = folder.spec().model
     temporal = TemporalChannel(config, window)
     temporal.load_state_dict(folder.load(part).state_dict())
     model = DualChannelTransformer(folder.load("base"), temporal).eval()
@@ -214,14 +214,14 @@ def test_a_folder_of_checkpoints_shares_one_base(tmp_path):
         "stage2.safetensors",
     ]
     assert torch.equal(folder.load("stage1").gate[1] + 1, folder.load("stage2").gate[1])
-    model = folder.system().model
+    model = folder.spec().model
     assert (model.window, model.layers, model.frames, model.grid, model.text_len) == (1, 2, 3, 2, 6)
     # the same, one after the other
     convert.convert_sat([tmp_path / "home" / "b"], tmp_path / "slowly", 20, quiet)
     convert.convert_sat([source], tmp_path / "slowly", say=quiet)
     for file in folder.path.glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "slowly" / file.name).read_bytes()
-    assert ModelFolder(tmp_path / "slowly").system() == folder.system()
+    assert ModelFolder(tmp_path / "slowly").spec() == folder.spec()
     with pytest.raises(ValueError, match="a is that already"):
         convert.convert_sat([source], tmp_path / "slowly", say=quiet)
 
@@ -264,8 +264,8 @@ def test_larger_maps_are_the_original_ones(tmp_path, part, file):
     source = sat(tmp_path / "sr", [weights], **settings, **RELEASED[part])
     convert.convert_sat([source], tmp_path / "out", 256, quiet)
     folder = ModelFolder(tmp_path / "out")
-    system = folder.system()
-    assert getattr(system, part) == SUPERRES[part] and part in system.parts and not system.bases
+    spec = folder.spec()
+    assert getattr(spec, part) == SUPERRES[part] and part in spec.parts and not spec.bases
     model = SuperRes(folder.load("base"), folder.load(part)).eval()
     text, rest = golden["in.tokens"].long().tensor_split([model.config.text_len], 1)
     codes = rest[:, : 400 if part == "superres" else 3600]
@@ -293,9 +293,9 @@ def test_super_resolution_shares_an_equal_base(tmp_path, first, change):
     for source in sources if first == "stage" else sources[::-1]:
         convert.convert_sat([source], tmp_path / "out", 20, quiet)
     folder = ModelFolder(tmp_path / "out")
-    system = folder.system()
-    assert system.superres == SuperResConfig(2, 3, text_len=5, pad=0, window=(5, 3), cross=(1, 1))
-    assert (system.model.text_len, system.model.frames, system.bases) == (6, 3, ())
+    spec = folder.spec()
+    assert spec.superres == SuperResConfig(2, 3, text_len=5, pad=0, window=(5, 3), cross=(1, 1))
+    assert (spec.model.text_len, spec.model.frames, spec.bases) == (6, 3, ())
     assert sorted(file.stem for file in folder.path.iterdir()) == ["base", "config", "stage1", "superres"]
     table = torch.load(sources[1] / "7" / FILE)["module"]["transformer.position_embeddings.weight"]
     assert torch.equal(folder.load("superres").low_positions.weight, table[513:517])
@@ -306,12 +306,12 @@ def test_super_resolution_brings_a_base_of_its_own(tmp_path):
     sources = [small(tmp_path, "stage")[0], small(tmp_path, "sr", shift_norm, **UPSCALES)[0]]
     convert.convert_sat(sources, tmp_path / "out", 20, quiet)
     folder = ModelFolder(tmp_path / "out")
-    assert folder.system().parts[-2:] == ("superres", "superres_base")
+    assert folder.spec().parts[-2:] == ("superres", "superres_base")
     own, base = folder.load("superres_base"), folder.load("base")
     assert torch.equal(own.norm.bias, base.norm.bias + 1) and torch.equal(own.norm.weight, base.norm.weight)
     iterative = {**UPSCALES, "model_class": "ItersrModel", "layout": [5, 41]}
     convert.convert_sat([small(tmp_path, "it", **iterative)[0]], tmp_path / "out", say=quiet)
-    assert folder.system().parts[-3:] == ("superres", "itersr", "superres_base")
+    assert folder.spec().parts[-3:] == ("superres", "itersr", "superres_base")
     with pytest.raises(ValueError, match="stage has another base than sr: .* the stages before super-res"):
         convert.convert_sat(sources[::-1], tmp_path / "other", 20, quiet)
 
@@ -325,8 +325,8 @@ def test_a_stage_that_its_description_does_not_tell(tmp_path):
     with pytest.raises(ValueError, match="window_size 10 does not divide 2"):
         convert.convert_sat([first], tmp_path / "out", 20, quiet, "CogVideoModel of stage 2")
     convert.convert_sat([first], tmp_path / "out", 20, quiet, "CogVideoModel of stage 1")
-    system = ModelFolder(tmp_path / "out").system()
-    assert (system.model.frames, system.model.grid, system.model.text_len) == (5, 2, 6)
+    spec = ModelFolder(tmp_path / "out").spec()
+    assert (spec.model.frames, spec.model.grid, spec.model.text_len) == (5, 2, 6)
     told, _ = small(tmp_path, "told")
     with pytest.raises(ValueError, match="told is CogVideoModel of stage 1"):
         convert.convert_sat([told], tmp_path / "new", 20, quiet, "CogVideoModel of stage 2")
@@ -349,7 +349,7 @@ def test_super_resolution_needs_no_description(tmp_path):
         convert.convert_sat([source], tmp_path / "out", 20, quiet)
     convert.convert_sat([source], tmp_path / "out", 20, quiet, "DsrModel")
     folder = ModelFolder(tmp_path / "out")
-    assert folder.system().superres == SUPERRES["superres"] and len(folder.load("superres").attention) == 2
+    assert folder.spec().superres == SUPERRES["superres"] and len(folder.load("superres").attention) == 2
     with pytest.raises(ValueError, match="stage is CogVideoModel of stage 1; .*: DsrModel"):
         convert.convert_sat([stage], tmp_path / "new", 20, quiet, "DsrModel")
 
@@ -642,7 +642,7 @@ def test_icetk_becomes_text_and_tokenizer(icetk, tmp_path):
     convert_icetk(icetk, tmp_path / "out", quiet)
     folder = ModelFolder(tmp_path / "out")
     text, before = folder.text(), TextTokenizer((icetk / "ice_text.model").read_bytes(), 128)
-    model = folder.system().model
+    model = folder.spec().model
     assert len(text) == len(before) + 3 and text.pad == 128 + 3 == model.pad
     assert text.start == 128 + len(before) == model.start  # the first id behind icetk's pieces
     for caption in ("a dog runs", "4.0秒<n>一只猫", "never seen words!"):
@@ -663,9 +663,9 @@ def test_icetk_and_checkpoints_meet_in_one_folder(icetk, tmp_path, icetk_first):
     for step in steps if icetk_first else steps[::-1]:
         step()
     folder = ModelFolder(tmp_path / "out")
-    system, text = folder.system(), folder.text()
-    assert (system.model.vocab, system.model.codes, system.model.start) == (700, 128, text.start)
-    assert system.vqvae.grid == system.model.grid == 2
+    spec, text = folder.spec(), folder.text()
+    assert (spec.model.vocab, spec.model.codes, spec.model.start) == (700, 128, text.start)
+    assert spec.vqvae.grid == spec.model.grid == 2
     assert all(folder.load(part) is not None for part in ("vqvae", "base", "stage1"))
 
 

@@ -21,7 +21,7 @@ from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld
 from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
-from cogvideo.model.regression import Direct, DirectConfig
+from cogvideo.model.regression import RegressionConfig, RegressionTransformer
 from cogvideo.text import GPT2Tokenizer, train_text
 from cogvideo.train import inherit, loop, recipes
 from cogvideo.train.losses import LossWeights
@@ -33,7 +33,7 @@ TEXT = torch.tensor([[3, 3, 3, 20, 30, 40], [3, 50, 60, 70, 80, 90]])
 
 
 @pytest.fixture
-def model() -> Direct:
+def model() -> RegressionTransformer:
     part = inherit.new_part(NANO, "direct", 1)
     with torch.no_grad():
         for p in part.parameters():
@@ -201,8 +201,8 @@ def test_a_narrow_reference_model_learns(world):
 
     config = dataclasses.replace(presets.find("direct").direct, width=32, layers=1, heads=2)
     phase = dataclasses.replace(recipes.find("direct").phase("high"), steps=1)
-    system = dataclasses.replace(presets.find("direct"), direct=config)
-    model = inherit.new_part(system, "direct", 0)
+    spec = dataclasses.replace(presets.find("direct"), direct=config)
+    model = inherit.new_part(spec, "direct", 0)
     step = objectives.direct({"direct": model}, GPT2Tokenizer(), phase)
     batch, losses = next(batches(world, phase.cut, 1, seed=0)), []
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -314,13 +314,13 @@ def test_another_model_is_inherited_by_what_fits(trained, nano, tmp_path, world,
     assert "tensors taken; nothing is new" in capsys.readouterr().out
 
     single = dataclasses.replace(NANO.direct, frames=1, rates=(1.0,))
-    system = dataclasses.replace(NANO, direct=single, refiner=None)
+    spec = dataclasses.replace(NANO, direct=single, refiner=None)
     picture = ModelFolder(tmp_path / "picture")
     picture.path.mkdir()
-    part = inherit.new_part(system, "direct", 7)
+    part = inherit.new_part(spec, "direct", 7)
     part.get_ready(1.0, [0])
     picture.save("direct", part)
-    picture.write_config({**system.to_dict(), "words": [], "trained": {}})
+    picture.write_config({**spec.to_dict(), "words": [], "trained": {}})
     picture.write_text(folder.text().model)
     grown = run(tmp_path / "grown", world, stopped, init=picture).load("direct")
     assert torch.equal(grown.generation.weight, part.generation.weight)
@@ -401,7 +401,7 @@ def test_nothing_in_common_is_an_error(tmp_path, world, nano_large):
 
 def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
     config = dataclasses.replace(presets.find("direct").direct, width=8, layers=1, heads=2, patch=32)
-    system = dataclasses.replace(presets.find("direct"), direct=config)
+    spec = dataclasses.replace(presets.find("direct"), direct=config)
     table = torch.randn(50257, 8)
     save_file({"transformer.wte.weight": table}, tmp_path / "gpt2.safetensors")
     recipe = dataclasses.replace(recipes.find("direct"), phases=())
@@ -409,7 +409,7 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
         recipe,
         tmp_path / "run",
         world,
-        system,
+        spec,
         [],
         quiet=True,
         init_embedding=str(tmp_path / "gpt2.safetensors"),
@@ -421,7 +421,7 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
             recipe,
             tmp_path / "both",
             world,
-            system,
+            spec,
             [],
             quiet=True,
             init=folder,
@@ -443,7 +443,7 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
                 recipe,
                 tmp_path / name,
                 world,
-                system,
+                spec,
                 [],
                 init_embedding=str(tmp_path / f"{name}.safetensors"),
             )
@@ -513,9 +513,9 @@ def test_the_command_line_makes_and_describes_it(trained, tmp_path):
 
 
 def test_direct_config_reads_back():
-    from cogvideo.model.families import read_system
+    from cogvideo.model.families import read_spec
 
-    assert read_system(json.loads(json.dumps(NANO.to_dict()))) == NANO
-    assert isinstance(NANO.direct, DirectConfig)
+    assert read_spec(json.loads(json.dumps(NANO.to_dict()))) == NANO
+    assert isinstance(NANO.direct, RegressionConfig)
     with pytest.raises(ValueError, match="unknown family 'x'; choose one of cogvideo, direct"):
-        read_system({"family": "x"})
+        read_spec({"family": "x"})

@@ -39,15 +39,15 @@ def test_the_steps_are_those_of_the_fills(nano):
     ):
         calls.clear()
         draft = verb(draft)
-        work = next(one for one in cost.plan(pipe.system, pipe.sampling) if one.name == name)
-        steps = [call for call in calls if call[1] < pipe.system.model.text_len]  # after the prompts
+        work = next(one for one in cost.plan(pipe.spec, pipe.sampling) if one.name == name)
+        steps = [call for call in calls if call[1] < pipe.spec.model.text_len]  # after the prompts
         assert len(steps) == work.steps and sum(rows * tokens for rows, tokens in steps) == work.tokens
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_memory_is_that_of_the_loaded_parts(nano, dtype):
     folder = ModelFolder(nano)
-    held = cost.memory(folder.system(), dtype, rows=2)
+    held = cost.memory(folder.spec(), dtype, rows=2)
     for name in ("base", "stage1", "refiner"):
         part = folder.load(name)
         if name != "refiner":
@@ -66,7 +66,7 @@ def test_memory_is_that_of_the_loaded_parts(nano, dtype):
 
 def test_caches_are_as_large_as_said(nano):
     pipe = CogVideo.from_pretrained(nano, dtype="float32")
-    c, model = pipe.system.model, pipe.parts.stage2
+    c, model = pipe.spec.model, pipe.parts.stage2
     layout = Layout.interpolation(c.text_len, c.grid, c.frames)
     cache = model.new_cache(layout, 3)
     taken = sum(t.nbytes for channel in cache.channels for t in channel.kept)
@@ -81,7 +81,7 @@ def test_what_does_not_fit_at_once_is_made_in_turn(nano, monkeypatch):
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 1.0)
     parts = pipe.interpolate(draft, progress=lambda what, done, total: told.append((done, total))).codes
     assert torch.equal(whole, parts)
-    assert told[-1][0] == told[-1][1] == 4 * 2 * pipe.system.model.frame_len and told == sorted(told)
+    assert told[-1][0] == told[-1][1] == 4 * 2 * pipe.spec.model.frame_len and told == sorted(told)
 
 
 def test_a_measured_speed_predicts_seconds():

@@ -7,21 +7,21 @@ import pytest
 import torch
 from data.goldens import DATA, read
 
-from cogvideo.convert import cogvideo as convert
+from cogvideo.convert import icetk as convert
 from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import VQVAE, HierarchicalVQVAE
 
-SYSTEM = presets.find("cogvideo-9b")
+SPEC = presets.find("cogvideo-9b")
 RATES = (4, 8, 16)
 
 
 @pytest.fixture(scope="module")
 def vqvae() -> HierarchicalVQVAE:
     states = read("weights_vqvae_tiny")
-    system = replace(SYSTEM, vqvae=convert._vqvae_config(states, SYSTEM))
-    made = system.build("vqvae")
-    made.load_state_dict({key: piece.make() for key, piece in convert._vqvae_pieces(states, system).items()})
+    spec = replace(SPEC, vqvae=convert._vqvae_config(states, SPEC))
+    made = spec.build("vqvae")
+    made.load_state_dict({key: piece.make() for key, piece in convert._vqvae_pieces(states, spec).items()})
     return made.eval()
 
 
@@ -57,10 +57,10 @@ def test_pictures_of_a_batch_are_decoded_as_if_alone(vqvae):
 def test_the_full_size_has_the_original_names_and_shapes():
     shapes = json.loads((DATA / "icetk_hvqvae_full_shapes.json").read_text())
     states = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    assert convert._vqvae_config(states, SYSTEM) == SYSTEM.vqvae and SYSTEM.vqvae.grid == 20
-    pieces = convert._vqvae_pieces(states, SYSTEM)  # all of theirs is used, all shapes are ours
+    assert convert._vqvae_config(states, SPEC) == SPEC.vqvae and SPEC.vqvae.grid == 20
+    pieces = convert._vqvae_pieces(states, SPEC)  # all of theirs is used, all shapes are ours
     with torch.device("meta"):
-        mine = SYSTEM.build("vqvae").state_dict()
+        mine = SPEC.build("vqvae").state_dict()
     assert {key: piece.shape for key, piece in pieces.items()} == {key: t.shape for key, t in mine.items()}
     counted = sum(t.numel() for key, t in mine.items() if key not in ("codebook.uses", "codebook.sums"))
     assert round(counted / 1e6, 1) == 97.4  # SPEC C.10
@@ -72,13 +72,13 @@ def test_a_tensor_too_many_or_too_few_is_named():
     del states["decs.1.mid.attn_1.k.bias"]
     states["loss.weight"] = torch.empty(1, device="meta")
     with pytest.raises(ValueError, match="decs.1.mid.attn_1.k.bias is missing, loss.weight is unknown"):
-        convert._vqvae_pieces(states, SYSTEM)
+        convert._vqvae_pieces(states, SPEC)
 
 
 def test_systems_choose_the_tokenizer_by_its_rates(nano):
     assert type(ModelFolder(nano).load("vqvae")) is VQVAE
     with torch.device("meta"):
-        assert isinstance(SYSTEM.build("vqvae"), HierarchicalVQVAE)
+        assert isinstance(SPEC.build("vqvae"), HierarchicalVQVAE)
 
 
 def test_it_can_learn_at_its_rate(vqvae):

@@ -206,14 +206,14 @@ def test_processes_end_with_the_first(tmp_path):
 
 
 def test_memory_decides_on_shards(monkeypatch):
-    system, phase, cpu = presets.find("nano"), nano_phase("image", optimizer="muon"), torch.device("cpu")
-    whole = 12 * sum(shape.numel() for shape in system.shapes("base").values())
+    spec, phase, cpu = presets.find("nano"), nano_phase("image", optimizer="muon"), torch.device("cpu")
+    whole = 12 * sum(shape.numel() for shape in spec.shapes("base").values())
     for free, shard in ((2.1 * whole, False), (1.9 * whole, True)):
         monkeypatch.setattr(loop, "free_memory", lambda device, free=free: free)
-        assert loop.check_memory([phase], system, cpu, 2, False) is shard
+        assert loop.check_memory([phase], spec, cpu, 2, False) is shard
     monkeypatch.setattr(loop, "free_memory", lambda device: 0.9 * whole)
     with pytest.raises(ValueError, match="image needs"):
-        loop.check_memory([phase], system, cpu, 2, False)
+        loop.check_memory([phase], spec, cpu, 2, False)
 
 
 def test_two_processes_take_the_steps_of_one_in_the_regression_family(nano, tmp_path):

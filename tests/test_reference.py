@@ -151,7 +151,7 @@ def test_a_run_asks_for_what_the_original_asked(nano, monkeypatch):
     trace = {key: value.long() for key, value in read("pipeline_trace").items()}
     parts = [[0], [1], [2], [3], [4, 5]]  # the original cut the 16 windows of the last round in two
     pipe = CogVideo.from_pretrained(nano, dtype="float32", reference_quirks=True)
-    pipe.system = replace(pipe.system, model=replace(pipe.system.model, grid=20))
+    pipe.spec = replace(pipe.spec, model=replace(pipe.spec.model, grid=20))
     pipe.sampling, pipe.templates = stages(convert.SAMPLING), convert.PROMPTS
     asked, encoded, encode = [], [], pipe.text.encode
 

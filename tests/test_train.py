@@ -316,25 +316,25 @@ def test_a_part_is_the_same_for_the_same_seed():
 
 
 def every_part() -> list:
-    """(system, part) for each kind of part of both families."""
+    """(spec, part) for each kind of part of both families."""
     nano, direct = presets.find("nano"), presets.find("direct-nano")
     large = SuperResConfig(grid=4, scale=2, text_len=64, pad=nano.model.pad, window=(3, 3), cross=(3, 3))
     tokenizer = dataclasses.replace(nano.vqvae, resolution=32, rates=(4, 8), rate=8)
     absolute = dataclasses.replace(nano.model, rotary=False)
-    system = dataclasses.replace(
+    spec = dataclasses.replace(
         nano,
         model=absolute,
         superres=large,
         bases=("superres_base", "itersr_base"),
         itersr=dataclasses.replace(large, cross=None),
     )
-    rows = [(one, name) for one in (nano, system, direct) for name in one.parts]
+    rows = [(one, name) for one in (nano, spec, direct) for name in one.parts]
     return [*rows, (dataclasses.replace(nano, vqvae=tokenizer), "vqvae")]
 
 
-@pytest.mark.parametrize("system, name", every_part(), ids=lambda value: str(value)[:12])
-def test_a_part_takes_all_of_one_of_its_sizes(system, name):
-    mine, theirs = (inherit.new_part(system, name, seed) for seed in (1, 2))
+@pytest.mark.parametrize("spec, name", every_part(), ids=lambda value: str(value)[:12])
+def test_a_part_takes_all_of_one_of_its_sizes(spec, name):
+    mine, theirs = (inherit.new_part(spec, name, seed) for seed in (1, 2))
     loosen(theirs, torch.Generator().manual_seed(3))
     told = inherit.take(mine, theirs)
     taken, given = mine.state_dict(), theirs.state_dict()
@@ -371,16 +371,16 @@ def test_a_part_of_another_size_takes_what_fits(part, changes, new):
 
 
 @pytest.mark.parametrize(
-    "system, name, tables",
+    "spec, name, tables",
     [
         ("nano", "base", {"embed.weight": 64}),
         ("nano", "decoder", {"words.weight": 0}),
         ("direct-nano", "direct", {"embed.weight": 2}),
     ],
 )
-def test_of_other_words_no_embedding_is_taken(system, name, tables):
+def test_of_other_words_no_embedding_is_taken(spec, name, tables):
     """But those of image codes, and of frame rates."""
-    mine, theirs = (inherit.new_part(presets.find(system), name, seed) for seed in (1, 2))
+    mine, theirs = (inherit.new_part(presets.find(spec), name, seed) for seed in (1, 2))
     inherit.take(mine, theirs, same_words=False)
     for key, value in mine.state_dict().items():
         equal = (value == theirs.state_dict()[key]).flatten(1).all(1) if key in tables else None
@@ -391,7 +391,7 @@ def test_a_run_begins_with_another_model(nano, tmp_path, world, capsys):
     """All parts and words of a model of the same sizes: the line of the README that once failed."""
     folder = run(tmp_path, world, nano_phase("stage1", steps=1, lr=0.0), init=ModelFolder(nano))
     told = capsys.readouterr().out
-    for part in folder.system().parts:
+    for part in folder.spec().parts:
         assert f"{part} from {nano}: " in told
         mine, theirs = (one.load(part).state_dict() for one in (folder, ModelFolder(nano)))
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs), part

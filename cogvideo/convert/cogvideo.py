@@ -21,7 +21,7 @@ from cogvideo.convert.keys import Rule
 from cogvideo.convert.sat import Checkpoint
 from cogvideo.files import replacing_folder
 from cogvideo.model import presets
-from cogvideo.model.families import System
+from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.superres import SuperResConfig
 from cogvideo.text import START
@@ -88,7 +88,7 @@ class Output:
 
     before: ModelFolder
     work: ModelFolder
-    system: System
+    spec: CogVideoSpec
     made: dict[str, str]  # the source of every part
 
 
@@ -103,15 +103,15 @@ def building(path: Path) -> Iterator[Output]:
         "sampling": SAMPLING,
         "converted": {},
     }
-    before, system = ModelFolder(path), replace(presets.find("cogvideo-9b"), superres=None)
+    before, spec = ModelFolder(path), replace(presets.find("cogvideo-9b"), superres=None)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not (path / "config.json").exists() or "converted" not in before.config:
             raise ValueError(f"{path} exists and no conversion made it; choose another name")
-        config, system = before.config, before.system()
+        config, spec = before.config, before.spec()
     with replacing_folder(path) as work:
-        output = Output(before, ModelFolder(work), system, config["converted"])
+        output = Output(before, ModelFolder(work), spec, config["converted"])
         yield output
-        output.work.write_config(config | output.system.to_dict())
+        output.work.write_config(config | output.spec.to_dict())
 
 
 def convert_sat(
@@ -146,14 +146,14 @@ def _convert_checkpoint(
     if part in output.made:
         raise ValueError(f"{name} is {part}, but {output.made[part]} is that already")
     try:
-        system = _fit({"layout": layout, **described}, part, codes, output)
+        spec = _fit({"layout": layout, **described}, part, codes, output)
     except ValueError as error:
         raise ValueError(f"{name} cannot be converted, by its model_config.json: {error}") from None
-    c = system.model
+    c = spec.model
     say(f"{name}: {c.layers} layers, width {c.width}, {c.codes} of {c.vocab} ids are image codes")
     layers = min(c.layers, len(ranks[0]))  # whoever claims more is told what is missing
     rules = {"base": keys.expand(BASE, layers), part: keys.expand(table, layers)}
-    plan = keys.pick(name, ranks, rules, system.shapes)
+    plan = keys.pick(name, ranks, rules, spec.shapes)
     if first := output.made.get("base"):
         base, held = plan.pop("base"), output.work if output.work.has("base") else output.before
         differs = next(held.differing("base", base), None)
@@ -163,19 +163,19 @@ def _convert_checkpoint(
                 "to a folder of its own, or the stages before super-resolution"
             )
         if differs:
-            plan[f"{part}_base"], system = base, replace(system, bases=(*system.bases, f"{part}_base"))
+            plan[f"{part}_base"], spec = base, replace(spec, bases=(*spec.bases, f"{part}_base"))
         else:
             say(f"base: the same as that of {first}, stored once")
     for new, pieces in plan.items():
         say(f"{new}: {output.work.write(new, pieces) / 1e9:.2f} GB")
         output.made[new] = name
-    output.system = system
+    output.spec = spec
 
 
-def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output) -> System:
-    """The system with what model_config.json says of a part, if that can be and suits what is there. Sizes
-    that it leaves out are those of what is there, or of the released system."""
-    system, made, c = output.system, output.made, output.system.model
+def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output) -> CogVideoSpec:
+    """The spec with what model_config.json says of a part, if that can be and suits what is there. Sizes
+    that it leaves out are those of what is there, or of the released spec."""
+    spec, made, c = output.spec, output.made, output.spec.model
     for key in {*SIZES, "kernel_size", "kernel_size2"} & described.keys():
         if type(described[key]) is not int or not 0 < described[key] < MOST:
             raise ValueError(f"{key} is {described[key]!r}, where a size belongs")
@@ -211,14 +211,14 @@ def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output
     for complaint, fine in checks.items():
         if not fine:
             raise ValueError(complaint)
-    parts: dict[str, Any] = {"vqvae": replace(system.vqvae, codes=codes, resolution=grid * system.vqvae.rate)}
+    parts: dict[str, Any] = {"vqvae": replace(spec.vqvae, codes=codes, resolution=grid * spec.vqvae.rate)}
     if part == "stage2":
         fields["window"] = window
     if part not in STAGES:
         reach, cross = described.get("kernel_size", 5), described.get("kernel_size2", 5)
         seen = (cross, cross) if part == "superres" else None
         parts[part] = SuperResConfig(grid, math.isqrt(times), text_len, 0, (2 * reach - 1, reach), seen)
-    return replace(system, model=replace(c, **fields), **parts)
+    return replace(spec, model=replace(c, **fields), **parts)
 
 
 def _read_layout(layout: Any, part: str, grid: int) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from cogvideo.convert import keys
 from cogvideo.convert.cogvideo import SPECIALS, Say, building
 from cogvideo.convert.keys import Rule, States
 from cogvideo.convert.sat import read_states
-from cogvideo.model.families import System
+from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import Piece, read_clusters
 from cogvideo.model.vqvae import VQVAEConfig
 from cogvideo.text import PAD, TextTokenizer
@@ -36,8 +36,8 @@ def convert_icetk(source: Path, out: Path, say: Say = print) -> None:
     A cluster_label2.npy in that folder becomes cluster_labels.npy (SPEC C.7).
     """
     with building(out) as output:
-        states, system = read_states(source / "ice_image.pt"), output.system
-        vqvae, model = _vqvae_config(states, system), system.model
+        states, spec = read_states(source / "ice_image.pt"), output.spec
+        vqvae, model = _vqvae_config(states, spec), spec.model
         text = _text(source / "ice_text.model", vqvae.codes)
         ids = vqvae.codes + len(text)
         if "vqvae" in output.made:
@@ -50,8 +50,8 @@ def convert_icetk(source: Path, out: Path, say: Say = print) -> None:
                 f"{model.codes} codes (--codes when it was converted) of {model.vocab} ids"
             )
         model = replace(model, pad=text.pad, start=text.start)
-        output.system = system = replace(system, vqvae=vqvae, model=model)
-        output.work.write("vqvae", _vqvae_pieces(states, system))
+        output.spec = spec = replace(spec, vqvae=vqvae, model=model)
+        output.work.write("vqvae", _vqvae_pieces(states, spec))
         output.work.write_text(text.model)
         if (source / "cluster_label2.npy").exists():
             labels = read_clusters(source / "cluster_label2.npy", vqvae.codes)
@@ -79,7 +79,7 @@ def _text(file: Path, codes: int) -> TextTokenizer:
     return text
 
 
-def _vqvae_config(states: States, system: System) -> VQVAEConfig:
+def _vqvae_config(states: States, spec: CogVideoSpec) -> VQVAEConfig:
     """The sizes of icetk's image tokenizer, by its tensors."""
     first = re.compile(r"enc\.down\.\d+\.block\.0\.conv1\.weight")
     try:
@@ -92,19 +92,19 @@ def _vqvae_config(states: States, system: System) -> VQVAEConfig:
     except (LookupError, ArithmeticError, ValueError) as error:
         raise ValueError(f"ice_image.pt is no image tokenizer of icetk: {error}") from None
     return replace(
-        system.vqvae,
+        spec.vqvae,
         channels=channels,
         multipliers=multipliers,
         codes=codes,
         code_width=width,
         rates=rates,
         rate=rate,
-        resolution=system.model.grid * rate,
+        resolution=spec.model.grid * rate,
     )
 
 
-def _vqvae_pieces(states: States, system: System) -> dict[str, Piece]:
-    modules, shapes = _vqvae_modules(system.vqvae), system.shapes("vqvae")
+def _vqvae_pieces(states: States, spec: CogVideoSpec) -> dict[str, Piece]:
+    modules, shapes = _vqvae_modules(spec.vqvae), spec.shapes("vqvae")
     rules: list[Rule] = []
     filled = Piece(shapes.pop("codebook.filled"), torch.bool, lambda: torch.tensor(True))
     for ours in shapes:

@@ -27,7 +27,7 @@ from cogvideo.generate.estimate import Estimate
 from cogvideo.generate.fill import fill
 from cogvideo.generate.parts import Parts, refine
 from cogvideo.generate.prompts import Prompts
-from cogvideo.generate.regression import DirectPipeline
+from cogvideo.generate.regression import RegressionPipeline
 from cogvideo.generate.sampling import STAGES, Sampling, pick, pick_seeds, stages, uniforms
 from cogvideo.hardware import find_device, free_memory, has_fast_bfloat16
 from cogvideo.layout import SECONDS, Layout, rounds
@@ -56,14 +56,14 @@ class CogVideo:
         self.folder, self.device, self.reference_quirks = folder, find_device(device), reference_quirks
         self.dtype = dtype or ("int8" if self.device.type == "cpu" else "bfloat16")
         self.parts = Parts(folder, self.device, self.dtype)
-        self.config, self.system, self.text = folder.config, folder.system(), folder.text()
+        self.config, self.spec, self.text = folder.config, folder.spec(), folder.text()
         self.prompts = Prompts(self.text, self.config.get("words", ()), self.config.get("languages", ()))
         chosen, file = self.config.get("sampling", {}), folder.path / "cluster_labels.npy"
         clusters = None
         if file.exists():
-            clusters = torch.from_numpy(read_clusters(file, self.system.model.codes)).to(self.device)
+            clusters = torch.from_numpy(read_clusters(file, self.spec.model.codes)).to(self.device)
         self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.get("prompts", {})
-        c, v = self.system.model, self.system.vqvae
+        c, v = self.spec.model, self.spec.vqvae
         try:
             cut = c.width % c.heads or (c.window and c.grid % c.window)
             if cut or (c.codes, c.grid) != (v.codes, v.grid):
@@ -84,7 +84,7 @@ class CogVideo:
         reference_quirks: bool = False,
     ) -> Any:
         """Open a model: a shipped name, a folder, or a hub id. One of the regression family is a
-        `DirectPipeline`, which is called the same way.
+        `RegressionPipeline`, which is called the same way.
 
         dtype: what the transformer computes with, float32, bfloat16 or int8; by default what is fastest, int8
         weights on a CPU and bfloat16 elsewhere. reference_quirks: also repeat what the original's inference
@@ -94,23 +94,23 @@ class CogVideo:
         if folder.config.get("family") == "direct":
             if reference_quirks:
                 raise ValueError("reference_quirks are the original's; leave it out for a direct model")
-            return DirectPipeline(folder, device, dtype)
+            return RegressionPipeline(folder, device, dtype)
         return cls(folder, device, dtype, reference_quirks)
 
     @property
     def frame_counts(self) -> dict[int, float]:
         """Frames that can be asked for, and the rate each comes with: 1 is a picture by the image model
         alone."""
-        return {1: self._keyframe_rate} | rounds(self.system.model.frames)
+        return {1: self._keyframe_rate} | rounds(self.spec.model.frames)
 
     @property
     def _keyframe_rate(self) -> float:
-        return (self.system.model.frames - 1) / SECONDS
+        return (self.spec.model.frames - 1) / SECONDS
 
     def _needed(self, num_frames: int) -> list[str]:
         stages = ["stage1"] if num_frames > 1 else []
-        stages += ["stage2"] if num_frames > self.system.model.frames else []
-        own = [f"{part}_base" for part in self.folder.finishing if f"{part}_base" in self.system.parts]
+        stages += ["stage2"] if num_frames > self.spec.model.frames else []
+        own = [f"{part}_base" for part in self.folder.finishing if f"{part}_base" in self.spec.parts]
         return ["vqvae", "base", *stages, *self.folder.finishing, *own]
 
     # -- the whole way
@@ -207,7 +207,7 @@ class CogVideo:
         progress: Progress | None = None,
     ) -> Draft:
         """The first picture of every clip, by the image model alone."""
-        c = self.system.model
+        c = self.spec.model
         known = torch.empty(len(prompts), 0, c.frame_len, dtype=torch.long, device=self.device)
         last = self.sampling["stage1"] if self.reference_quirks else None
         codes = self._fill(
@@ -237,7 +237,7 @@ class CogVideo:
 
         `begin` holds frames that are there already: the first k key frames of every clip.
         """
-        c = self.system.model
+        c = self.spec.model
         if begin is None:
             begin = self.first_frames(prompts, seeds, guidance_scale=guidance_scale, progress=progress)
         layout = c.layout("stage1")
@@ -261,7 +261,7 @@ class CogVideo:
         Each three neighbouring frames (of models of five) are a window; all windows of all clips are one
         batch.
         """
-        c, (count, frames, _) = self.system.model, draft.codes.shape
+        c, (count, frames, _) = self.spec.model, draft.codes.shape
         if c.frames % 2 == 0:
             raise ValueError(f"a model of {c.frames} frames has none at both ends of a window")
         size = (c.frames + 1) // 2  # frames of a window that are known
@@ -331,7 +331,7 @@ class CogVideo:
         most, free = MOST.get(self.device.type, 256), free_memory(self.device)
         if free is None:
             return most
-        held = rows * cache_bytes(self.system.model, layout, window, self.dtype)
+        held = rows * cache_bytes(self.spec.model, layout, window, self.dtype)
         return int(min(max(0.85 * free // held, 1), most))
 
     @torch.inference_mode()
@@ -348,7 +348,7 @@ class CogVideo:
 
         `begin` holds the first frames that are large already; `each` is told of the large frames so far.
         """
-        c, (count, frames, _) = self.system.superres, draft.codes.shape
+        c, (count, frames, _) = self.spec.superres, draft.codes.shape
         if c is None or "superres" not in self.folder.finishing:
             return draft
         numbers = uniforms(draft.seeds, frames * c.side**2, 2).to(self.device).view(count, frames, -1)
@@ -405,7 +405,7 @@ class CogVideo:
             )
         if len({(len(clip.frames), clip.fps) for clip in clips}) > 1:
             raise ValueError("all clips must have as many frames and the same rate")
-        vqvae, size = self.parts.vqvae, self.system.resolution
+        vqvae, size = self.parts.vqvae, self.spec.resolution
         codes = [vqvae.encode(to_pictures(clip.square(size).frames).to(self.device)) for clip in clips]
         return Draft(torch.stack(codes), clips[0].fps, tuple(prompts), tuple(seeds))
 
@@ -419,7 +419,7 @@ class CogVideo:
 
     def estimate(self, videos: int = 1) -> Estimate:
         """What making so many videos costs; nothing is loaded for it."""
-        return Estimate(self.system, self.sampling, self.dtype, videos, self.device)
+        return Estimate(self.spec, self.sampling, self.dtype, videos, self.device)
 
     def hints(self, prompts: Sequence[str]) -> list[str]:
         """What a user should know before waiting for these prompts."""
@@ -430,9 +430,9 @@ class CogVideo:
 
     def _text(self, stage: str, prompts: Sequence[str], duration: float) -> Tensor:
         """Ids [B, T] of the prompts as a stage has them, padded."""
-        pad, length = self.text.pad, self.system.model.text_len
-        if stage == "superres" and self.system.superres:
-            pad, length = self.system.superres.pad, self.system.superres.text_len
+        pad, length = self.text.pad, self.spec.model.text_len
+        if stage == "superres" and self.spec.superres:
+            pad, length = self.spec.superres.pad, self.spec.superres.text_len
         rows = self.prompts.ids(prompts, duration, self.templates[stage], length, pad)
         return torch.tensor(rows, device=self.device)
 
@@ -440,7 +440,7 @@ class CogVideo:
         """The frames a clip has to begin with, as a draft at the rate of key frames."""
         if image is None and video is None:
             return None
-        size, fps, frames = self.system.resolution, self._keyframe_rate, self.system.model.frames
+        size, fps, frames = self.spec.resolution, self._keyframe_rate, self.spec.model.frames
         if image is not None:
             first = read_image(image, 4 * size) if isinstance(image, (str, Path)) else np.asarray(image)
             if first.dtype != np.uint8 or first.ndim != 3 or first.shape[2] != 3:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideo.generate.sampling import Sampling
 from cogvideo.layout import Layout, rounds
-from cogvideo.model.families import DirectSystem, System
+from cogvideo.model.families import CogVideoSpec, RegressionSpec
 from cogvideo.model.transformer import ModelConfig
 
 BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
@@ -43,17 +43,17 @@ class Work:
         return self.weights * BYTES[dtype] + self.seen * (2 if dtype == "bfloat16" else 4)
 
 
-def plan(system: Any, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
-    """Every verb of making `videos` of the full length, with a System or a DirectSystem."""
-    work = _regression(system, videos) if system.family == "direct" else _stages(system, sampling, videos)
-    if system.refiner:
-        frames = system.direct.frames if system.family == "direct" else max(rounds(system.model.frames))
-        work.append(Work("upscale", flops=videos * _upscale_flops(system, frames)))
+def plan(spec: Any, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
+    """Every verb of making `videos` of the full length, with a CogVideoSpec or a RegressionSpec."""
+    work = _regression(spec, videos) if spec.family == "direct" else _stages(spec, sampling, videos)
+    if spec.refiner:
+        frames = spec.direct.frames if spec.family == "direct" else max(rounds(spec.model.frames))
+        work.append(Work("upscale", flops=videos * _upscale_flops(spec, frames)))
     return work
 
 
-def _regression(system: DirectSystem, videos: int) -> list[Work]:
-    c = system.direct
+def _regression(spec: RegressionSpec, videos: int) -> list[Work]:
+    c = spec.direct
     places = c.frames * c.grid**2
     attention = 4 * c.layers * places * (places + c.text_len) * c.width  # which grows with the square
     refinement = 2 * places * c.patch**2 * 9 * c.refine_width * (2 * c.refine_blocks * c.refine_width + 12)
@@ -70,8 +70,8 @@ def _regression(system: DirectSystem, videos: int) -> list[Work]:
     ]
 
 
-def _stages(system: System, sampling: dict[str, Sampling], videos: int) -> list[Work]:
-    c = system.model
+def _stages(spec: CogVideoSpec, sampling: dict[str, Sampling], videos: int) -> list[Work]:
+    c = spec.model
     image, keyframes, between = (c.layout(stage) for stage in ("image", "stage1", "stage2"))
     rows = {name: videos * (1 + one.guided) for name, one in sampling.items()}
     work = [
@@ -83,12 +83,12 @@ def _stages(system: System, sampling: dict[str, Sampling], videos: int) -> list[
         windows = (before - 1) // (len(between.given) - 1) * rows["stage2"]
         work.append(_fill(f"to {fps:g} fps", c, between, len(between.given), c.window, windows))
     frames = max(counts)
-    if system.superres:
-        s = system.superres
+    if spec.superres:
+        s = spec.superres
         tokens = s.text_len + s.grid**2 + s.side**2
         work.append(Work("larger frames", videos * frames, tokens, c.layers, matrices(c, False)))
-    grid = system.superres.side if system.superres else c.grid
-    flops = _decoder_flops(system, frames) if system.decoder else frames * _decode_flops(system, grid)
+    grid = spec.superres.side if spec.superres else c.grid
+    flops = _decoder_flops(spec, frames) if spec.decoder else frames * _decode_flops(spec, grid)
     work.append(Work("decode", flops=videos * flops))
     return work
 
@@ -121,20 +121,20 @@ def matrices(c: ModelConfig, temporal: bool) -> int:
     return c.layers * (16 if temporal else 12) * c.width**2 + c.codes * c.width
 
 
-def _decode_flops(system: System, grid: int) -> float:
-    vqvae, codes = system.outline("vqvae"), torch.zeros(1, grid * grid, dtype=torch.long, device="meta")
+def _decode_flops(spec: CogVideoSpec, grid: int) -> float:
+    vqvae, codes = spec.outline("vqvae"), torch.zeros(1, grid * grid, dtype=torch.long, device="meta")
     return _flops(lambda: vqvae.decode(codes))
 
 
-def _decoder_flops(system: System, frames: int) -> float:
-    decoder, c = system.outline("decoder"), system.model
-    z = torch.zeros(1, frames, system.vqvae.code_width, c.grid, c.grid, device="meta")
+def _decoder_flops(spec: CogVideoSpec, frames: int) -> float:
+    decoder, c = spec.outline("decoder"), spec.model
+    z = torch.zeros(1, frames, spec.vqvae.code_width, c.grid, c.grid, device="meta")
     text = torch.zeros(1, c.text_len, dtype=torch.long, device="meta")
     return _flops(lambda: decoder(z, text))
 
 
-def _upscale_flops(system: Any, frames: int) -> float:
-    size, refiner = system.resolution, system.outline("refiner")
+def _upscale_flops(spec: Any, frames: int) -> float:
+    size, refiner = spec.resolution, spec.outline("refiner")
     return _flops(lambda: refiner(torch.zeros(1, frames, 3, size, size, device="meta")))
 
 
@@ -144,23 +144,23 @@ def _flops(action: Callable[[], Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
-def memory(system: Any, dtype: str, rows: int, cpu: bool = True) -> dict[str, float]:
+def memory(spec: Any, dtype: str, rows: int, cpu: bool = True) -> dict[str, float]:
     """Bytes of every part when it is loaded, and of keys and values: of `rows` key frames, or of a window."""
     held: dict[str, float] = {}
-    for name in system.parts:
+    for name in spec.parts:
         if name.startswith("itersr"):  # which generation does without
             continue
-        part = system.outline(name)
+        part = spec.outline(name)
         linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
         rest = sum(p.numel() for p in part.state_dict().values()) - linear
         kind = dtype if name not in ("vqvae", "decoder", "refiner") else "float32"
         if name.endswith("base") and cpu:  # the head is a copy; the embedding is mapped, not read
-            linear += system.model.codes * system.model.width
-            rest -= system.model.vocab * system.model.width if kind != "bfloat16" else 0
+            linear += spec.model.codes * spec.model.width
+            rest -= spec.model.vocab * spec.model.width if kind != "bfloat16" else 0
         held[name] = linear * BYTES[kind] + rest * (2 if kind == "bfloat16" else 4)
-    if system.family == "direct":
+    if spec.family == "direct":
         return held
-    c = system.model
+    c = spec.model
     keyframes = cache_bytes(c, c.layout("stage1"), 0, dtype)
     between = cache_bytes(c, c.layout("stage2"), c.window, dtype)
     held["caches"] = max(keyframes * rows, between)  # windows are filled as many at a time as there is room

@@ -106,7 +106,7 @@ def _a_layer() -> float:
 class Estimate:
     """All of it for one model, and as a table."""
 
-    system: Any  # System or DirectSystem
+    spec: Any  # CogVideoSpec or RegressionSpec
     sampling: dict[str, Sampling]
     dtype: str
     videos: int = 1
@@ -114,13 +114,13 @@ class Estimate:
 
     @cached_property
     def work(self) -> list[Work]:
-        return plan(self.system, self.sampling, self.videos)
+        return plan(self.spec, self.sampling, self.videos)
 
     @cached_property
     def held(self) -> dict[str, float]:
         """Bytes of every part, and of the caches of the one video at a time that must fit."""
         on_cpu = torch.device(self.device).type == "cpu"
-        return memory(self.system, self.dtype, 1 + self.sampling["stage1"].guided, on_cpu)
+        return memory(self.spec, self.dtype, 1 + self.sampling["stage1"].guided, on_cpu)
 
     @cached_property
     def free(self) -> float | None:

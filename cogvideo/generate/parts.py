@@ -32,7 +32,7 @@ class Parts:
             raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(BYTES)}")
         if dtype == "int8" and device.type != "cpu":
             raise ValueError(f"int8 is for CPUs; choose bfloat16 or float32 on {device.type}")
-        self.folder, self.device, self.dtype, self.system = folder, device, dtype, folder.system()
+        self.folder, self.device, self.dtype, self.spec = folder, device, dtype, folder.spec()
 
     @cached_property
     def vqvae(self) -> VQVAE:
@@ -65,7 +65,7 @@ class Parts:
     @cached_property
     def superres(self) -> SuperRes:
         self._make_room("superres")
-        own = "superres_base" in self.system.parts
+        own = "superres_base" in self.spec.parts
         return SuperRes(self._load("superres_base") if own else self.base, self._load("superres")).eval()
 
     def _stage(self, name: str) -> DualChannelTransformer:
@@ -76,7 +76,7 @@ class Parts:
     def _make_room(self, name: str) -> None:
         """Let go of the other channels, which are read again when they are needed, if memory asks for it: for
         twice the caches that must fit, since windows are filled as many at a time as there is room."""
-        free, due = free_memory(self.device), memory(self.system, self.dtype, 2, self.device.type == "cpu")
+        free, due = free_memory(self.device), memory(self.spec, self.dtype, 2, self.device.type == "cpu")
         if free is not None and free < due[name] + due.get(f"{name}_base", 0) + 2 * due["caches"]:
             for other in CHANNELS:
                 vars(self).pop(other, None)

@@ -15,7 +15,7 @@ from cogvideo.generate.sampling import stages
 from cogvideo.hardware import find_device
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.refiner import Refiner
-from cogvideo.model.regression import Direct
+from cogvideo.model.regression import RegressionTransformer
 from cogvideo.model.vqvae import to_frames
 from cogvideo.progress import Progress, telling
 from cogvideo.video import Clip
@@ -23,7 +23,7 @@ from cogvideo.video import Clip
 DTYPES = ("float32", "bfloat16")
 
 
-class DirectPipeline:
+class RegressionPipeline:
     """A loaded model of the family "direct"."""
 
     draws = False  # nothing at random
@@ -33,12 +33,12 @@ class DirectPipeline:
         self.dtype = dtype or ("float32" if self.device.type == "cpu" else "bfloat16")
         if self.dtype not in DTYPES:
             raise ValueError(f"a direct model computes in {' or '.join(DTYPES)}, not in {self.dtype}")
-        self.system = folder.system()
+        self.spec = folder.spec()
         self.prompts = Prompts(folder.text(), self.config.get("words", ()))
         self.hints = self.prompts.hints
 
     @cached_property
-    def model(self) -> Direct:
+    def model(self) -> RegressionTransformer:
         return self.folder.load("direct", self.device, getattr(torch, self.dtype))
 
     @cached_property
@@ -49,7 +49,7 @@ class DirectPipeline:
     def frame_counts(self) -> dict[int, float]:
         """Frames that can be asked for, and the rate each comes with: those of the rates that it was trained
         at, or the one picture of an image model."""
-        c, trained = self.system.direct, self.model.trained
+        c, trained = self.spec.direct, self.model.trained
         done = [rate for row, rate in zip(trained, c.rates) if row[list(c.slots(rate))].all()]
         return {len(c.slots(rate)): rate for rate in done} or {1: c.rates[0]}
 
@@ -108,7 +108,7 @@ class DirectPipeline:
             )
         rate, clips = self.frame_counts[num_frames], []
         for i, prompt in enumerate(prompts):
-            slots = self.system.direct.slots(rate)[:num_frames]
+            slots = self.spec.direct.slots(rate)[:num_frames]
             frames = self.model(self._ids(prompt), rate, slots)[0]  # [F, 3, R, R]
             clips.append(Clip(to_frames(frames.float()), rate, prompt))
             if progress is not None:
@@ -126,8 +126,8 @@ class DirectPipeline:
 
     def estimate(self, videos: int = 1) -> Estimate:
         """What making so many videos costs; nothing is loaded for it."""
-        return Estimate(self.system, stages({}), self.dtype, videos, self.device)
+        return Estimate(self.spec, stages({}), self.dtype, videos, self.device)
 
     def _ids(self, prompt: str) -> torch.Tensor:
-        length, template = self.system.direct.text_len, self.system.template
+        length, template = self.spec.direct.text_len, self.spec.template
         return torch.tensor(self.prompts.ids([prompt], 0.0, template, length), device=self.device)

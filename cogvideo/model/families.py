@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from cogvideo.model.decoder import DecoderConfig, VideoDecoder
 from cogvideo.model.refiner import Refiner, RefinerConfig
-from cogvideo.model.regression import Direct, DirectConfig
+from cogvideo.model.regression import RegressionConfig, RegressionTransformer
 from cogvideo.model.superres import SuperResChannel, SuperResConfig
 from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel
 from cogvideo.model.vqvae import VQVAE, HierarchicalVQVAE, VQVAEConfig
@@ -39,7 +39,7 @@ CONFIGS = {
     "refiner": RefinerConfig,
     "superres": SuperResConfig,
     "itersr": SuperResConfig,
-    "direct": DirectConfig,
+    "direct": RegressionConfig,
 }
 BASES = ("base", "superres_base", "itersr_base")
 
@@ -52,7 +52,7 @@ class _Unfilled(TorchFunctionMode):
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
-class Family:
+class Spec:
     """What a whole model of any family can be asked for."""
 
     family: ClassVar[str]
@@ -70,7 +70,7 @@ class Family:
         raise NotImplementedError
 
     @property
-    def speaks(self) -> ModelConfig | DirectConfig:
+    def speaks(self) -> ModelConfig | RegressionConfig:
         """What says which text it reads: `vocab` ids, `text_len` of them at most."""
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class System(Family):
+class CogVideoSpec(Spec):
     model: ModelConfig
     vqvae: VQVAEConfig
     decoder: DecoderConfig | None = None
@@ -160,8 +160,8 @@ class System(Family):
 
 
 @dataclass(frozen=True)
-class DirectSystem(Family):
-    direct: DirectConfig
+class RegressionSpec(Spec):
+    direct: RegressionConfig
     refiner: RefinerConfig | None = None
     family, reader, template = "direct", "direct", PLAIN
 
@@ -177,7 +177,7 @@ class DirectSystem(Family):
         }
 
     @property
-    def speaks(self) -> DirectConfig:
+    def speaks(self) -> RegressionConfig:
         return self.direct
 
     @property
@@ -190,18 +190,18 @@ class DirectSystem(Family):
 
     def build(self, part: str) -> Any:
         if part == "direct":
-            return Direct(self.direct)
+            return RegressionTransformer(self.direct)
         if part == "refiner" and self.refiner:
             return Refiner(self.refiner)
         raise self._unknown(part)
 
 
-FAMILIES: dict[str, Any] = {kind.family: kind for kind in (System, DirectSystem)}
+FAMILIES: dict[str, Any] = {kind.family: kind for kind in (CogVideoSpec, RegressionSpec)}
 
 
-def read_system(values: dict[str, Any]) -> Any:
-    """The System or DirectSystem that `to_dict` wrote; ValueError for an unknown family."""
-    family = values.get("family", System.family)
+def read_spec(values: dict[str, Any]) -> Any:
+    """The CogVideoSpec or RegressionSpec that `to_dict` wrote; ValueError for an unknown family."""
+    family = values.get("family", CogVideoSpec.family)
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
     parts: dict[str, Any] = {"bases": tuple(values["bases"])} if "bases" in values else {}

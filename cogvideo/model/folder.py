@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cogvideo.files import replacing
-from cogvideo.model.families import read_system
+from cogvideo.model.families import read_spec
 from cogvideo.text import GPT2Tokenizer, TextTokenizer
 
 HUB_ID = r"[\w.-]+/[\w.-]+"  # owner/name
@@ -66,10 +66,10 @@ class ModelFolder:
             raise ModelError(f"{file} is damaged: it holds no table")
         return config
 
-    def system(self) -> Any:
-        """The System or DirectSystem that the folder holds."""
+    def spec(self) -> Any:
+        """The CogVideoSpec or RegressionSpec that the folder holds."""
         try:
-            return read_system(self.config)
+            return read_spec(self.config)
         except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise ModelError(f"{self.path / 'config.json'} does not describe a model: {error}") from None
 
@@ -96,7 +96,7 @@ class ModelFolder:
         to."""
         trained = self.config.get("trained")
         done = {part for row in (trained or {}).values() for part in row["parts"]}
-        parts = [part for part in ("superres", "decoder", "refiner") if part in self.system().parts]
+        parts = [part for part in ("superres", "decoder", "refiner") if part in self.spec().parts]
         return [part for part in parts if trained is None or part in done or self.has(part)]
 
     def has(self, part: str) -> bool:
@@ -110,7 +110,7 @@ class ModelFolder:
     ) -> Any:
         """Build a part and fill it from its file; floating-point weights become `dtype`. With None they stay
         what they are, on a CPU as views of the mapped file, which is read when they are."""
-        module = self.system().outline(part)
+        module = self.spec().outline(part)
         try:
             state = load_file(self.file(part), device=str(device))
         except FileNotFoundError:
@@ -131,7 +131,7 @@ class ModelFolder:
             return GPT2Tokenizer()
         file = self.path / "text.model"
         try:
-            return TextTokenizer.load(file, self.system().first_text)
+            return TextTokenizer.load(file, self.spec().first_text)
         except FileNotFoundError:
             raise ModelError(f"{self.path} is incomplete: {file.name} is missing") from None
         except (RuntimeError, ValueError) as error:
@@ -222,7 +222,7 @@ def read_tensor(file: Path, ending: str) -> Tensor | None:
                 if name.endswith(ending):
                     return stored.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"cannot read a tensor {ending} from {file}: {error}") from None
+        raise ModelError(f"cannot read {file}: {error}") from None
     return None
 
 

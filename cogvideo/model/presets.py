@@ -4,16 +4,16 @@ released CogVideo, `direct` is the reference of the regression family."""
 from typing import Any
 
 from cogvideo.model.decoder import DecoderConfig
-from cogvideo.model.families import DirectSystem, System
+from cogvideo.model.families import CogVideoSpec, RegressionSpec
 from cogvideo.model.refiner import RefinerConfig
-from cogvideo.model.regression import DirectConfig
+from cogvideo.model.regression import RegressionConfig
 from cogvideo.model.superres import SuperResConfig
 from cogvideo.model.transformer import ModelConfig
 from cogvideo.model.vqvae import VQVAEConfig
 
 PRESETS = {
     # layers, width, heads, grid of tokens a frame; codes and text pieces
-    "tiny": System(
+    "tiny": CogVideoSpec(
         ModelConfig(
             layers=8,
             width=384,
@@ -36,7 +36,7 @@ PRESETS = {
         DecoderConfig(pieces=2048, first_text=1024, pad=1024 + 3),
     ),
     # the paper's sizes; its tokenizer has three rates, of which 8 makes 20 x 20 tokens of 160 pixels
-    "cogvideo-9b": System(
+    "cogvideo-9b": CogVideoSpec(
         ModelConfig(
             layers=48,
             width=3072,
@@ -68,21 +68,21 @@ PRESETS = {
         superres=SuperResConfig(grid=20, scale=3, text_len=96, pad=0, window=(9, 5), cross=(5, 5)),
     ),
     # captions to frames in one pass; text is GPT-2's
-    "direct": DirectSystem(
-        DirectConfig(layers=32, width=2560, heads=32, vocab=50257, pad=50256),
+    "direct": RegressionSpec(
+        RegressionConfig(layers=32, width=2560, heads=32, vocab=50257, pad=50256),
     ),
-    "direct-gpt2": DirectSystem(  # as wide as the smallest GPT-2, whose embedding it may begin with
-        DirectConfig(layers=12, width=768, heads=12, vocab=50257, pad=50256),
+    "direct-gpt2": RegressionSpec(  # as wide as the smallest GPT-2, whose embedding it may begin with
+        RegressionConfig(layers=12, width=768, heads=12, vocab=50257, pad=50256),
     ),
-    "direct-tiny": DirectSystem(
-        DirectConfig(
+    "direct-tiny": RegressionSpec(
+        RegressionConfig(
             layers=4, width=192, heads=4, vocab=1280, pad=3, text_len=32, resolution=48, patch=8, frames=33
         ),
         RefinerConfig(scale=4, width=64, blocks=6),
     ),
     # for tests: made in a second
-    "direct-nano": DirectSystem(
-        DirectConfig(
+    "direct-nano": RegressionSpec(
+        RegressionConfig(
             layers=1,
             width=16,
             heads=2,
@@ -97,7 +97,7 @@ PRESETS = {
         ),
         RefinerConfig(scale=2, width=8, blocks=1),
     ),
-    "nano": System(
+    "nano": CogVideoSpec(
         ModelConfig(
             layers=2,
             width=32,
@@ -135,7 +135,7 @@ SAMPLING: dict[str, dict[str, Any]] = {  # where not the defaults are meant (SPE
 
 
 def find(name: str) -> Any:
-    """A System or a DirectSystem."""
+    """A CogVideoSpec or a RegressionSpec."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

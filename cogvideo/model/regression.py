@@ -33,7 +33,7 @@ from cogvideo.model.transformer import init_normal, text_ranks
 
 
 @dataclass(frozen=True)
-class DirectConfig:
+class RegressionConfig:
     layers: int  # of the encoder, and as many of the decoder
     width: int
     heads: int
@@ -73,12 +73,12 @@ class DirectConfig:
         return range(0, self.frames, round(self.rates[-1] / rate))
 
 
-class Direct(nn.Module):
+class RegressionTransformer(nn.Module):
     """`forward(text, slots, rate)` to frames."""
 
     trained: Tensor  # [rates, frames] which frames it was trained for, at each rate
 
-    def __init__(self, config: DirectConfig):
+    def __init__(self, config: RegressionConfig):
         super().__init__()
         c = self.config = config
         self.embed = nn.Embedding(c.vocab + len(c.rates), c.width)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cogvideo.files import replacing
-from cogvideo.model.families import Family
+from cogvideo.model.families import Spec
 from cogvideo.train.parallel import Machine, gather_momentum, whole
 
 
@@ -88,7 +88,7 @@ def _like(value: Tensor, mine: Tensor) -> Tensor:
     return distribute_tensor(value, mine.device_mesh, mine.placements, src_data_rank=None)
 
 
-def unshard(parts: dict[str, nn.Module], machine: Machine, system: Family) -> dict[str, nn.Module]:
+def unshard(parts: dict[str, nn.Module], machine: Machine, spec: Spec) -> dict[str, nn.Module]:
     """Parts that can be used and exported without the other processes: on the first process, whole copies of
     sharded ones; on the others none. All processes call this."""
     if machine.mesh is None:
@@ -97,7 +97,7 @@ def unshard(parts: dict[str, nn.Module], machine: Machine, system: Family) -> di
     for name, part in parts.items():
         state = {key: whole(value.detach()) for key, value in part.state_dict().items()}
         if machine.first:
-            found[name] = system.outline(name)
+            found[name] = spec.outline(name)
             found[name].load_state_dict(state, assign=True)
             found[name].eval().requires_grad_(False)
     return found

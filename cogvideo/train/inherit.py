@@ -15,9 +15,9 @@ from cogvideo.data.cut import Source
 from cogvideo.data.loader import read_captions
 from cogvideo.files import replacing_folder
 from cogvideo.model.decoder import VideoDecoder
-from cogvideo.model.families import Family
+from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
-from cogvideo.model.regression import Direct
+from cogvideo.model.regression import RegressionTransformer
 from cogvideo.model.transformer import Base
 from cogvideo.model.vqvae import VQVAE
 from cogvideo.text import split_words, train_text
@@ -27,39 +27,39 @@ Rows = list[tuple[int, int]]  # here and there
 CAPTIONS = 40_000  # that the text model is trained on
 
 
-def new_part(system: Family, name: str, seed: int) -> Any:
+def new_part(spec: Spec, name: str, seed: int) -> Any:
     """A part with fresh weights, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        part = system.build(name)
+        part = spec.build(name)
     if hasattr(part, "init_weights"):
         part.init_weights(torch.Generator().manual_seed(seed))
     return part
 
 
-def shared_parts(system: Family, init: ModelFolder) -> list[str]:
+def shared_parts(spec: Spec, init: ModelFolder) -> list[str]:
     """The parts that both models have; ValueError if there are none."""
-    there = init.system().parts
-    if not (shared := [name for name in system.parts if name in there and init.has(name)]):
+    there = init.spec().parts
+    if not (shared := [name for name in spec.parts if name in there and init.has(name)]):
         raise ValueError(
             f"{init.path} has no part of this model; its parts are {', '.join(there)}, "
-            f"this model's are {', '.join(system.parts)}"
+            f"this model's are {', '.join(spec.parts)}"
         )
     return shared
 
 
-def text_model(init: ModelFolder, system: Family) -> bytes | None:
+def text_model(init: ModelFolder, spec: Spec) -> bytes | None:
     """The text model of `init`, if it comes with an embedding of its pieces and this model has room for
     them."""
-    if init.config.get("text") == "gpt2" or system.reader not in shared_parts(system, init):
+    if init.config.get("text") == "gpt2" or spec.reader not in shared_parts(spec, init):
         return None
     text = init.text()
-    return text.model if system.first_text + len(text) <= system.speaks.vocab else None
+    return text.model if spec.first_text + len(text) <= spec.speaks.vocab else None
 
 
-def read_words(system: Family, where: str) -> Tensor:
+def read_words(spec: Spec, where: str) -> Tensor:
     """GPT-2's embedding [ids, width]; ValueError if it is not of this model's size."""
-    given, ids, width = read_embedding(where), system.speaks.vocab, system.speaks.width
+    given, ids, width = read_embedding(where), spec.speaks.vocab, spec.speaks.width
     if given.shape != (ids, width):
         raise ValueError(
             f"the embedding in {where} is {given.shape[0]} ids x {given.shape[1]}, this model's "
@@ -69,12 +69,12 @@ def read_words(system: Family, where: str) -> Tensor:
 
 
 def check(
-    folder: ModelFolder, recipe: Recipe, system: Family, init: ModelFolder | None, init_embedding: str | None
+    folder: ModelFolder, recipe: Recipe, spec: Spec, init: ModelFolder | None, init_embedding: str | None
 ) -> None:
     """Raise ValueError, before anything is made, if a run cannot begin so, or has begun otherwise."""
     if (folder.path / "config.json").exists():
         config, asked = folder.config, _asked(init, init_embedding)
-        if folder.system() != system:
+        if folder.spec() != spec:
             raise ValueError(
                 f"{folder.path} holds another model, {config.get('preset')}, than the recipe "
                 f"{recipe.name} trains, {recipe.preset}; choose another --out"
@@ -86,14 +86,14 @@ def check(
             )
         return
     if init is not None:
-        shared_parts(system, init)
+        shared_parts(spec, init)
     if init_embedding is not None:
         if recipe.pieces:
             raise ValueError(
                 f"the recipe {recipe.name} has words of its own; GPT-2's embedding is for "
                 f"recipes with GPT-2's words, such as direct-gpt2"
             )
-        read_words(system, init_embedding)
+        read_words(spec, init_embedding)
 
 
 def _asked(init: ModelFolder | None, init_embedding: str | None) -> dict[str, str]:
@@ -104,7 +104,7 @@ def _asked(init: ModelFolder | None, init_embedding: str | None) -> dict[str, st
 def prepare(
     folder: ModelFolder,
     recipe: Recipe,
-    system: Family,
+    spec: Spec,
     source: Source,
     init: ModelFolder | None = None,
     init_embedding: str | None = None,
@@ -115,7 +115,7 @@ def prepare(
     config = {
         "preset": recipe.preset,
         "recipe": recipe.name,
-        **system.to_dict(),
+        **spec.to_dict(),
         "trained": {},
         "begun": _asked(init, init_embedding),
     }
@@ -123,7 +123,7 @@ def prepare(
         captions = list(read_captions(source, CAPTIONS, recipe.seed))
         words = sorted({word for caption in captions for word in split_words(caption)})
         config |= {"text": "sentencepiece", "words": words}
-        theirs, file = init and text_model(init, system), folder.path / "text.model"
+        theirs, file = init and text_model(init, spec), folder.path / "text.model"
         text = file.read_bytes() if file.exists() else theirs or train_text(captions, recipe.pieces)
         same_words = text == theirs
     else:
@@ -131,15 +131,15 @@ def prepare(
         same_words = bool(init and init.config.get("text") == "gpt2")
     parts: dict[str, nn.Module] = {}
     if init is not None:
-        for name in shared_parts(system, init):
-            parts[name] = new_part(system, name, recipe.seed)
+        for name in shared_parts(spec, init):
+            parts[name] = new_part(spec, name, recipe.seed)
             print(f"{name} from {init.path}: {take(parts[name], init.load(name), same_words)}")
         print(f"words: {'the same' if same_words else 'those of the captions here'}")
     if init_embedding is not None:
-        direct: Any = parts["direct"] if "direct" in parts else new_part(system, "direct", recipe.seed)
+        direct: Any = parts["direct"] if "direct" in parts else new_part(spec, "direct", recipe.seed)
         parts["direct"] = direct
         with torch.no_grad():
-            direct.embed.weight[: system.speaks.vocab] = read_words(system, init_embedding)
+            direct.embed.weight[: spec.speaks.vocab] = read_words(spec, init_embedding)
         print(f"embedding of words from {init_embedding}")
     with replacing_folder(folder.path) as path:
         made = ModelFolder(path)
@@ -158,7 +158,7 @@ def take(part: nn.Module, parent: nn.Module, same_words: bool = True) -> str:
         for name in part.codebook.state_dict():  # all or none: it must not count as filled without its codes
             del theirs[f"codebook.{name}"]
     mine, new = dict(part.named_parameters()) | dict(part.named_buffers()), []
-    learnt = mine.pop("trained", None)  # of Direct: what it can make
+    learnt = mine.pop("trained", None)  # of RegressionTransformer: what it can make
     for name, tensor in mine.items():
         given, rows = theirs.get(name), tables.get(name)
         if given is not None and rows is not None and given.shape[1:] == tensor.shape[1:]:
@@ -170,7 +170,7 @@ def take(part: nn.Module, parent: nn.Module, same_words: bool = True) -> str:
         else:
             new.append(name)
     moments = len(tables.get("frame_positions.weight", ()))
-    if isinstance(part, Direct):
+    if isinstance(part, RegressionTransformer):
         part.spread(theirs["trained"][:, :moments].any(0))
     if learnt is not None and same_words and not mine.keys() & {*new}:
         for rate, other in _equal_rates(part, parent):
@@ -181,7 +181,7 @@ def take(part: nn.Module, parent: nn.Module, same_words: bool = True) -> str:
 
 def _tables(part: nn.Module, parent: nn.Module, same_words: bool) -> dict[str, Rows]:
     """Rows that mean the same, of the tables of which not all do."""
-    if not isinstance(part, (Base, Direct, VideoDecoder)):
+    if not isinstance(part, (Base, RegressionTransformer, VideoDecoder)):
         return {}
     here: Any = part.config
     there: Any = parent.config

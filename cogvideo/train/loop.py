@@ -24,9 +24,9 @@ from cogvideo.data.loader import Batch, batches
 from cogvideo.data.tokens import Reuse, recurring
 from cogvideo.hardware import find_device, free_memory, gemm_rate
 from cogvideo.layout import SECONDS
-from cogvideo.model.families import Family
+from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
-from cogvideo.model.regression import Direct
+from cogvideo.model.regression import RegressionTransformer
 from cogvideo.text import TextTokenizer
 from cogvideo.train import checkpoint, inherit, parallel
 from cogvideo.train.cost import clip_flops
@@ -48,7 +48,7 @@ def train(
     recipe: Recipe,
     out: Path,
     source: Source,
-    system: Family,
+    spec: Spec,
     phases: list[Phase],
     *,
     device: torch.device | str = "cpu",
@@ -85,13 +85,13 @@ def train(
     phases = remaining(recipe, [phase.over(source.count) for phase in phases], folder)
     for phase in phases:
         parallel.share(phase, ranks)
-        phase.check(system)
+        phase.check(spec)
     check_parts(folder, phases, init)
     check_begun(recipe, phases, folder)
-    shard = check_memory(phases, system, device, ranks, shard)
+    shard = check_memory(phases, spec, device, ranks, shard)
     for phase in phases:
         parallel.share(phase, ranks, shard)
-    inherit.check(folder, recipe, system, init, init_embedding)
+    inherit.check(folder, recipe, spec, init, init_embedding)
     check_data(phases, source)
 
     work = partial(
@@ -99,7 +99,7 @@ def train(
         recipe,
         out,
         source,
-        system,
+        spec,
         phases,
         device=device,
         recompute=recompute,
@@ -123,7 +123,7 @@ def run(
     recipe: Recipe,
     out: Path,
     source: Source,
-    system: Family,
+    spec: Spec,
     phases: list[Phase],
     member: parallel.Member | None,
     *,
@@ -141,11 +141,11 @@ def run(
     machine = parallel.start(device, recompute, compile, shard, member)
     try:
         if machine.first:
-            inherit.prepare(folder, recipe, system, source, init, init_embedding)
+            inherit.prepare(folder, recipe, spec, source, init, init_embedding)
         machine.wait()
         text = folder.text()
         if machine.first and not quiet:
-            warn_of_long_captions(text, source, system)
+            warn_of_long_captions(text, source, spec)
         for number, phase in enumerate(recipe.phases):
             chosen = next((p for p in phases if p.name == phase.name), None)
             if chosen is not None:
@@ -214,7 +214,7 @@ def check_begun(recipe: Recipe, phases: list[Phase], folder: ModelFolder) -> Non
 
 def check_parts(folder: ModelFolder, phases: list[Phase], init: ModelFolder | None = None) -> None:
     """Raise ValueError if a phase uses a part that is not there and that no phase before it makes."""
-    made = {part for part in (init.system().parts if init else ()) if init and init.has(part)}
+    made = {part for part in (init.spec().parts if init else ()) if init and init.has(part)}
     for phase in phases:
         inherited = [phase.inherits] if phase.inherits and not folder.has(phase.trains[0]) else []
         for part in (*phase.uses, *inherited):
@@ -226,13 +226,13 @@ def check_parts(folder: ModelFolder, phases: list[Phase], init: ModelFolder | No
         made |= set(phase.trains)
 
 
-def check_memory(phases: list[Phase], system: Family, device: torch.device, ranks: int, shard: bool) -> bool:
+def check_memory(phases: list[Phase], spec: Spec, device: torch.device, ranks: int, shard: bool) -> bool:
     """Whether weights must be cut into shards: if `shard` asks for it, or if not every process has room for
     whole weights, gradients and the optimizer's averages. Raise ValueError where not even shards of those
     fit."""
     free = free_memory(device)
     for phase in phases:
-        numbers = sum(shape.numel() for part in phase.trains for shape in system.shapes(part).values())
+        numbers = sum(shape.numel() for part in phase.trains for shape in spec.shapes(part).values())
         due = 4 * numbers * (4 if phase.optimizer == "adamw" else 3)
         copies = ranks if device.type == "cpu" else 1  # which share the memory
         if free is not None and due * copies > free:
@@ -255,11 +255,11 @@ def check_data(phases: list[Phase], source: Source) -> None:
             raise ValueError(f"{phase.name} finds no clip to train on: {error}") from None
 
 
-def warn_of_long_captions(text: TextTokenizer, source: Source, system: Family) -> None:
+def warn_of_long_captions(text: TextTokenizer, source: Source, spec: Spec) -> None:
     """Say how many captions will be cut."""
-    count, length = source.count or LOOKED_AT, system.speaks.text_len
+    count, length = source.count or LOOKED_AT, spec.speaks.text_len
     captions = (source.caption(i, np.random.default_rng((0, i))) for i in range(count))
-    if long := sum(len(text.prompt(caption, SECONDS, system.template)) > length for caption in captions):
+    if long := sum(len(text.prompt(caption, SECONDS, spec.template)) > length for caption in captions):
         print(f"{long} of {count} captions are longer than {length} tokens, and will be cut")
 
 
@@ -358,14 +358,14 @@ def run_phase(
         if probe is not None and (done or (step + 1) % probe_every == 0):
             container.eval()
             of_model = {name: part for name, part in parts.items() if name != "discriminator"}
-            shown = checkpoint.unshard(of_model, machine, folder.system())
+            shown = checkpoint.unshard(of_model, machine, folder.spec())
             if machine.first:
                 (out / "strips").mkdir(exist_ok=True)
                 probe(folder, shown, phase, batch, out / "strips" / f"{step + 1:07d}.png")
             container.train()
 
     trained = {name: learning[name] for name in phase.trains}
-    for name, part in checkpoint.unshard(trained, machine, folder.system()).items():
+    for name, part in checkpoint.unshard(trained, machine, folder.spec()).items():
         folder.save(name, part)
     if machine.first:
         report.end()
@@ -391,16 +391,16 @@ def fresh_part(folder: ModelFolder, name: str, phase: Phase, seed: int, before: 
     """A part to begin with: that of the phase before it, or what is there of it, else new weights, or a copy
     of what the phase inherits."""
     if before is not None:
-        part = inherit.new_part(folder.system(), name, seed)
+        part = inherit.new_part(folder.spec(), name, seed)
         part.load_state_dict(checkpoint.read(before)["parts"][name])
     elif folder.has(name):
         part = folder.load(name)
     else:
-        part = inherit.new_part(folder.system(), name, seed)
+        part = inherit.new_part(folder.spec(), name, seed)
         if phase.inherits:
             parent = folder.load(phase.inherits)
             same = type(parent) is type(part)
             part.load_state_dict(parent.state_dict()) if same else part.inherit(parent)
-    if isinstance(part, Direct):
+    if isinstance(part, RegressionTransformer):
         part.get_ready(rate := phase.cut.rates[0], part.config.slots(rate)[: phase.cut.keep])
     return part

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cogvideo.data.loader import Batch
 from cogvideo.layout import SECONDS, Layout
-from cogvideo.model.families import DirectSystem, Family, System
+from cogvideo.model.families import CogVideoSpec, RegressionSpec, Spec
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.model.vqvae import VQVAE, Codebook
 from cogvideo.text import PLAIN, TEMPLATE, TextTokenizer
@@ -208,12 +208,12 @@ class Resampler:
 # ---------------------------------------------------------------------------------------------------
 
 
-def check(phase: Phase, system: Family) -> None:
+def check(phase: Phase, spec: Spec) -> None:
     """ValueError if the objective of a phase can do nothing with its steps or its clips."""
     if phase.objective is tokenizer and phase.steps <= UNQUANTISED:
         raise ValueError(f"{phase.name}: there are no codes before step {UNQUANTISED}; give it more steps")
-    if phase.objective in (image, stage1, stage2) and isinstance(system, System):
-        grid, cover = system.model.grid, phase.cut.cover
+    if phase.objective in (image, stage1, stage2) and isinstance(spec, CogVideoSpec):
+        grid, cover = spec.model.grid, phase.cut.cover
         if cover not in (0, grid):
             raise ValueError(f"{phase.name}: cut.cover is {cover}, but a frame has {grid} codes a side")
         if phase.windowed and not cover:
@@ -224,9 +224,9 @@ def check(phase: Phase, system: Family) -> None:
         raise ValueError(f"{phase.name}.adversary must be 0: only decoders of clips have a discriminator")
     if phase.reuse > 1 and phase.objective not in (image, stage1, stage2):
         raise ValueError(f"{phase.name}.reuse must be 1: clips recur as codes, and {phase.name} needs frames")
-    if phase.objective is direct and isinstance(system, DirectSystem):
+    if phase.objective is direct and isinstance(spec, RegressionSpec):
         (rate,) = phase.cut.rates
-        have, due = len(system.direct.slots(rate)[: phase.cut.keep]), phase.cut.keep or phase.cut.frames
+        have, due = len(spec.direct.slots(rate)[: phase.cut.keep]), phase.cut.keep or phase.cut.frames
         if have != due:
             raise ValueError(
                 f"{phase.name} cuts {due} frames, but the model has {have} at {rate:g} frames a second"

@@ -17,7 +17,7 @@ import torch
 
 from cogvideo.data.cut import Source
 from cogvideo.data.loader import batches
-from cogvideo.model.families import Family
+from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.train import inherit, loop, objectives, parallel
 from cogvideo.train.phase import Phase
@@ -48,7 +48,7 @@ class Pace:
 def measure(
     recipe: Recipe,
     source: Source,
-    system: Family,
+    spec: Spec,
     phases: list[Phase],
     *,
     device: torch.device,
@@ -60,15 +60,15 @@ def measure(
     phases = [phase.over(source.count) for phase in phases]
     for phase in phases:
         parallel.share(phase, processes)
-        phase.check(system)
+        phase.check(spec)
     loop.check_data(phases, source)
     with tempfile.TemporaryDirectory() as place:
         folder = ModelFolder(Path(place) / "model")
-        random_model(folder, recipe, system, source)
+        random_model(folder, recipe, spec, source)
         for phase in phases:
             out = Path(place) / phase.name
             short = replace(phase, steps=steps + 1, reuse=1)
-            _run(recipe, out.parent, source, system, short, device, processes, workers)
+            _run(recipe, out.parent, source, spec, short, device, processes, workers)
             rows = read_log(out / "log.jsonl")[1:]
             middle = sorted(rows, key=lambda row: row["clips_per_second"])[len(rows) // 2]
             new = step = phase.batch / middle["clips_per_second"]
@@ -78,15 +78,15 @@ def measure(
             yield Pace(phase, step, middle["mfu"] * new / step if "mfu" in middle else None)
 
 
-def random_model(folder: ModelFolder, recipe: Recipe, system: Any, source: Source) -> None:
+def random_model(folder: ModelFolder, recipe: Recipe, spec: Any, source: Source) -> None:
     """A model folder whose parts have random weights, and codes that are far from each other."""
     before, inherit.CAPTIONS = inherit.CAPTIONS, CAPTIONS
     try:
-        inherit.prepare(folder, recipe, system, source)
+        inherit.prepare(folder, recipe, spec, source)
     finally:
         inherit.CAPTIONS = before
-    for name in system.parts:
-        part = inherit.new_part(system, name, recipe.seed)
+    for name in spec.parts:
+        part = inherit.new_part(spec, name, recipe.seed)
         if name == "vqvae":
             generator = torch.Generator().manual_seed(recipe.seed)
             part.codebook.fill(
@@ -100,7 +100,7 @@ def _run(
     recipe: Recipe,
     out: Path,
     source: Source,
-    system: Family,
+    spec: Spec,
     phase: Phase,
     device: torch.device,
     processes: int,
@@ -122,7 +122,7 @@ def _run(
         probe=None,
     )
     recipe = replace(recipe, phases=(phase,))
-    work: Callable[[Any], None] = partial(loop.run, recipe, out, source, system, [phase], **options)
+    work: Callable[[Any], None] = partial(loop.run, recipe, out, source, spec, [phase], **options)
     with parallel.launch(processes, work) as member:
         work(member)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from cogvideo.data.cut import Cut
-from cogvideo.model.families import Family
+from cogvideo.model.families import Spec
 from cogvideo.train import objectives
 from cogvideo.train.losses import HierarchicalLoss, LossWeights
 from cogvideo.train.optim import OPTIMIZERS, SCHEDULES, check_optimizer
@@ -82,10 +82,10 @@ class Phase:
             )
         return replace(self, steps=max(1, self.epochs * count // self.batch), epochs=0)
 
-    def check(self, system: Family) -> None:
+    def check(self, spec: Spec) -> None:
         """ValueError unless it can train this model here: its clips are of the right sizes and rates, its
         loss can be computed, and there is its optimizer."""
-        size, scale = system.resolution, system.refiner.scale if system.refiner else 1
+        size, scale = spec.resolution, spec.refiner.scale if spec.refiner else 1
         due = (size, size * scale)[: len(self.cut.sizes)]
         if self.cut.sizes != due:
             have, want = (" and ".join(map(str, sizes)) for sizes in (self.cut.sizes, due))
@@ -95,4 +95,4 @@ class Phase:
             )
         HierarchicalLoss(self.loss)  # knows its network, and finds the file for it
         check_optimizer(self.optimizer)
-        objectives.check(self, system)
+        objectives.check(self, spec)

@@ -73,7 +73,7 @@ def _samples(folder: ModelFolder, parts: dict[str, Any], prompts: list[str]) -> 
     for stage in ("stage1", "stage2"):
         if stage in parts:
             setattr(pipe.parts, stage, DualChannelTransformer(parts["base"], parts[stage]))
-    prompts = [one for one in prompts if len(pipe.text.prompt(one, SECONDS)) <= pipe.system.model.text_len]
+    prompts = [one for one in prompts if len(pipe.text.prompt(one, SECONDS)) <= pipe.spec.model.text_len]
     seeds = list(range(len(prompts)))
     if "stage1" not in parts and not folder.has("stage1"):
         frames = [clip.frames for clip in pipe.decode(pipe.first_frames(prompts, seeds))]
