@@ -36,8 +36,8 @@ CARD = """# {name}
 METHODS = {
     "cogvideo": """CogVideo (Hong et al., 2022) in miniature: a text-to-image transformer as frozen base, a
   temporal channel for key frames and one for interpolation, a VQ-VAE, a video decoder.""",
-    "direct": """regression: a text encoder and a video decoder with one embedding, whose places become pixels
-  in one pass; trained on pictures, then at 1, then at 8 frames a second; a refiner.""",
+    "regression": """regression: a text encoder and a video decoder with one embedding, whose places become
+  pixels in one pass; trained on pictures, then at 1, then at 8 frames a second; a refiner.""",
 }
 
 

@@ -275,9 +275,9 @@ def estimate(
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     chosen = folder.config.get("sampling", {}) if folder else presets.SAMPLING.get(model, {})
-    if spec.family == "direct" and dtype == "int8":
-        raise ValueError("a direct model computes in float32 or bfloat16, not in int8")
-    dtype = dtype or ("float32" if spec.family == "direct" else "int8")
+    if spec.family == "regression" and dtype == "int8":
+        raise ValueError("a regression model computes in float32 or bfloat16, not in int8")
+    dtype = dtype or ("float32" if spec.family == "regression" else "int8")
     print(Estimate(spec, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
 
 

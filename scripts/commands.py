@@ -129,8 +129,10 @@ SHORTENED = {
     "python -m benchmarks.fidelity --model tiny": nano(more="--count 2 --refiner-count 1"),
     "python -m benchmarks.hierarchical --steps 600": nano(("600", "3"), more="--count 2"),
     "python -m benchmarks.precision --count 16": nano(("16", "1")),
-    "python -m benchmarks.direct phases --count 192": Shorter((("192", "2"),), "--model $MODELS/tiny", "few"),
-    "python -m benchmarks.direct losses --steps 600": Shorter((("600", "2"),), "--count 2", "few"),
+    "python -m benchmarks.regression phases --count 192": Shorter(
+        (("192", "2"),), "--model $MODELS/tiny", "few"
+    ),
+    "python -m benchmarks.regression losses --steps 600": Shorter((("600", "2"),), "--count 2", "few"),
     "python -m benchmarks.generate --model direct-tiny --runs 7 --threads 2": nano(("7", "1"), ("2", "1")),
     "python -m benchmarks.generate --model tiny --runs 5": nano(("5", "1")),
     "python -m benchmarks.generate --model tiny --runs 2 --together 16": nano(("--runs 2", "--runs 1")),

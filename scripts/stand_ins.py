@@ -58,7 +58,7 @@ def few(recipe: Any, pixels: int = 0) -> Any:
 
 def nano(presets: dict[str, Any]) -> dict[str, Any]:
     """The table of models with small ones under the names of the large ones."""
-    words = presets["direct-gpt2"].direct
+    words = presets["direct-gpt2"].regression
     words = replace(words, layers=1, width=8, heads=2, resolution=16, patch=8)
     large = presets["cogvideo-9b"]
     model = replace(
@@ -69,7 +69,7 @@ def nano(presets: dict[str, Any]) -> dict[str, Any]:
     return presets | {
         "tiny": presets["nano"],
         "direct-tiny": presets["direct-nano"],
-        "direct-gpt2": replace(presets["direct-gpt2"], direct=words),
+        "direct-gpt2": replace(presets["direct-gpt2"], regression=words),
         "cogvideo-9b": replace(large, model=model, vqvae=vqvae, superres=superres),
     }
 
@@ -97,7 +97,7 @@ def write_models(folder: Path) -> None:
             made = new_part(spec, part, seed=1)
             if part == "vqvae":
                 made.codebook.fill(torch.randn(200, spec.vqvae.code_width, generator=generator), generator)
-            if part == "direct":
+            if part == "regression":
                 made.trained.fill_(True)
             model.save(part, made)
 

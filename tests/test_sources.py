@@ -314,11 +314,11 @@ def test_training_from_files_equals_training_from_memory(kitchen, tmp_path, caps
 def test_captions_that_are_cut_are_counted(capsys):
     """Each once, as the model reads them: a regression model without a duration in front."""
     text, spec = GPT2Tokenizer(), presets.find("direct")
-    config = replace(spec.direct, text_len=7)  # "scene 1 of aaa" is as long as "scene 1 of bbb", or not
+    config = replace(spec.regression, text_len=7)  # "scene 1 of aaa" is as long as "scene 1 of bbb", or not
     long = sum(len(text.encode(Memory().caption(i, RNG))) > 4 for i in range(6))
-    loop.warn_of_long_captions(text, Memory(), replace(spec, direct=replace(config, text_len=4)))
+    loop.warn_of_long_captions(text, Memory(), replace(spec, regression=replace(config, text_len=4)))
     assert f"{long} of 6 captions are longer than 4 tokens" in capsys.readouterr().out and long > 0
-    loop.warn_of_long_captions(text, Memory(), replace(spec, direct=config))
+    loop.warn_of_long_captions(text, Memory(), replace(spec, regression=config))
     assert capsys.readouterr().out == ""
 
 

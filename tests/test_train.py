@@ -304,7 +304,7 @@ def test_what_a_phase_cannot_do_is_known_before_the_first(tmp_path, world, monke
 
 
 def test_a_part_is_the_same_for_the_same_seed():
-    for preset, name in (("nano", "refiner"), ("direct-nano", "direct")):
+    for preset, name in (("nano", "refiner"), ("direct-nano", "regression")):
         one, two, other = (
             inherit.new_part(presets.find(preset), name, seed).state_dict() for seed in (1, 1, 2)
         )
@@ -340,7 +340,8 @@ def test_a_part_takes_all_of_one_of_its_sizes(spec, name):
     taken, given = mine.state_dict(), theirs.state_dict()
     assert all(torch.equal(taken[key], given[key]) for key in given)
     assert (
-        told == f"{len(given) - (name == 'direct')} of {len(taken) - (name == 'direct')} tensors taken; "
+        told
+        == f"{len(given) - (name == 'regression')} of {len(taken) - (name == 'regression')} tensors taken; "
         "nothing is new"
     )
 
@@ -375,7 +376,7 @@ def test_a_part_of_another_size_takes_what_fits(part, changes, new):
     [
         ("nano", "base", {"embed.weight": 64}),
         ("nano", "decoder", {"words.weight": 0}),
-        ("direct-nano", "direct", {"embed.weight": 2}),
+        ("direct-nano", "regression", {"embed.weight": 2}),
     ],
 )
 def test_of_other_words_no_embedding_is_taken(spec, name, tables):

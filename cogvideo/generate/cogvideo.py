@@ -91,9 +91,9 @@ class CogVideo:
         does otherwise than its training (docs/original-weights.md).
         """
         folder = ModelFolder(find_model(model))
-        if folder.config.get("family") == "direct":
+        if folder.config.get("family") == "regression":
             if reference_quirks:
-                raise ValueError("reference_quirks are the original's; leave it out for a direct model")
+                raise ValueError("reference_quirks are the original's; leave it out for a regression model")
             return RegressionPipeline(folder, device, dtype)
         return cls(folder, device, dtype, reference_quirks)
 

@@ -45,15 +45,15 @@ class Work:
 
 def plan(spec: Any, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
     """Every verb of making `videos` of the full length, with a CogVideoSpec or a RegressionSpec."""
-    work = _regression(spec, videos) if spec.family == "direct" else _stages(spec, sampling, videos)
+    work = _regression(spec, videos) if spec.family == "regression" else _stages(spec, sampling, videos)
     if spec.refiner:
-        frames = spec.direct.frames if spec.family == "direct" else max(rounds(spec.model.frames))
+        frames = spec.regression.frames if spec.family == "regression" else max(rounds(spec.model.frames))
         work.append(Work("upscale", flops=videos * _upscale_flops(spec, frames)))
     return work
 
 
 def _regression(spec: RegressionSpec, videos: int) -> list[Work]:
-    c = spec.direct
+    c = spec.regression
     places = c.frames * c.grid**2
     attention = 4 * c.layers * places * (places + c.text_len) * c.width  # which grows with the square
     refinement = 2 * places * c.patch**2 * 9 * c.refine_width * (2 * c.refine_blocks * c.refine_width + 12)
@@ -158,7 +158,7 @@ def memory(spec: Any, dtype: str, rows: int, cpu: bool = True) -> dict[str, floa
             linear += spec.model.codes * spec.model.width
             rest -= spec.model.vocab * spec.model.width if kind != "bfloat16" else 0
         held[name] = linear * BYTES[kind] + rest * (2 if kind == "bfloat16" else 4)
-    if spec.family == "direct":
+    if spec.family == "regression":
         return held
     c = spec.model
     keyframes = cache_bytes(c, c.layout("stage1"), 0, dtype)

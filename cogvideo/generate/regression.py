@@ -24,7 +24,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 class RegressionPipeline:
-    """A loaded model of the family "direct"."""
+    """A loaded model of the family "regression"."""
 
     draws = False  # nothing at random
 
@@ -32,14 +32,14 @@ class RegressionPipeline:
         self.folder, self.device, self.config = folder, find_device(device), folder.config
         self.dtype = dtype or ("float32" if self.device.type == "cpu" else "bfloat16")
         if self.dtype not in DTYPES:
-            raise ValueError(f"a direct model computes in {' or '.join(DTYPES)}, not in {self.dtype}")
+            raise ValueError(f"a regression model computes in {' or '.join(DTYPES)}, not in {self.dtype}")
         self.spec = folder.spec()
         self.prompts = Prompts(folder.text(), self.config.get("words", ()))
         self.hints = self.prompts.hints
 
     @cached_property
     def model(self) -> RegressionTransformer:
-        return self.folder.load("direct", self.device, getattr(torch, self.dtype))
+        return self.folder.load("regression", self.device, getattr(torch, self.dtype))
 
     @cached_property
     def refiner(self) -> Refiner:
@@ -49,7 +49,7 @@ class RegressionPipeline:
     def frame_counts(self) -> dict[int, float]:
         """Frames that can be asked for, and the rate each comes with: those of the rates that it was trained
         at, or the one picture of an image model."""
-        c, trained = self.spec.direct, self.model.trained
+        c, trained = self.spec.regression, self.model.trained
         done = [rate for row, rate in zip(trained, c.rates) if row[list(c.slots(rate))].all()]
         return {len(c.slots(rate)): rate for rate in done} or {1: c.rates[0]}
 
@@ -82,7 +82,7 @@ class RegressionPipeline:
         for name, value in means_nothing.items():
             if value is not None:
                 raise ValueError(
-                    f"{name} means nothing to a direct model, which makes the one clip that it "
+                    f"{name} means nothing to a regression model, which makes the one clip that it "
                     f"knows of a prompt; leave it out, or choose a model such as tiny"
                 )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -90,7 +90,7 @@ class RegressionPipeline:
             raise ValueError("there is no prompt")
         for one in prompts:
             self.check_prompt(one)
-        self.folder.check(["direct", *self.folder.finishing])
+        self.folder.check(["regression", *self.folder.finishing])
         if num_frames is None:
             num_frames = max(self.frame_counts)
         with telling(progress) as told:
@@ -108,7 +108,7 @@ class RegressionPipeline:
             )
         rate, clips = self.frame_counts[num_frames], []
         for i, prompt in enumerate(prompts):
-            slots = self.spec.direct.slots(rate)[:num_frames]
+            slots = self.spec.regression.slots(rate)[:num_frames]
             frames = self.model(self._ids(prompt), rate, slots)[0]  # [F, 3, R, R]
             clips.append(Clip(to_frames(frames.float()), rate, prompt))
             if progress is not None:
@@ -129,5 +129,5 @@ class RegressionPipeline:
         return Estimate(self.spec, stages({}), self.dtype, videos, self.device)
 
     def _ids(self, prompt: str) -> torch.Tensor:
-        length, template = self.spec.direct.text_len, self.spec.template
+        length, template = self.spec.regression.text_len, self.spec.template
         return torch.tensor(self.prompts.ids([prompt], 0.0, template, length), device=self.device)

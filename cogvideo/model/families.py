@@ -12,9 +12,9 @@ superres   what the base needs to make larger maps of codes out of small ones (o
 itersr     what it needs to make a large map better, some codes at a time (optional)
 superres_base, itersr_base: the transformers of these two, where that is not `base`
 
-"direct", the regression one:
-direct     captions to frames
-refiner    frames to larger ones (optional)
+"regression":
+regression   captions to frames
+refiner      frames to larger ones (optional)
 """
 
 from dataclasses import asdict, dataclass
@@ -39,7 +39,7 @@ CONFIGS = {
     "refiner": RefinerConfig,
     "superres": SuperResConfig,
     "itersr": SuperResConfig,
-    "direct": RegressionConfig,
+    "regression": RegressionConfig,
 }
 BASES = ("base", "superres_base", "itersr_base")
 
@@ -161,16 +161,16 @@ class CogVideoSpec(Spec):
 
 @dataclass(frozen=True)
 class RegressionSpec(Spec):
-    direct: RegressionConfig
+    regression: RegressionConfig
     refiner: RefinerConfig | None = None
-    family, reader, template = "direct", "direct", PLAIN
+    family, reader, template = "regression", "regression", PLAIN
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("direct", "refiner") if self.refiner else ("direct",)
+        return ("regression", "refiner") if self.refiner else ("regression",)
 
     def describe(self) -> dict[str, str]:
-        c = self.direct
+        c = self.regression
         return {
             "transformer": f"{c.layers} and {c.layers} layers, width {c.width}, {c.heads} heads",
             "frames": f"{c.frames} of {c.grid}x{c.grid} patches, {c.patch} px each",
@@ -178,7 +178,7 @@ class RegressionSpec(Spec):
 
     @property
     def speaks(self) -> RegressionConfig:
-        return self.direct
+        return self.regression
 
     @property
     def first_text(self) -> int:
@@ -186,11 +186,11 @@ class RegressionSpec(Spec):
 
     @property
     def resolution(self) -> int:
-        return self.direct.resolution
+        return self.regression.resolution
 
     def build(self, part: str) -> Any:
-        if part == "direct":
-            return RegressionTransformer(self.direct)
+        if part == "regression":
+            return RegressionTransformer(self.regression)
         if part == "refiner" and self.refiner:
             return Refiner(self.refiner)
         raise self._unknown(part)

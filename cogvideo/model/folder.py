@@ -26,6 +26,7 @@ from cogvideo.text import GPT2Tokenizer, TextTokenizer
 HUB_ID = r"[\w.-]+/[\w.-]+"  # owner/name
 SHIPPED = Path(__file__).parent.parent / "models"
 SCALE = ":scale"  # ends the names of the scales of a matrix that is stored as int8
+FORMER = {"regression": "direct"}  # part and family, as folders and states of 2026 call them
 TYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -47,6 +48,17 @@ class Piece(NamedTuple):
     make: Callable[[], Tensor]
 
 
+def renamed(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json whose family and parts have their present names."""
+    now = {former: name for name, former in FORMER.items()}
+    config = {now.get(key, key): value for key, value in config.items()}
+    if config.get("family") in now:
+        config["family"] = now[config["family"]]
+    for row in (config.get("trained") or {}).values():
+        row["parts"] = [now.get(part, part) for part in row["parts"]]
+    return config
+
+
 class ModelFolder:
     """A model folder on disk, read part by part."""
 
@@ -64,7 +76,7 @@ class ModelFolder:
             raise ModelError(f"{file} is damaged: {error}") from None
         if not isinstance(config, dict):
             raise ModelError(f"{file} is damaged: it holds no table")
-        return config
+        return renamed(config)
 
     def spec(self) -> Any:
         """The CogVideoSpec or RegressionSpec that the folder holds."""
@@ -103,7 +115,10 @@ class ModelFolder:
         return self.file(part).exists()
 
     def file(self, part: str) -> Path:
-        return self.path / f"{part}.safetensors"
+        """The file of a part; in a folder of 2026 or before, of its former name."""
+        file = self.path / f"{part}.safetensors"
+        former = self.path / f"{FORMER.get(part, part)}.safetensors"
+        return former if former.exists() and not file.exists() else file
 
     def load(
         self, part: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
@@ -222,7 +237,7 @@ def read_tensor(file: Path, ending: str) -> Tensor | None:
                 if name.endswith(ending):
                     return stored.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"cannot read {file}: {error}") from None
+        raise ModelError(f"cannot read an embedding from {file}: {error}") from None
     return None
 
 

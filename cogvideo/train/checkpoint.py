@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cogvideo.files import replacing
 from cogvideo.model.families import Spec
+from cogvideo.model.folder import FORMER
 from cogvideo.train.parallel import Machine, gather_momentum, whole
 
 
@@ -76,9 +77,12 @@ def resume(
 def read(path: Path, mapped: bool = True) -> dict[str, Any]:
     """What `save` wrote; ValueError if it is damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to begin this phase again") from None
+    now = {former: name for name, former in FORMER.items()}
+    state["parts"] = {now.get(name, name): part for name, part in state["parts"].items()}
+    return state
 
 
 def _like(value: Tensor, mine: Tensor) -> Tensor:

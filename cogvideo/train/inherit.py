@@ -136,10 +136,11 @@ def prepare(
             print(f"{name} from {init.path}: {take(parts[name], init.load(name), same_words)}")
         print(f"words: {'the same' if same_words else 'those of the captions here'}")
     if init_embedding is not None:
-        direct: Any = parts["direct"] if "direct" in parts else new_part(spec, "direct", recipe.seed)
-        parts["direct"] = direct
+        if "regression" not in parts:
+            parts["regression"] = new_part(spec, "regression", recipe.seed)
+        model: Any = parts["regression"]
         with torch.no_grad():
-            direct.embed.weight[: spec.speaks.vocab] = read_words(spec, init_embedding)
+            model.embed.weight[: spec.speaks.vocab] = read_words(spec, init_embedding)
         print(f"embedding of words from {init_embedding}")
     with replacing_folder(folder.path) as path:
         made = ModelFolder(path)

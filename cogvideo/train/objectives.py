@@ -224,9 +224,9 @@ def check(phase: Phase, spec: Spec) -> None:
         raise ValueError(f"{phase.name}.adversary must be 0: only decoders of clips have a discriminator")
     if phase.reuse > 1 and phase.objective not in (image, stage1, stage2):
         raise ValueError(f"{phase.name}.reuse must be 1: clips recur as codes, and {phase.name} needs frames")
-    if phase.objective is direct and isinstance(spec, RegressionSpec):
+    if phase.objective is regression and isinstance(spec, RegressionSpec):
         (rate,) = phase.cut.rates
-        have, due = len(spec.direct.slots(rate)[: phase.cut.keep]), phase.cut.keep or phase.cut.frames
+        have, due = len(spec.regression.slots(rate)[: phase.cut.keep]), phase.cut.keep or phase.cut.frames
         if have != due:
             raise ValueError(
                 f"{phase.name} cuts {due} frames, but the model has {have} at {rate:g} frames a second"
@@ -334,9 +334,9 @@ def refiner(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
     return step
 
 
-def direct(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+def regression(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
     """Captions to frames at the one rate of the phase."""
-    model, (rate,) = parts["direct"], phase.cut.rates
+    model, (rate,) = parts["regression"], phase.cut.rates
     slots = model.config.slots(rate)[: phase.cut.keep]
     hierarchical = HierarchicalLoss(phase.loss).to(next(model.parameters()).device)
 

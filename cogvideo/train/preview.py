@@ -27,14 +27,14 @@ def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch
     """Write the strip of a phase. tokenizer, refiner: the batch and what becomes of it, row by row. Token
     models: samples for the captions of the batch, made with the weights as they are now."""
     clips = batch.frames[0][:SHOWN] if batch.frames else torch.empty(0)  # clips that recur are codes
-    if "direct" in parts:
-        text, c = folder.text(), parts["direct"].config
+    if "regression" in parts:
+        text, c = folder.text(), parts["regression"].config
         ids = [
             text.pad_left(text.prompt(one, 0.0, PLAIN)[: c.text_len], c.text_len)
             for one in batch.captions[:SHOWN]
         ]
         (rate,), keep = phase.cut.rates, phase.cut.keep
-        made = parts["direct"](torch.tensor(ids, device=clips.device), rate, c.slots(rate)[:keep])
+        made = parts["regression"](torch.tensor(ids, device=clips.device), rate, c.slots(rate)[:keep])
         rows = _rows(made, clips)
     elif phase.objective is tokenizer:
         vqvae = parts["vqvae"]

@@ -68,14 +68,14 @@ class Recipe:
         return found
 
 
-def direct(
+def regression(
     name: str, cut: Cut, *, batch: int, lr: float, steps: int = 1, epochs: int = 0, optimizer: str = "adamw"
 ) -> Phase:
     """A phase of the regression family; it goes on with what the phase before it made."""
     return Phase(
         name,
-        objectives.direct,
-        trains=("direct",),
+        objectives.regression,
+        trains=("regression",),
         uses=(),
         cut=cut,
         steps=steps,
@@ -88,9 +88,9 @@ def direct(
 
 
 REFERENCE = (  # of the regression family
-    direct("image", Cut(4, (1,), keep=1, sizes=(64,)), epochs=10, batch=16, lr=1e-4),
-    direct("low", Cut(4, (1,), sizes=(64,)), epochs=10, batch=16, lr=1e-4),
-    direct("high", Cut(32, (8,), sizes=(64,)), epochs=10, batch=16, lr=1e-4),
+    regression("image", Cut(4, (1,), keep=1, sizes=(64,)), epochs=10, batch=16, lr=1e-4),
+    regression("low", Cut(4, (1,), sizes=(64,)), epochs=10, batch=16, lr=1e-4),
+    regression("high", Cut(32, (8,), sizes=(64,)), epochs=10, batch=16, lr=1e-4),
 )
 
 RECIPES = {
@@ -213,9 +213,9 @@ RECIPES = {
         "direct-tiny",
         "direct-tiny",
         (
-            direct("image", Cut(5, (1,), keep=1), steps=2000, batch=32, lr=1e-3, optimizer="muon"),
-            direct("low", Cut(5, (1,)), steps=2000, batch=8, lr=1e-3, optimizer="muon"),
-            direct("high", Cut(33, (8,)), steps=600, batch=4, lr=1e-3, optimizer="muon"),
+            regression("image", Cut(5, (1,), keep=1), steps=2000, batch=32, lr=1e-3, optimizer="muon"),
+            regression("low", Cut(5, (1,)), steps=2000, batch=8, lr=1e-3, optimizer="muon"),
+            regression("high", Cut(33, (8,)), steps=600, batch=4, lr=1e-3, optimizer="muon"),
             Phase(
                 "refiner",
                 objectives.refiner,

@@ -1,8 +1,8 @@
 """Captions: a scene in the words of many people.
 
 `words.plain_caption` says a scene in a few ways; here are articles, synonyms, word orders, keywords and
-requests, and the words for size and speed where the scene has them. All say only what is drawn. `phrasing.json` has the
-phrases; those of `words.json` belong to them.
+requests, and the words for size and speed where the scene has them. All say only what is drawn.
+`phrasing.json` has the phrases; those of `words.json` belong to them.
 
     who     an article, a size, a name           "a tiny dog"        一只小小的狗
     does    a verb, a direction, a speed         "runs to the right" 慢慢地向右跑

@@ -1,7 +1,7 @@
 """What does the regression family reach, and what do its phases and the levels of its loss bring?
 
-    python -m benchmarks.direct phases --model tiny       the table of phases, beside another model
-    python -m benchmarks.direct losses --steps 600        the table of losses, and strips.png
+    python -m benchmarks.regression phases --model tiny       the table of phases, beside another model
+    python -m benchmarks.regression losses --steps 600        the table of losses, and strips.png
 
 phases: direct-tiny after `image`, after `low`, after `high`, and `high` without `low` for as many steps as
 both, judged on the same held-out prompts by the judge of `benchmarks.classifier`: 9 frames, 2 a second. A
@@ -62,8 +62,8 @@ def regress(folder: ModelFolder, prompts: Sequence[str], rate: float) -> np.ndar
     them: uint8 [B, 9, R, R, 3]."""
     pipe = RegressionPipeline(folder)
     pipe.model.get_ready(rate, [])
-    text = torch.tensor(pipe.prompts.ids(prompts, 0.0, PLAIN, pipe.spec.direct.text_len))
-    slots = range(0, pipe.spec.direct.frames, 4)
+    text = torch.tensor(pipe.prompts.ids(prompts, 0.0, PLAIN, pipe.spec.regression.text_len))
+    slots = range(0, pipe.spec.regression.frames, 4)
     made = [pipe.model(rows, rate, slots) for rows in text.split(16)]
     return np.stack([to_frames(clip) for clip in torch.cat(made)])
 

@@ -34,7 +34,7 @@ TEXT = torch.tensor([[3, 3, 3, 20, 30, 40], [3, 50, 60, 70, 80, 90]])
 
 @pytest.fixture
 def model() -> RegressionTransformer:
-    part = inherit.new_part(NANO, "direct", 1)
+    part = inherit.new_part(NANO, "regression", 1)
     with torch.no_grad():
         for p in part.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
@@ -98,7 +98,7 @@ def trained(tmp_path_factory, world):
 
 
 def test_the_reference_model_has_its_published_sizes():
-    c = presets.find("direct").direct
+    c = presets.find("direct").regression
     assert (c.width, c.layers, c.heads, c.resolution, c.frames, c.text_len, c.vocab) == (
         2560,
         32,
@@ -108,7 +108,7 @@ def test_the_reference_model_has_its_published_sizes():
         256,
         50257,
     )
-    d, model = c.width, presets.find("direct").outline("direct")
+    d, model = c.width, presets.find("direct").outline("regression")
     encoder = c.layers * (12 * d**2 + 13 * d) + 2 * d
     decoder = c.layers * (16 * d**2 + 19 * d) + 2 * d
     tables = (c.vocab + len(c.rates) + c.text_len + c.frames + 1) * d
@@ -134,13 +134,17 @@ def test_each_pixel_hears_the_caption_and_the_rate_token(model):
     model.requires_grad_(True)
     model(TEXT[1:], 1.0, [0, 8])[0, 1, :, -1, -1].sum().backward()
     rows = model.embed.weight.grad.abs().sum(1) > 0
-    assert rows[[50, 60, 70, 80, 90]].all() and rows[NANO.direct.vocab] and not rows[NANO.direct.vocab + 1]
+    assert (
+        rows[[50, 60, 70, 80, 90]].all()
+        and rows[NANO.regression.vocab]
+        and not rows[NANO.regression.vocab + 1]
+    )
     positions = model.frame_positions.weight.grad.abs().sum(1) > 0
     assert positions.nonzero().flatten().tolist() == [0, 8]  # frames of a clip see one another
 
 
 def test_a_frame_keeps_its_number_at_every_rate():
-    c = NANO.direct
+    c = NANO.regression
     assert list(c.slots(1.0)) == [0, 8, 16, 24, 32] and list(c.slots(8.0)) == list(range(33))
     with pytest.raises(ValueError, match="no frame-rate token for 3 .* choose one of 1, 8"):
         c.slots(3.0)
@@ -172,7 +176,7 @@ def test_new_frames_begin_between_those_that_were_trained(model):
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(NANO.direct, **changes)
+        dataclasses.replace(NANO.regression, **changes)
 
 
 def test_the_refinement_layer_looks_at_the_pixels_of_neighbouring_frames(model):
@@ -199,11 +203,11 @@ def test_a_narrow_reference_model_learns(world):
     from cogvideo.data.loader import batches
     from cogvideo.train import objectives
 
-    config = dataclasses.replace(presets.find("direct").direct, width=32, layers=1, heads=2)
+    config = dataclasses.replace(presets.find("direct").regression, width=32, layers=1, heads=2)
     phase = dataclasses.replace(recipes.find("direct").phase("high"), steps=1)
-    spec = dataclasses.replace(presets.find("direct"), direct=config)
-    model = inherit.new_part(spec, "direct", 0)
-    step = objectives.direct({"direct": model}, GPT2Tokenizer(), phase)
+    spec = dataclasses.replace(presets.find("direct"), regression=config)
+    model = inherit.new_part(spec, "regression", 0)
+    step = objectives.regression({"regression": model}, GPT2Tokenizer(), phase)
     batch, losses = next(batches(world, phase.cut, 1, seed=0)), []
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for number in range(3):
@@ -225,17 +229,17 @@ def test_the_phases_make_a_model_that_generates(trained):
     assert clip.frames.shape == (33, 32, 32, 3) and clip.fps == 8 and clip.caption == "a dog runs"
     assert small.frames.shape == (5, 16, 16, 3) and small.fps == 1
     config = ModelFolder(trained / "model").config
-    assert config["family"] == "direct" and list(config["trained"]) == ["image", "low", "high", "refiner"]
+    assert config["family"] == "regression" and list(config["trained"]) == ["image", "low", "high", "refiner"]
     assert (trained / "high" / "strips" / "0000004.png").exists()
 
 
 def test_a_phase_begins_with_what_the_one_before_it_made(tmp_path, world):
     folder = run(tmp_path, world, nano_phase("image"))
-    image = folder.load("direct")
+    image = folder.load("regression")
     assert image.trained.nonzero().tolist() == [[0, 0]]
     assert CogVideo.from_pretrained(tmp_path / "model").frame_counts == {1: 1.0}
     stopped = nano_phase("low", lr=0.0)  # nothing is learnt
-    low = run(tmp_path, world, nano_phase("image"), stopped).load("direct")
+    low = run(tmp_path, world, nano_phase("image"), stopped).load("regression")
     assert torch.equal(low.embed.weight, image.embed.weight)
     assert torch.equal(low.frame_positions.weight[8], image.frame_positions.weight[0])
 
@@ -244,15 +248,15 @@ def test_a_finished_phase_is_left_alone(tmp_path, world):
     """It neither comes back over what went on from it, nor goes on under it."""
     image, low = nano_phase("image", steps=2), nano_phase("low", steps=2)
     folder = run(tmp_path, world, image, low)
-    made, recipe = folder.file("direct").read_bytes(), recipes.find("direct-tiny")
+    made, recipe = folder.file("regression").read_bytes(), recipes.find("direct-tiny")
     recipe = dataclasses.replace(recipe, preset="direct-nano", phases=(image, low))
     loop.train(recipe, tmp_path, world, NANO, [image], quiet=True)
-    assert folder.file("direct").read_bytes() == made
+    assert folder.file("regression").read_bytes() == made
     with pytest.raises(ValueError, match=r"image cannot go on, for low has gone on from it; delete .*low to"):
         loop.train(recipe, tmp_path, world, NANO, [dataclasses.replace(image, steps=4)], quiet=True)
     shutil.rmtree(tmp_path / "low")  # trained again, it begins with what `image` made, not with itself
     loop.train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
-    again, before = folder.load("direct").state_dict(), load(made)
+    again, before = folder.load("regression").state_dict(), load(made)
     assert all(torch.equal(again[key], before[key]) for key in before)
 
 
@@ -282,7 +286,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world):
         if interrupted:
             with contextlib.suppress(KeyboardInterrupt):
                 run(out, world, low, save_every=1, probe_every=2, probe=Stop())
-        results.append(run(out, world, low, save_every=1).load("direct").state_dict())
+        results.append(run(out, world, low, save_every=1).load("regression").state_dict())
     assert all(torch.equal(results[0][key], results[1][key]) for key in results[0])
 
 
@@ -309,20 +313,20 @@ def test_another_model_is_inherited_by_what_fits(trained, nano, tmp_path, world,
     folder = ModelFolder(trained / "model")
     stopped = nano_phase("low", steps=1, lr=0.0)
     same = run(tmp_path / "same", world, stopped, init=folder)
-    assert torch.equal(same.load("direct").embed.weight, folder.load("direct").embed.weight)
+    assert torch.equal(same.load("regression").embed.weight, folder.load("regression").embed.weight)
     assert same.text().model == folder.text().model
     assert "tensors taken; nothing is new" in capsys.readouterr().out
 
-    single = dataclasses.replace(NANO.direct, frames=1, rates=(1.0,))
-    spec = dataclasses.replace(NANO, direct=single, refiner=None)
+    single = dataclasses.replace(NANO.regression, frames=1, rates=(1.0,))
+    spec = dataclasses.replace(NANO, regression=single, refiner=None)
     picture = ModelFolder(tmp_path / "picture")
     picture.path.mkdir()
-    part = inherit.new_part(spec, "direct", 7)
+    part = inherit.new_part(spec, "regression", 7)
     part.get_ready(1.0, [0])
-    picture.save("direct", part)
+    picture.save("regression", part)
     picture.write_config({**spec.to_dict(), "words": [], "trained": {}})
     picture.write_text(folder.text().model)
-    grown = run(tmp_path / "grown", world, stopped, init=picture).load("direct")
+    grown = run(tmp_path / "grown", world, stopped, init=picture).load("regression")
     assert torch.equal(grown.generation.weight, part.generation.weight)
     assert torch.equal(grown.frame_positions.weight[16], part.frame_positions.weight[0])
     assert torch.equal(grown.embed.weight[:501], part.embed.weight)  # all words, and the token of 1 a second
@@ -339,26 +343,26 @@ def test_words_are_inherited_with_their_text_model_or_not_at_all(trained, tmp_pa
     (tmp_path / "model" / "text.model").write_bytes(train_text(["other words here"] * 9, 290))
     mine = run(tmp_path, world, nano_phase("low", steps=1, lr=0.0), init=folder)
     assert mine.text().model != folder.text().model and "captions here" in capsys.readouterr().out
-    theirs, taken = folder.load("direct"), mine.load("direct")
+    theirs, taken = folder.load("regression"), mine.load("regression")
     assert not torch.equal(taken.embed.weight[:500], theirs.embed.weight[:500])
     assert torch.equal(taken.embed.weight[500:], theirs.embed.weight[500:])  # the tokens of rates
     assert torch.equal(taken.generation.weight, theirs.generation.weight)
     assert not taken.trained[1].any()  # what it could make, it cannot make of these words
     theirs.trained[:] = torch.arange(33) == 0  # had it been a model of pictures
-    inherit.take(grown := inherit.new_part(NANO, "direct", 3), theirs, same_words=False)
+    inherit.take(grown := inherit.new_part(NANO, "regression", 3), theirs, same_words=False)
     assert torch.equal(grown.frame_positions.weight, theirs.frame_positions.weight[:1].expand(33, -1))
 
 
 def test_rates_are_inherited_by_their_number(trained):
-    part = ModelFolder(trained / "model").load("direct")
-    config = dataclasses.replace(NANO.direct, rates=(4.0, 8.0))
-    other = inherit.new_part(dataclasses.replace(NANO, direct=config), "direct", 3)
+    part = ModelFolder(trained / "model").load("regression")
+    config = dataclasses.replace(NANO.regression, rates=(4.0, 8.0))
+    other = inherit.new_part(dataclasses.replace(NANO, regression=config), "regression", 3)
     inherit.take(other, part)
     assert not other.trained[0].any() and other.trained[1].all()
     assert torch.equal(other.embed.weight[501], part.embed.weight[501])
     assert not torch.equal(other.embed.weight[500], part.embed.weight[500])
-    wide = dataclasses.replace(NANO.direct, width=32)
-    inherit.take(large := inherit.new_part(dataclasses.replace(NANO, direct=wide), "direct", 3), part)
+    wide = dataclasses.replace(NANO.regression, width=32)
+    inherit.take(large := inherit.new_part(dataclasses.replace(NANO, regression=wide), "regression", 3), part)
     assert not large.trained.any()
 
 
@@ -400,8 +404,8 @@ def test_nothing_in_common_is_an_error(tmp_path, world, nano_large):
 
 
 def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
-    config = dataclasses.replace(presets.find("direct").direct, width=8, layers=1, heads=2, patch=32)
-    spec = dataclasses.replace(presets.find("direct"), direct=config)
+    config = dataclasses.replace(presets.find("direct").regression, width=8, layers=1, heads=2, patch=32)
+    spec = dataclasses.replace(presets.find("direct"), regression=config)
     table = torch.randn(50257, 8)
     save_file({"transformer.wte.weight": table}, tmp_path / "gpt2.safetensors")
     recipe = dataclasses.replace(recipes.find("direct"), phases=())
@@ -414,7 +418,7 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
         quiet=True,
         init_embedding=str(tmp_path / "gpt2.safetensors"),
     )
-    assert torch.equal(folder.load("direct").embed.weight[:50257], table)
+    assert torch.equal(folder.load("regression").embed.weight[:50257], table)
     assert isinstance(folder.text(), GPT2Tokenizer)
     both = (
         loop.train(
@@ -427,10 +431,10 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
             init=folder,
             init_embedding=str(tmp_path / "gpt2.safetensors"),
         )
-        .load("direct")
+        .load("regression")
         .state_dict()
     )
-    assert all(torch.equal(both[key], value) for key, value in folder.load("direct").state_dict().items())
+    assert all(torch.equal(both[key], value) for key, value in folder.load("regression").state_dict().items())
     save_file({"wte.weight": table[:, :4].contiguous()}, tmp_path / "narrow.safetensors")
     save_file({"x": table[:2]}, tmp_path / "none.safetensors")
     for name, message in (
@@ -466,7 +470,7 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
     ],
 )
 def test_what_means_nothing_is_refused_by_name(trained, name, value):
-    with pytest.raises(ValueError, match=f"{name} means nothing to a direct model"):
+    with pytest.raises(ValueError, match=f"{name} means nothing to a regression model"):
         CogVideo.from_pretrained(trained / "model")("a dog", progress=False, **{name: value})
 
 
@@ -483,7 +487,7 @@ def test_bad_prompts_and_frames_are_refused(trained):
     for make in (partial(pipe, num_frames=7), partial(pipe.regress, num_frames=7)):
         with pytest.raises(ValueError, match="num_frames 7 cannot be made; choose one of 5, 33"):
             make(["a dog"])
-    with pytest.raises(ValueError, match="leave it out for a direct model"):
+    with pytest.raises(ValueError, match="leave it out for a regression model"):
         CogVideo.from_pretrained(trained / "model", reference_quirks=True)
     with pytest.raises(ValueError, match="float32 or bfloat16, not in int8"):
         CogVideo.from_pretrained(trained / "model", dtype="int8")
@@ -506,16 +510,16 @@ def test_the_command_line_makes_and_describes_it(trained, tmp_path):
     assert "33 frames, 32x32, 8 fps" in told and "seed" not in told and (tmp_path / "dog.gif").exists()
     assert "1 and 1 layers" in cogvideo("models", model)
     estimated = cogvideo("estimate", model)
-    assert all(row in estimated for row in ("\ndirect ", "\nrefiner ", "\nframes ", "\nupscale "))
+    assert all(row in estimated for row in ("\nregression ", "\nrefiner ", "\nframes ", "\nupscale "))
     for option, why in {"--seed": "seed means nothing", "--num-videos": "a prompt is one video"}.items():
         assert why in cogvideo(*make, str(tmp_path / "no.gif"), option, "2", fails=True)
     assert not (tmp_path / "no.gif").exists()
 
 
-def test_direct_config_reads_back():
+def test_regression_config_reads_back():
     from cogvideo.model.families import read_spec
 
     assert read_spec(json.loads(json.dumps(NANO.to_dict()))) == NANO
-    assert isinstance(NANO.direct, RegressionConfig)
-    with pytest.raises(ValueError, match="unknown family 'x'; choose one of cogvideo, direct"):
+    assert isinstance(NANO.regression, RegressionConfig)
+    with pytest.raises(ValueError, match="unknown family 'x'; choose one of cogvideo, regression"):
         read_spec({"family": "x"})
