@@ -53,10 +53,10 @@ def steps(
     text = torch.randint(c.codes, c.vocab, (rows, c.text_len), generator=generator)
     codes = torch.randint(0, c.codes, (rows, layout.tokens), generator=generator)
     cache = model.new_cache(layout, rows)
-    model.body(torch.cat((text, codes[:, : known * c.frame_len]), 1), layout, cache)
+    model.prefill(torch.cat((text, codes[:, : known * c.frame_len]), 1), layout, cache)
     for places in layout.waves(known, model.window):
         begin = time.perf_counter()
-        model(codes[:, places], layout, cache, places)
+        model.step(codes[:, places], cache, places)
         yield 1e3 * (time.perf_counter() - begin), len(places)
 
 

@@ -270,7 +270,7 @@ def test_larger_maps_are_the_original_ones(tmp_path, part, file):
     text, rest = golden["in.tokens"].long().tensor_split([model.config.text_len], 1)
     codes = rest[:, : 400 if part == "superres" else 3600]
     with torch.inference_mode():
-        hidden = model.body(text, codes)
+        hidden = model.hidden(text, codes)
         logits = model.head(hidden)[:, golden["in.places"].long()]
         full = hidden @ model.base.embed.weight.T
     expected = golden["out.logits"]

@@ -69,7 +69,7 @@ def test_caches_are_as_large_as_said(nano):
     c, model = pipe.spec.model, pipe.parts.stage2
     layout = Layout.interpolation(c.text_len, c.grid, c.frames)
     cache = model.new_cache(layout, 3)
-    taken = sum(t.nbytes for channel in cache.channels for t in channel.kept)
+    taken = sum(t.nbytes for channel in cache.channels.values() for t in channel.kept)
     assert taken == 3 * cost.cache_bytes(c, layout, model.window, "float32")
 
 

@@ -47,13 +47,13 @@ def test_guidance_as_a_doubled_batch_equals_two_separate_passes(nano):
     with torch.inference_mode():
         for rows in (text, plain):
             cache = model.new_cache(LAYOUT, 3)
-            model.body(torch.cat((rows, inputs), 1), LAYOUT, cache)
+            model.prefill(torch.cat((rows, inputs), 1), LAYOUT, cache)
             caches.append(cache)
         made, token = [], torch.full((3,), CONFIG.start)
         for k in range(4 * CONFIG.frame_len):
             entering = torch.full((3,), CONFIG.start) if k % CONFIG.frame_len == 0 else token
             prompted, unprompted = (
-                model(entering[:, None], LAYOUT, cache, [CONFIG.frame_len + k])[:, -1] for cache in caches
+                model.step(entering[:, None], cache, [CONFIG.frame_len + k])[:, -1] for cache in caches
             )
             logits = unprompted + 3.0 * (prompted - unprompted)
             assert (guide(torch.cat((prompted, unprompted)), 3.0) - logits).abs().max() < 1e-5
@@ -143,7 +143,7 @@ def test_a_cache_may_have_been_used_before(nano):
     *_, fresh = fill(model, LAYOUT, text, known, SAMPLING, uniform, plain)
     with torch.inference_mode():
         cache = model.new_cache(LAYOUT, 8)
-        for kept in (kept for channel in cache.channels for kept in channel.kept):
+        for kept in (kept for channel in cache.channels.values() for kept in channel.kept):
             kept.fill_(float("nan"))
     *_, used = fill(model, LAYOUT, text, known, SAMPLING, uniform, plain, cache=cache)
     assert torch.equal(fresh.frames, used.frames)

@@ -56,8 +56,9 @@ def stepped(
     inputs, first = layout.inputs(codes, model.config.start), known * layout.frame_len
     prompt = torch.cat((padded(text, layout.text_len, model.config.pad), inputs[:, :first]), 1)
     with torch.inference_mode():
-        before = model(prompt, layout, cache, boost=boost)
-        made = [model(inputs[:, at : at + 1], layout, cache, [at]) for at in range(first, first + steps)]
+        before = model(prompt, layout, boost)
+        model.prefill(prompt, layout, cache, boost)
+        made = [model.step(inputs[:, at : at + 1], cache, [at]) for at in range(first, first + steps)]
     return before, torch.cat(made, 1)
 
 

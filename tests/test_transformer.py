@@ -1,7 +1,6 @@
 """The model against itself computed another way, and causality shown by gradients. All in float32."""
 
 import dataclasses
-from functools import partial
 
 import pytest
 import torch
@@ -56,16 +55,19 @@ def test_cached_stepping_equals_the_full_forward(name, config):
         full = model(torch.cat((text, inputs), 1), layout)
         for known in sorted({len(layout.given), max(len(layout.given), layout.frames - 1)}):
             cache, first = model.new_cache(layout, 2), known * 16
+            prompt = torch.cat((text, inputs[:, :first]), 1)
             stepped = torch.full_like(full, float("nan"))
-            stepped[:, :first] = model(torch.cat((text, inputs[:, :first]), 1), layout, cache)
+            stepped[:, :first] = model(prompt, layout)
+            model.prefill(prompt, layout, cache)
             for places in layout.waves(known, window or 0):
-                stepped[:, places] = model(inputs[:, places], layout, cache, places)
+                stepped[:, places] = model.step(inputs[:, places], cache, places)
             difference = (stepped - full).abs().max()
             assert difference < 1e-5, f"{known} frames known: {difference}"
             if layout.skew:
                 continue  # the codes of a diagonal see each other
-            steps = [model(torch.cat((text, inputs[:, :first]), 1), layout, cache)]
-            steps += [model(inputs[:, i : i + 1], layout, cache, [i]) for i in range(first, layout.tokens)]
+            steps = [model(prompt, layout)]
+            model.prefill(prompt, layout, cache)
+            steps += [model.step(inputs[:, i : i + 1], cache, [i]) for i in range(first, layout.tokens)]
             difference = (torch.cat(steps, 1) - full).abs().max()
             assert difference < 1e-5, f"{known} frames known, one by one: {difference}"
 
@@ -73,8 +75,8 @@ def test_cached_stepping_equals_the_full_forward(name, config):
 @pytest.mark.parametrize("rows", [5, 192])
 @pytest.mark.parametrize("name", STAGES)
 def test_grouped_attention_equals_dense_masked_attention(name, rows, monkeypatch):
-    """One layer's attention against softmax over one big score matrix with the drawn mask; queries a few at
-    a time and all together."""
+    """One layer against softmax over one big score matrix with the drawn mask, queries in parts and all
+    together."""
     monkeypatch.setattr(attention, "ROWS", rows)
     attention.groups_of.cache_clear()
     window, layout = STAGES[name]
@@ -82,7 +84,10 @@ def test_grouped_attention_equals_dense_masked_attention(name, rows, monkeypatch
     x = torch.randn(2, 6 + layout.tokens, 32, generator=torch.Generator().manual_seed(2))
     bias = torch.zeros(2, 6)
     bias[0, :2] = float("-inf")
+    view = attention.SequenceView(layout, window or 0, bias)
     for layer in range(2):  # unshifted and shifted
+        block, half = model.layers[layer]
+        h = block.norm1(x)
         channels = [(model.base.blocks[layer].attention, layout.sees("spatial"))]
         if window is not None:
             sees = layout.sees("temporal", window, bool(window) and layer == 1)
@@ -93,14 +98,16 @@ def test_grouped_attention_equals_dense_masked_attention(name, rows, monkeypatch
             mask[:, :6, 6:] = float("-inf")  # text is blind to frames
             mask[:, 6:, 6:].masked_fill_(~sees, float("-inf"))
             mask[:, :, :6] += bias[:, None]
-            q, k, v = channel.project(x)
+            q, k, v = channel.project(h)
             weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask[:, None]).softmax(-1)
             outputs.append(channel.out((weights @ v).transpose(1, 2).flatten(2)))
         expected = outputs[0].clone()
         if window is not None:
             gate = model.temporal.gate[layer].sigmoid()
             expected[:, 6:] = gate * outputs[0][:, 6:] + (1 - gate) * outputs[1][:, 6:]
-        difference = (model._attend(layer, x, layout, bias, None) - expected).abs().max()
+        expected = x + block.norm3(expected)
+        expected = expected + block.norm4(block.mlp(block.norm2(expected)))
+        difference = (block(x, view, half) - expected).abs().max()
         assert difference < 1e-5, difference
 
 
@@ -124,10 +131,8 @@ def test_a_zero_initialised_block_passes_everything_through():
     base = Base(MODERN)
     base.init_weights(torch.Generator().manual_seed(0))
     x = torch.randn(1, 6 + 16, 32)
-    model = DualChannelTransformer(base)
-    layout = STAGES["image"][1]
-    attend = partial(model._attend, 0, layout=layout, bias=torch.zeros(1, 6), cache=None)
-    assert torch.equal(base.blocks[0](x, attend), x)
+    view = attention.SequenceView(STAGES["image"][1], 0, torch.zeros(1, 6))
+    assert torch.equal(base.blocks[0](x, view), x)
 
 
 def test_wrong_choices_are_named():

@@ -357,7 +357,7 @@ class CogVideo:
         for i in range(large.codes.shape[1], frames):
             made = []
             for text, codes, uniform in zip(texts, draft.codes[:, i], numbers[:, i]):
-                hidden = self.parts.superres.body(text[None], codes[None])[0]  # [S, D]
+                hidden = self.parts.superres.hidden(text[None], codes[None])[0]  # [S, D]
                 rows = zip(hidden.split(ROWS), uniform.split(ROWS))
                 made.append(torch.cat([pick(self.parts.superres.head(h), sampling, u) for h, u in rows]))
             large = replace(large, codes=torch.cat((large.codes, torch.stack(made)[:, None]), 1))

@@ -97,9 +97,9 @@ def _a_layer() -> float:
     model, layout = DualChannelTransformer(Base(config)).eval(), Layout.image(2, 2)
     with torch.inference_mode():
         cache = model.new_cache(layout, 1)
-        model.body(torch.full((1, 2), 20), layout, cache)
+        model.prefill(torch.full((1, 2), 20), layout, cache)
         token = torch.zeros(1, 1, dtype=torch.long)
-        return _fastest(lambda: model(token, layout, cache, [0])) / config.layers
+        return _fastest(lambda: model.step(token, cache, [0])) / config.layers
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def fill(
     for places in layout.waves(count, model.window):
         at, come = torch.tensor([places, layout.entering(places)], device=text.device)
         entering = flat[:, come].masked_fill(come < 0, model.config.start)  # [B, m]
-        logits = model(entering.repeat(2, 1) if guided else entering, layout, cache, places)
+        logits = model.step(entering.repeat(2, 1) if guided else entering, cache, places)
         if guided:
             logits = guide(logits, sampling.guidance_scale)
         if last is not None and places[-1] == layout.tokens - 1:

@@ -9,15 +9,20 @@ float32, bfloat16: the same numbers, in the order in which oneDNN reads them, up
 """
 
 import warnings
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideo.model.attention import Attention, Channels
-from cogvideo.model.transformer import Base, DualChannelTransformer
+from cogvideo.model.attention import PromptView, View
+from cogvideo.model.transformer import (
+    Base,
+    Block,
+    DualChannelTransformer,
+    TemporalChannel,
+    TemporalHalf,
+)
 
 WIDEST_JOINED = 1024
 ROWS = 256  # that are brought to range and back while they lie in the cache of the processor
@@ -30,8 +35,11 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype))
         self.bias = None if bias is None else bias.detach().to(dtype)
+        self.outputs = len(weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], self.outputs)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
 
@@ -59,6 +67,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Each row is brought to -1..1 by its own largest number, so that it does not depend on others."""
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], len(self.bias))
         if x.numel() > ROWS * x.shape[-1]:
             made = x.new_empty(*x.shape[:-1], len(self.bias))
             for part, out in zip(x.flatten(0, -2).split(ROWS), made.flatten(0, -2).split(ROWS)):
@@ -105,35 +115,64 @@ def pack(part: nn.Module, dtype: str) -> nn.Module:
     return part
 
 
-class JointChannels(Channels):
-    """Both channels of a layer as one matrix in and one out: half the calls a step. Exact up to rounding.
+class JointBlock(nn.Module):
+    """A layer of both channels with one matrix in and one out: half the calls a step. Exact up to rounding.
 
     The gate is folded into the way out: gate * A a + (1 - gate) * B b = [gate * A | (1 - gate) * B] [a | b].
     """
 
-    def __init__(self, attentions: list[Attention], gate: nn.Parameter):
-        super().__init__(attentions, gate)
-        share = gate.detach().sigmoid()
-        shares = [share, 1 - share]
-        self.heads = attentions[0].heads
-        weights, biases = zip(*(unpack(a.qkv) for a in attentions))
+    def __init__(self, block: Block, temporal: TemporalHalf):
+        super().__init__()
+        self.block = block
+        self.attentions = (block.attention, temporal.attention)
+        weights, biases = zip(*(unpack(one.qkv) for one in self.attentions))
         self.qkv = Int8Linear(torch.cat(weights), torch.cat(biases))
-        weights, biases = zip(*(unpack(a.out) for a in attentions))
+
+        gate = temporal.gate.detach().sigmoid()
+        shares = (gate, 1 - gate)
+        weights, biases = zip(*(unpack(one.out) for one in self.attentions))
         weight = torch.cat([share[:, None] * w for share, w in zip(shares, weights)], 1)
         self.out = Int8Linear(weight, sum(share * b for share, b in zip(shares, biases)))
 
-    def project(self, x: Tensor, turns: Tensor | None = None) -> Sequence[Tensor]:
-        qkvs = self.qkv(x).view(*x.shape[:2], 2, 3, self.heads, -1).permute(2, 3, 0, 4, 1, 5).contiguous()
-        return [attention.prepare(qkv, turns) for attention, qkv in zip(self.attentions, qkvs)]
+    def forward(self, x: Tensor, view: View, temporal: TemporalHalf | None = None) -> Tensor:
+        """[B, T + S, D] to the same, as `Block.forward` with the temporal half that it was built of."""
+        h = self.block.norm1(x)
+        spatial, over_time = self.project(h, view)
+        text, frames = view.attend(self.attentions[0], spatial)
+        _, frames_over_time = view.attend(self.attentions[1], over_time)
+        frames = self.out(torch.cat((frames, frames_over_time), -1))
 
-    def merge(self, seen: list[Tensor]) -> Tensor:
-        return self.out(torch.cat(seen, -1))
+        h = frames if text is None else torch.cat((self.attentions[0].out(text), frames), 1)
+        x = x + self.block.norm3(h)
+
+        h = self.block.mlp(self.block.norm2(x))
+        return x + self.block.norm4(h)
+
+    def project(self, x: Tensor, view: View) -> list[Tensor]:
+        """[B, S, D] to queries, keys, values of both channels, each [3, B, H, S, d]."""
+        heads = self.attentions[0].heads
+        qkvs = self.qkv(x).view(*x.shape[:2], 2, 3, heads, -1).permute(2, 3, 0, 4, 1, 5).contiguous()
+        return [one.prepare(qkv, view.turns) for one, qkv in zip(self.attentions, qkvs)]
+
+    def write_keys(self, x: Tensor, view: PromptView, temporal: TemporalHalf | None = None) -> None:
+        """As `Block.write_keys`."""
+        qkvs = self.project(self.block.norm1(x), view)
+        for attention, qkv in zip(self.attentions, qkvs):
+            view.cache.write(attention.channel, attention.layer, qkv)
+
+
+class JointTransformer(DualChannelTransformer):
+    """A stage of int8 parts that computes its channels jointly."""
+
+    def __init__(self, base: Base, temporal: TemporalChannel):
+        super().__init__(base, temporal)
+        halves = map(TemporalHalf, temporal.attention, temporal.gate)
+        self.layers = [(JointBlock(block, half), half) for block, half in zip(base.blocks, halves)]
 
 
 def join(model: DualChannelTransformer) -> DualChannelTransformer:
-    """Let a model of int8 parts compute its channels jointly, unless it is so wide that a second copy of the
-    weights costs more than the calls."""
-    if model.config.width > WIDEST_JOINED:
+    """A stage of int8 parts that computes its channels jointly; the model itself if it has one channel, or is
+    so wide that a second copy of the weights costs more than the calls."""
+    if model.temporal is None or model.config.width > WIDEST_JOINED:
         return model
-    model.channels = [c if c.gate is None else JointChannels(c.attentions, c.gate) for c in model.channels]
-    return model
+    return JointTransformer(model.base, model.temporal).train(model.training)

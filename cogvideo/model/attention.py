@@ -2,39 +2,60 @@
 
 The spatial channel is the attention of the inherited text-to-image model: text and the token's own frame. The
 temporal channel has weights of its own and looks over frames. Both are the same computation over different
-groups of tokens: text keys in front, then the group's, one call of `scaled_dot_product_attention`; the layout
-says which tokens make a group. Training in bfloat16 on a CPU computes the same by matrix products whose
-gradient is written out (`MatrixAttention`), with fewer passes over the scores.
+groups of tokens: text keys in front, then the group's, one call of `scaled_dot_product_attention`. The layout
+says which tokens make a group, a `View` which of them are there. Training in bfloat16 on a CPU computes the
+same by matrix products whose gradient is written out (`MatrixAttention`), with fewer passes over the scores.
 
 Legend: B batch, S frame tokens, T text tokens, G groups of n tokens, H heads, d width of a head, D = H * d.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.layout import Layout
-from cogvideo.model.cache import ChannelCache
+from cogvideo.model.cache import Cache, Channel, ChannelCache
 
 PADDED = -1e4  # added to the scores of what is not seen, where -inf might leave nothing that is
 ROWS = 192  # queries that attend together: enough to fill a matrix, few enough to leave out what none sees
 
 
 class Attention(nn.Module):
-    """Projections of one channel: queries, keys and values as thirds [q | k | v] of one matrix, and the way
+    """One channel of one layer: queries, keys and values as thirds [q | k | v] of one matrix, and the way
     out. With `qk_norm`, queries and keys are normalised, each head by itself (Dehghani 2023)."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool = False):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        qk_norm: bool = False,
+        *,
+        channel: Channel = "spatial",
+        layer: int = 0,
+    ):
         super().__init__()
         self.heads = heads
+        self.channel = channel
+        self.layer = layer
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width // heads, bias=False) for _ in range(2 * qk_norm))
+
+    def forward(self, x: Tensor, view: "View") -> tuple[Tensor | None, Tensor]:
+        """Attend to what `view` shows: [B, T + S, D] to text [B, T, D] and frames [B, S, D].
+
+        Text is None where the view has none, and in the temporal channel, for text never looks over frames.
+        """
+        qkv = self.project(x, view.turns)
+        text, frames = view.attend(self, qkv)
+        if text is not None:
+            text = self.out(text)
+        return text, self.out(frames)
 
     def project(self, x: Tensor, turns: Tensor | None = None) -> Tensor:
         """[B, S, D] to queries, keys, values [3, B, H, S, d]; `turns` [2, S, d] rotates queries and keys."""
@@ -73,29 +94,6 @@ def turns_of(positions: Tensor, width: int) -> Tensor:
     angle = torch.cat(angles, 1)  # [S, pairs]
     cosine, sine = angle.cos(), angle.sin()
     return torch.stack((torch.cat((cosine, cosine), 1), torch.cat((-sine, sine), 1)))
-
-
-class Channels:
-    """The channels of one layer side by side: what each projects, and how their outputs become one.
-
-    The gate (CogVideo section 3.2) is one number for each dimension: sigmoid(gate) of the spatial channel's
-    output, the rest of the temporal one's.
-    """
-
-    def __init__(self, attentions: list[Attention], gate: nn.Parameter | None):
-        self.attentions, self.gate = attentions, gate
-
-    def project(self, x: Tensor, turns: Tensor | None = None) -> Sequence[Tensor]:
-        """[B, S, D] to queries, keys, values of every channel, each [3, B, H, S, d]."""
-        return [attention.project(x, turns) for attention in self.attentions]
-
-    def merge(self, seen: list[Tensor]) -> Tensor:
-        """What every channel attended to, each [B, S, D], to the output of the layer's attention [B, S,
-        D]."""
-        outputs = [attention.out(y) for attention, y in zip(self.attentions, seen)]
-        if self.gate is None:
-            return outputs[0]
-        return torch.lerp(outputs[1], outputs[0], self.gate.sigmoid().to(outputs[0].dtype))
 
 
 @dataclass(frozen=True)
@@ -278,3 +276,70 @@ def attend_step(
         seen.append(torch.bmm(scores.softmax(-1), kept[1]))
     y = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
     return y.view(b, h, m, d).transpose(1, 2).flatten(2)
+
+
+# -- views: who attends to whom in a forward, for both channels of all layers
+
+
+class View(Protocol):
+    """What the tokens of one forward see."""
+
+    @property
+    def turns(self) -> Tensor | None:
+        """[2, T + S, d] rotations of queries and keys, if there are any."""
+        ...
+
+    def attend(self, attention: Attention, qkv: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Queries, keys, values [3, B, H, T + S, d] of a channel to what its text [B, T, D] and its frames
+        [B, S, D] see."""
+        ...
+
+
+@dataclass(frozen=True)
+class SequenceView:
+    """Text and the first whole frames of a layout, all at once."""
+
+    layout: Layout  # of the frames that are there
+    window: int  # of the temporal channel; odd layers shift theirs
+    bias: Tensor  # [B, T] added to the scores of text
+    turns: Tensor | None = None
+    boost: float = 0.0  # what of the bias is the boost of text
+    dropout: float = 0.0
+
+    def attend(self, attention: Attention, qkv: Tensor) -> tuple[Tensor | None, Tensor]:
+        text, frames = qkv.tensor_split((self.bias.shape[1],), 3)  # [3, B, H, T, d], [3, B, H, S, d]
+        temporal = attention.channel == "temporal"
+        text_seen = None if temporal else attend_text(text, self.bias, self.dropout)
+        if not self.layout.frames:
+            return text_seen, frames[0].transpose(1, 2).flatten(2)  # [B, 0, D]
+
+        shifted = bool(self.window) and attention.layer % 2 == 1
+        groups = groups_of(self.layout, attention.channel, self.window, shifted, qkv.device, self.bias.dtype)
+        unboosted = self.layout.reference and temporal  # there the original boosts steps alone
+        bias = self.bias - self.boost if unboosted else self.bias
+        return text_seen, attend_groups(frames, text[1:], groups, bias, self.dropout)
+
+
+@dataclass(frozen=True)
+class PromptView(SequenceView):
+    """The same, and keys and values are left in a cache for the steps that follow."""
+
+    cache: Cache = field(kw_only=True)
+
+    def attend(self, attention: Attention, qkv: Tensor) -> tuple[Tensor | None, Tensor]:
+        self.cache.write(attention.channel, attention.layer, qkv)
+        return super().attend(attention, qkv)
+
+
+class StepView:
+    """One token a row at some laid places, or several that do not depend on each other."""
+
+    def __init__(self, cache: Cache, places: Sequence[int]):
+        self.cache = cache
+        self.turns = None if cache.turns is None else cache.turns[:, places]
+        self.splits = {channel: one.split(places) for channel, one in cache.channels.items()}
+
+    def attend(self, attention: Attention, qkv: Tensor) -> tuple[Tensor | None, Tensor]:
+        channel = self.cache.channels[attention.channel]
+        parts = self.splits[attention.channel][attention.layer % 2]
+        return None, attend_step(qkv, channel, attention.layer, parts, self.cache.bias)

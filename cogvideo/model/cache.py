@@ -9,11 +9,14 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cogvideo.layout import Layout
+
+Channel = Literal["spatial", "temporal"]
 
 
 class ChannelCache:
@@ -23,7 +26,7 @@ class ChannelCache:
     sizes: layers, batch, heads, width of a head; `like` has the device and dtype of what is kept.
     """
 
-    def __init__(self, layout: Layout, channel: str, window: int, sizes: tuple[int, ...], like: Tensor):
+    def __init__(self, layout: Layout, channel: Channel, window: int, sizes: tuple[int, ...], like: Tensor):
         layers, batch, self.heads, width = sizes
         self.text_len = layout.text_len
         self.segments = [layout.segments(channel, window, shifted) for shifted in (False, True)]
@@ -73,17 +76,28 @@ class ChannelCache:
 class Cache:
     """All that stepping remembers: the channels, and what the prompt leaves for the steps."""
 
-    channels: list[ChannelCache]
+    channels: dict[Channel, ChannelCache]
     positions: Tensor  # [F * N, D] position embeddings in laid order
     bias: Tensor  # [B * H, 1, L] added to scores: text first, zeros after
     turns: Tensor | None = None  # [2, F * N, d] rotations of queries and keys in laid order
 
     def rows(self, first: int, count: int) -> "Cache":
         """The cache of some rows of the batch, in the same memory."""
-        heads = self.channels[0].heads
-        channels = [channel.rows(first, count) for channel in self.channels]
+        heads = self.heads
+        channels = {name: channel.rows(first, count) for name, channel in self.channels.items()}
         return replace(self, channels=channels, bias=self.bias.narrow(0, first * heads, count * heads))
+
+    @property
+    def heads(self) -> int:
+        return self.channels["spatial"].heads
+
+    def write(self, channel: Channel, layer: int, qkv: Tensor) -> None:
+        """Keys and values of a prompt, of [3, B, H, T + S, d] of one channel and layer."""
+        one = self.channels[channel]
+        text, frames = qkv.tensor_split((one.text_len,), 3)
+        one.write_text(layer, text[1:])
+        one.write(layer, frames[1:])
 
     def write_bias(self, bias: Tensor) -> None:
         """What is added to scores towards text, [B, T]."""
-        self.bias[:, 0, : bias.shape[1]] = bias.repeat_interleave(self.channels[0].heads, 0)
+        self.bias[:, 0, : bias.shape[1]] = bias.repeat_interleave(self.heads, 0)

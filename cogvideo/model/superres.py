@@ -25,7 +25,7 @@ G tiles of n queries and m keys, H heads, d width of a head, D width, V codes.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -175,15 +175,15 @@ class SuperRes(nn.Module):
 
         text: [B, T], left-padded. codes: if direct, the small map [B, N]; if iterative, the large map [B, S]
         with the base's start id where it is unknown. Returns float32 logits [B, S, V]: at the released size
-        288 MB a row, so `body` and then `head` for some places at a time may be wiser.
+        288 MB a row, so `hidden` and then `head` for some places at a time may be wiser.
         """
-        return self.head(self.body(text, codes))
+        return self.head(self.hidden(text, codes))
 
     def head(self, hidden: Tensor) -> Tensor:
         """[B, S, D] to float32 logits [B, S, V]; tied to the embedding of the image codes."""
         return self.base.head(hidden).float()
 
-    def body(self, text: Tensor, codes: Tensor) -> Tensor:
+    def hidden(self, text: Tensor, codes: Tensor) -> Tensor:
         """Like `forward`, up to the last norm: [B, S, D]."""
         c = self.config
         assert text.shape[1] == c.text_len and codes.shape[1] == (c.grid if c.cross else c.side) ** 2
@@ -192,7 +192,12 @@ class SuperRes(nn.Module):
         if c.cross is None:
             bias = text_bias(text, c.pad, x.dtype)
         for layer, block in enumerate(self.base.blocks):
-            x = block(x, partial(self._attend, layer, sees=sees, tiles=tiles, bias=bias))
+            h = block.norm1(x)
+            h = self._attend(layer, h, sees, tiles, bias)
+            x = x + block.norm3(h)
+
+            h = block.mlp(block.norm2(x))
+            x = x + block.norm4(h)
         return self.base.norm(x[:, known:])
 
     def _embed(self, text: Tensor, codes: Tensor) -> tuple[int, Tensor]:

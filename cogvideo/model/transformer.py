@@ -4,7 +4,7 @@ A text-to-image transformer (`Base`: CogView2 in the paper, our `image` phase in
 second attention channel in every block (`TemporalChannel`), mixed in by one gate a dimension. Notable:
 - Without a temporal channel the class is the text-to-image model itself; with one it is stage 1 or stage 2.
   Both stages share one `Base` object and bring a channel of their own.
-- One `forward` for training and for stepping: with a cache, whole frames first, then a token a row, or a few.
+- `Block.forward` is the whole idea: spatial attention, temporal attention, and the gate between them.
 - Sandwich layer norm, tanh GELU, a head tied to the image rows of the embedding. The loss and the samplers
   only ever see logits of image codes.
 
@@ -14,7 +14,7 @@ Ids: image codes first, [0, codes), then text. Legend: B batch, T text_len, S fr
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from cogvideo.layout import Layout
 from cogvideo.model.attention import (
     Attention,
-    Channels,
-    attend_groups,
-    attend_step,
-    attend_text,
-    groups_of,
+    PromptView,
+    SequenceView,
+    StepView,
+    View,
     turns_of,
 )
-from cogvideo.model.cache import Cache, ChannelCache
+from cogvideo.model.cache import Cache, Channel, ChannelCache
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -97,27 +96,53 @@ class ModelConfig:
         return self.text_positions or self.text_len
 
 
-class Block(nn.Module):
-    """The inherited part of one layer: spatial attention and MLP, each between two layer norms."""
+class TemporalHalf(NamedTuple):
+    """What a temporal channel adds to one layer."""
 
-    def __init__(self, config: ModelConfig):
+    attention: Attention
+    gate: nn.Parameter  # [D]
+
+
+class Block(nn.Module):
+    """One layer: its inherited half, and a forward that takes the temporal half as well (section 3.2)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         width = config.width
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         sandwich = config.norm == "sandwich"
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
         self.norm3: nn.Module = nn.LayerNorm(width) if sandwich else nn.Identity()
         self.norm4: nn.Module = nn.LayerNorm(width) if sandwich else nn.Identity()
-        self.attention = Attention(width, config.heads, config.qk_norm)
+        self.attention = Attention(width, config.heads, config.qk_norm, channel="spatial", layer=layer)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """[B, S, D] to the same; `attend` is the attention of this layer over all its channels. A layer is a
-        whole here, so that it can be sharded, recomputed or compiled."""
-        x = x + self.norm3(attend(self.norm1(x)))
-        return x + self.norm4(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, view: View, temporal: TemporalHalf | None = None) -> Tensor:
+        """[B, T + S, D] to the same."""
+        h = self.norm1(x)
+        text, frames = self.attention(h, view)
+
+        if temporal is not None:
+            _, over_time = temporal.attention(h, view)
+            gate = temporal.gate.sigmoid().to(frames.dtype)
+            frames = torch.lerp(over_time, frames, gate)  # gate * spatial + (1 - gate) * temporal
+
+        h = frames if text is None else torch.cat((text, frames), 1)
+        x = x + self.norm3(h)
+
+        h = self.mlp(self.norm2(x))
+        return x + self.norm4(h)
+
+    def write_keys(self, x: Tensor, view: PromptView, temporal: TemporalHalf | None = None) -> None:
+        """Leave keys and values of [B, T + S, D] in the cache of a prompt, and compute nothing else."""
+        h = self.norm1(x)
+        attentions = [self.attention] if temporal is None else [self.attention, temporal.attention]
+        for attention in attentions:
+            qkv = attention.project(h, view.turns)
+            view.cache.write(attention.channel, attention.layer, qkv)
 
     def mlp(self, x: Tensor) -> Tensor:
         return F.dropout(self.down(self.activation(self.up(x))), self.dropout, self.training)
@@ -133,6 +158,14 @@ class TiedHead:
         return F.linear(hidden, self.embed.weight[: self.codes])
 
 
+class Layer(Protocol):
+    """A `Block`, or what computes the same."""
+
+    def __call__(self, x: Tensor, view: View, temporal: TemporalHalf | None = None) -> Tensor: ...
+
+    def write_keys(self, x: Tensor, view: PromptView, temporal: TemporalHalf | None = None) -> None: ...
+
+
 class Base(nn.Module):
     """The text-to-image transformer: embeddings, positions of text and of frame 0, blocks."""
 
@@ -141,7 +174,7 @@ class Base(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
         self.positions = nn.Embedding(config.first_frame + config.frame_len, config.width)
-        self.blocks = cast("list[Block]", nn.ModuleList(Block(config) for _ in range(config.layers)))
+        self.blocks = cast("list[Block]", nn.ModuleList(Block(config, n) for n in range(config.layers)))
         self.norm = nn.LayerNorm(config.width)
         self.head = TiedHead(self.embed, config.codes)
 
@@ -163,7 +196,8 @@ class TemporalChannel(nn.Module):
         self.window = window  # 0: full attention
         self.positions = nn.Embedding((config.frames - 1) * config.frame_len, config.width)
         attention = nn.ModuleList(
-            Attention(config.width, config.heads, config.qk_norm) for _ in range(config.layers)
+            Attention(config.width, config.heads, config.qk_norm, channel="temporal", layer=layer)
+            for layer in range(config.layers)
         )
         self.attention = cast("list[Attention]", attention)
         self.gate = nn.ParameterList(torch.zeros(config.width) for _ in range(config.layers))
@@ -184,7 +218,11 @@ class TemporalChannel(nn.Module):
 
 
 class DualChannelTransformer(nn.Module):
-    """`forward(tokens, layout, cache)` to logits over image codes."""
+    """A base and, for a stage, its temporal channel.
+
+    `forward` takes whole sequences, for training. Generation takes a prompt by `prefill`, then tokens by
+    `step`.
+    """
 
     def __init__(self, base: Base, temporal: TemporalChannel | None = None):
         super().__init__()
@@ -192,101 +230,100 @@ class DualChannelTransformer(nn.Module):
         self.base = base
         self.temporal = temporal
         self.window = 0 if temporal is None else temporal.window
-        self.kinds = ("spatial",) if temporal is None else ("spatial", "temporal")
-        self.channels = [Channels([block.attention], None) for block in base.blocks]
+        self.channels: tuple[Channel, ...] = ("spatial",)
+        self.layers: list[tuple[Layer, TemporalHalf | None]] = [(block, None) for block in base.blocks]
         if temporal is not None:
-            layers = zip(base.blocks, temporal.attention, temporal.gate)
-            self.channels = [Channels([block.attention, plus], gate) for block, plus, gate in layers]
+            self.channels = ("spatial", "temporal")
+            halves = map(TemporalHalf, temporal.attention, temporal.gate)
+            self.layers = list(zip(base.blocks, halves))
 
-    def forward(
-        self,
-        tokens: Tensor,
-        layout: Layout,
-        cache: Cache | None = None,
-        places: Sequence[int] | None = None,
-        boost: float = 0.0,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, layout: Layout, boost: float = 0.0) -> Tensor:
         """Logits of the next image code at every frame slot, float32 [B, S, V].
 
-        tokens: [B, T + S], text (left-padded) and S tokens of the first whole laid frames. With a cache these
-        are the prompt, and after it come steps: [B, m] tokens at the m laid `places`, one or several that do
-        not depend on each other. boost: added to the scores of frames towards text (SPEC C.3, C.4); steps go
-        on with that of their prompt.
+        tokens [B, T + S]: text (left-padded) and S tokens of the first whole laid frames; boost: added to the
+        scores of frames towards text (docs/reference.md, "Attention to text").
         """
-        return self.head(self.body(tokens, layout, cache, places, boost))
+        return self.head(self.hidden(tokens, layout, boost))
+
+    def hidden(
+        self, tokens: Tensor, layout: Layout, boost: float = 0.0, corners: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states of the frames after the last norm [B, S, D], for `head`. corners [B, 2]: first row
+        and column of what the tokens are a window of, if they are not whole frames."""
+        x = self._embed(tokens, layout, corners)  # [B, T + S, D]
+        view = SequenceView(
+            layout=self._present(tokens, layout),
+            window=self.window,
+            bias=self._bias(tokens, layout, boost),
+            turns=self._turns(layout, x.device, x.shape[1], corners),
+            boost=boost,
+            dropout=self.config.dropout if self.training else 0.0,
+        )
+        for block, temporal in self.layers:
+            x = block(x, view, temporal)
+        return self.base.norm(x[:, layout.text_len :])
+
+    def prefill(self, tokens: Tensor, layout: Layout, cache: Cache, boost: float = 0.0) -> None:
+        """Write a prompt [B, T + S], as `forward` takes it, into an empty cache. The steps that follow keep
+        its boost."""
+        x = self._embed(tokens, layout)
+        view = PromptView(
+            layout=self._present(tokens, layout),
+            window=self.window,
+            bias=self._bias(tokens, layout, boost),
+            turns=self._turns(layout, x.device, x.shape[1]),
+            boost=boost,
+            cache=cache,
+        )
+        cache.write_bias(view.bias)
+        *layers, (last, last_temporal) = self.layers
+        for block, temporal in layers:
+            x = block(x, view, temporal)
+        last.write_keys(x, view, last_temporal)  # nobody asks for what follows the prompt
+
+    def step(self, tokens: Tensor, cache: Cache, places: Sequence[int]) -> Tensor:
+        """Logits after tokens [B, m] at m laid places, one or several that do not depend on each other:
+        float32 [B, m, V]."""
+        x = self.base.embed(tokens) + cache.positions[places]  # [B, m, D]
+        view = StepView(cache, places)
+        for block, temporal in self.layers:
+            x = block(x, view, temporal)
+        return self.head(self.base.norm(x))
 
     def head(self, hidden: Tensor) -> Tensor:
         """[B, S, D] to float32 logits [B, S, V]; tied to the embedding of the image codes."""
         return self.base.head(hidden).float()
 
-    def body(
-        self,
-        tokens: Tensor,
-        layout: Layout,
-        cache: Cache | None = None,
-        places: Sequence[int] | None = None,
-        boost: float = 0.0,
-        corners: Tensor | None = None,
-    ) -> Tensor:
-        """Like `forward`, up to the last norm: [B, S, D]."""
-        if cache is not None and places is not None:
-            return self._step(tokens, cache, places)
-        x, _, attend = self._begin(tokens, layout, cache, boost, corners)
-        for layer, block in enumerate(self.base.blocks):
-            x = block(x, partial(attend, layer))
-        return self.base.norm(x[:, layout.text_len :])
-
-    def prefill(self, tokens: Tensor, layout: Layout, cache: Cache, boost: float = 0.0) -> None:
-        """Write a prompt into an empty cache, as `forward` does; the last layer computes keys and values
-        only, since what follows the prompt is not asked for."""
-        x, turns, attend = self._begin(tokens, layout, cache, boost)
-        *blocks, last = self.base.blocks
-        for layer, block in enumerate(blocks):
-            x = block(x, partial(attend, layer))
-        self._write(len(blocks), self.channels[-1].project(last.norm1(x), turns), layout.text_len, cache)
-
-    def _begin(
-        self,
-        tokens: Tensor,
-        layout: Layout,
-        cache: Cache | None,
-        boost: float,
-        corners: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Callable[..., Tensor]]:
-        """Text and frames as they enter the first layer [B, T + S, D], their rotations, and the attention of
-        a layer."""
-        text = tokens[:, : layout.text_len]
-        bias = text_bias(text, self.config.pad, self.base.norm.weight.dtype) + boost
-        if cache is not None:
-            cache.write_bias(bias)
-        x = self._embed(tokens, layout, corners)
-        turns = self._turns(layout, x.device, corners)
-        turns = None if turns is None else turns[..., : x.shape[1], :]
-        attend = partial(self._attend, layout=layout, bias=bias, cache=cache, boost=boost, turns=turns)
-        return x, turns, attend
-
     def new_cache(self, layout: Layout, batch: int) -> Cache:
         """An empty cache for `batch` rows of this layout."""
-        c, like = self.config, self.base.norm.weight
+        c = self.config
+        like = self.base.norm.weight
         sizes = (c.layers, batch, c.heads, c.width // c.heads)
-        channels = [ChannelCache(layout, kind, self.window, sizes, like) for kind in self.kinds]
-        longest = max(channel.longest for channel in channels)
+        channels = {one: ChannelCache(layout, one, self.window, sizes, like) for one in self.channels}
+        longest = max(channel.longest for channel in channels.values())
+        bias = like.new_zeros(batch * c.heads, 1, longest)
         turns = self._turns(layout, like.device)
-        return Cache(
-            channels,
-            self._frame_positions(layout),
-            like.new_zeros(batch * c.heads, 1, longest),
-            None if turns is None else turns[:, layout.text_len :],
-        )
+        if turns is not None:
+            turns = turns[:, layout.text_len :]
+        return Cache(channels, self._frame_positions(layout), bias, turns)
 
-    # -- one layer of whole sequences
+    # -- what enters the first layer, and what all layers share
+
+    def _present(self, tokens: Tensor, layout: Layout) -> Layout:
+        """The layout of the frames that are there: all, or the first ones."""
+        given = tokens.shape[1] - layout.text_len
+        return layout if given == layout.tokens else layout.first(given // layout.frame_len)
+
+    def _bias(self, tokens: Tensor, layout: Layout, boost: float) -> Tensor:
+        """[B, T] added to the scores of text."""
+        text = tokens[:, : layout.text_len]
+        return text_bias(text, self.config.pad, self.base.norm.weight.dtype) + boost
 
     def _embed(self, tokens: Tensor, layout: Layout, corners: Tensor | None = None) -> Tensor:
         """Text and the first frames, each with its position: [B, T + S] to [B, T + S, D]."""
         ranks = text_ranks(tokens[:, : layout.text_len], self.config.pad)
-        frames = self._frame_positions(layout, corners)[..., : tokens.shape[1] - layout.text_len, :].expand(
-            len(tokens), -1, -1
-        )
+        given = tokens.shape[1] - layout.text_len
+        frames = self._frame_positions(layout, corners)[..., :given, :].expand(len(tokens), -1, -1)
         x = self.base.embed(tokens) + torch.cat((self.base.positions(ranks), frames), 1)
         return F.dropout(x, self.config.dropout, self.training)
 
@@ -301,81 +338,21 @@ class DualChannelTransformer(nn.Module):
         time, row, column = (layout.axes(table.device) + F.pad(corners, (1, 0))[:, None]).unbind(-1)
         return table[(time * self.config.grid + row) * self.config.grid + column]
 
-    def _turns(self, layout: Layout, device: torch.device, corners: Tensor | None = None) -> Tensor | None:
-        """[2, T + F * N, d] the rotations of text, which has none, and of all laid places; None without
-        rotary embedding."""
+    def _turns(
+        self, layout: Layout, device: torch.device, count: int | None = None, corners: Tensor | None = None
+    ) -> Tensor | None:
+        """[2, T + F * N, d] the rotations of text, which has none, and of all laid places, or of the first
+        `count` of them; None without rotary embedding."""
         if not self.config.rotary:
             return None
         width = self.config.width // self.config.heads
         if corners is None:
-            return turns_of_layout(layout, width, device)
-        axes = layout.axes(device) + F.pad(corners, (1, 0))[:, None]
-        axes = F.pad(axes, (0, 0, layout.text_len, 0))  # [B, T + S, 3]
-        return turns_of(axes.flatten(0, 1), width).unflatten(1, axes.shape[:2])[:, :, None]
-
-    def _attend(
-        self,
-        layer: int,
-        x: Tensor,
-        layout: Layout,
-        bias: Tensor,
-        cache: Cache | None,
-        boost: float = 0.0,
-        turns: Tensor | None = None,
-    ) -> Tensor:
-        """Attention of one layer over text and whole frames: [B, T + S, D] to the same."""
-        text_len, dropout = layout.text_len, self.config.dropout if self.training else 0.0
-        qkvs = self.channels[layer].project(x, turns)
-        if cache is not None:
-            self._write(layer, qkvs, text_len, cache)
-        if x.shape[1] - text_len < layout.tokens:  # a prompt: the first frames of the layout
-            layout = layout.first((x.shape[1] - text_len) // layout.frame_len)
-        seen = []
-        shifted = bool(self.window) and layer % 2 == 1
-        for qkv, kind in zip(qkvs, self.kinds):
-            text, frames = qkv.tensor_split((text_len,), 3)  # [3, B, H, T, d], [3, B, H, S, d]
-            if kind == "spatial":  # text never looks over frames, so its temporal query goes unused
-                text_seen = attend_text(text, bias, dropout)
-            if layout.frames:
-                groups = groups_of(layout, kind, self.window, shifted, x.device, x.dtype)
-                forgotten = layout.reference and kind == "temporal"  # the original boosts steps alone there
-                towards = bias - boost if forgotten else bias
-                seen.append(attend_groups(frames, text[1:], groups, towards, dropout))
-        text_out = self.base.blocks[layer].attention.out(text_seen)
-        return torch.cat((text_out, self.channels[layer].merge(seen)), 1) if seen else text_out
-
-    def _write(self, layer: int, qkvs: Sequence[Tensor], text_len: int, cache: Cache) -> None:
-        """Keys and values of every channel, of each [3, B, H, T + S, d], into the cache."""
-        for qkv, channel in zip(qkvs, cache.channels):
-            text, frames = qkv.tensor_split((text_len,), 3)
-            channel.write_text(layer, text[1:])
-            channel.write(layer, frames[1:])
-
-    # -- one token, or a few
-
-    def _step(self, tokens: Tensor, cache: Cache, places: Sequence[int]) -> Tensor:
-        x = self.base.embed(tokens) + cache.positions[places]  # [B, m, D]
-        turns = None if cache.turns is None else cache.turns[:, places]
-        splits = [channel.split(places) for channel in cache.channels]
-        for layer, block in enumerate(self.base.blocks):
-            x = block(x, partial(self._attend_step, layer, cache=cache, splits=splits, turns=turns))
-        return self.base.norm(x)
-
-    def _attend_step(
-        self,
-        layer: int,
-        x: Tensor,
-        cache: Cache,
-        splits: Sequence[Sequence[list[list[int]]]],
-        turns: Tensor | None,
-    ) -> Tensor:
-        """Attention of one layer for m new tokens a row, [B, m, D] to the same; `splits` groups their places,
-        for each channel."""
-        qkvs = self.channels[layer].project(x, turns)  # each [3, B, H, m, d]
-        seen = []
-        for qkv, channel, split in zip(qkvs, cache.channels, splits):
-            seen.append(attend_step(qkv, channel, layer, split[layer % 2], cache.bias))
-        return self.channels[layer].merge(seen)
+            turns = turns_of_layout(layout, width, device)
+        else:
+            axes = layout.axes(device) + F.pad(corners, (1, 0))[:, None]
+            axes = F.pad(axes, (0, 0, layout.text_len, 0))  # [B, T + S, 3]
+            turns = turns_of(axes.flatten(0, 1), width).unflatten(1, axes.shape[:2])[:, :, None]
+        return turns[..., :count, :]
 
 
 @lru_cache(maxsize=32)

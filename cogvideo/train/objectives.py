@@ -76,7 +76,7 @@ def token_loss(
     """
     laid, read = layout.lay(codes), layout.lay(codes if context is None else context)
     inputs = torch.cat((text, layout.inputs(read, model.config.start)), 1)
-    hidden = model.body(inputs, layout, corners=corners)  # [B, S, D]
+    hidden = model.hidden(inputs, layout, corners=corners)  # [B, S, D]
     first = int(layout.loss_mask().argmax())  # what is not trained comes first
 
     def cost(places: slice) -> Tensor:  # [B, S']
