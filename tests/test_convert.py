@@ -156,7 +156,7 @@ def test_logits_loss_and_gradients_are_the_original_ones(folders, case):
 
 
 def split(states: dict[str, torch.Tensor], ranks: int) -> list[dict[str, torch.Tensor]]:
-    """As SAT's model parallelism does (SPEC A.7)."""
+    """As SAT's model parallelism does (docs/reference.md, "Checkpoint files")."""
     rules = {theirs: how for theirs, _, how in expand(convert.BASE + convert.TEMPORAL, 4)}
     cut: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
     for key, value in states.items():

@@ -130,7 +130,7 @@ def test_groups_hold_every_token_once_and_all_it_sees(name, channel, window, shi
 
 def test_trained_frames_and_loss_mask():
     assert STAGES["image"].trained == (0,)
-    assert STAGES["stage1"].trained == (1, 2, 3, 4)  # SPEC B.3: frame 0 belongs to the image model
+    assert STAGES["stage1"].trained == (1, 2, 3, 4)  # docs/reference.md, "Loss": not frame 0
     assert STAGES["stage2"].trained == (1, 3)
     assert STAGES["stage2"].loss_mask().view(5, 16).sum(1).tolist() == [0, 0, 0, 16, 16]
 

@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 Table = tuple[Rule, ...]
 
 ABOUT = "CogVideo (2022), converted from the released weights, whose licence restricts their use"
-# what the original's scripts ask for (SPEC C.1, C.5 to C.8)
+# what the original's scripts ask for (docs/reference.md, "Inference")
 PROMPTS = {
     "image": "{prompt} 高清摄影",
     "stage1": "{seconds:.1f}秒<n>{prompt} 视频",
@@ -62,7 +62,7 @@ ATTENTION: Table = (
     ("mixins.attention_plus.dense.{l}.{p}", "attention.{l}.out.{p}", "columns"),
 )
 TEMPORAL = (*POSITIONS, *ATTENTION, ("mixins.attention_plus.attn_distribution.{l}", "gate.{l}", "same"))
-# the small map of super-resolution begins one position behind frame 0 (SPEC C.8)
+# the small map of super-resolution begins one position behind frame 0 (docs/reference.md, "Super-resolution")
 SMALL_MAP: Table = (("transformer.position_embeddings.weight", "low_positions.weight", FIRST_FRAME + 1),)
 
 # what a model adds to its base, and its layout in the original's code

@@ -33,7 +33,7 @@ ICETK = (
 def convert_icetk(source: Path, out: Path, say: Say = print) -> None:
     """The folder of icetk's ice_text.model and ice_image.pt to text.model and the part vqvae of `out`.
 
-    A cluster_label2.npy in that folder becomes cluster_labels.npy (SPEC C.7).
+    A cluster_label2.npy in that folder becomes cluster_labels.npy (docs/reference.md, "Sampling by clusters").
     """
     with building(out) as output:
         states, spec = read_states(source / "ice_image.pt"), output.spec

@@ -80,7 +80,7 @@ def _piece(shards: list[Tensor], how: str | int, shape: torch.Size, name: str) -
 
 
 def join(shards: Sequence[Tensor], how: str | int, rows: int) -> Tensor:
-    """One tensor out of those of all model-parallel ranks (SPEC A.7). They are the "same"; or cut into
+    """One tensor out of those of all model-parallel ranks (docs/reference.md, "Checkpoint files"). They are the "same"; or cut into
     "rows"; or into "columns", but for a bias, which is the same; or into "thirds": some heads of the queries,
     of the keys and of the values. A number is the first of `rows` of a table that is the same in all."""
     if isinstance(how, int):

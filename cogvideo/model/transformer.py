@@ -210,8 +210,8 @@ class DualChannelTransformer(nn.Module):
 
         tokens: [B, T + S], text (left-padded) and S tokens of the first whole laid frames. With a cache these
         are the prompt, and after it come steps: [B, m] tokens at the m laid `places`, one or several that do
-        not depend on each other. boost: added to the scores of frames towards text (SPEC C.3, C.4); steps go
-        on with that of their prompt.
+        not depend on each other. boost: added to the scores of frames towards text
+        (docs/reference.md, "Inference"); steps go on with that of their prompt.
         """
         return self.head(self.body(tokens, layout, cache, places, boost))
 
@@ -397,7 +397,7 @@ def text_bias(text: Tensor, pad: int, dtype: torch.dtype) -> Tensor:
 
 
 def init_normal(module: nn.Module, generator: torch.Generator | None) -> None:
-    """N(0, 0.02) for matrices, 0 for biases, 1 and 0 for norms (SPEC A.3: the paper's initialisation)."""
+    """N(0, 0.02) for matrices, 0 for biases, 1 and 0 for norms (docs/reference.md, "Initialisation")."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
             nn.init.normal_(part.weight, std=0.02, generator=generator)

@@ -319,7 +319,7 @@ class VQVAE(nn.Module):
 
 
 class HierarchicalVQVAE(VQVAE):
-    """The image tokenizer of icetk (SPEC C.10): the same codes at several rates, 4, 8 and 16 in the original.
+    """The image tokenizer of icetk (docs/reference.md, "icetk"): the same codes at several rates, 4, 8 and 16 in the original.
 
     The encoder brings a picture to the first rate; each further rate halves the map once more. A code of rate
     r stands for r x r pixels; pictures may have any size that it divides. `rate` 0 is the configured one.
