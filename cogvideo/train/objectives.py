@@ -67,7 +67,8 @@ def token_loss(
     corners: Tensor | None = None,
 ) -> Result:
     """Cross-entropy of the frames that the layout trains (docs/reference.md, "Loss"). text [B, T],
-    codes [B, F, N] in time order; context [B, F, N]: codes to be read instead, so that a model learns to go on from wrong ones;
+    codes [B, F, N] in time order; context [B, F, N]: codes to be read instead, so
+    that a model learns to go on from wrong ones;
     weights [B, F, N]: how much a code counts among those of its clip; corners [B, 2]: first row and column of
     what the codes are a window of, if they are not whole frames.
 
