@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cogvideo.data.tinyworld import Scene, TinyWorld, render, sprites
-from cogvideo.data.tinyworld.world import SceneRecording
+from cogvideo.data.tinyworld.world import SceneVideo
 from cogvideo.eval.metrics import psnr, ssim
 from cogvideo.model.features import PictureFeatures, perceptual_distance
 from cogvideo.model.folder import ModelFolder, find_model
@@ -42,7 +42,7 @@ def unseen_scenes(names: Sequence[str], count: int, seed: int) -> list[Scene]:
 
 def captions(scenes: Sequence[Scene]) -> list[str]:
     """An English one for each scene."""
-    return [SceneRecording(scene, "en").caption(np.random.default_rng(i)) for i, scene in enumerate(scenes)]
+    return [SceneVideo(scene, "en").caption(np.random.default_rng(i)) for i, scene in enumerate(scenes)]
 
 
 @torch.inference_mode()

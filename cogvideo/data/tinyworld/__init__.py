@@ -23,7 +23,7 @@ from cogvideo.data.tinyworld.picture import cover, render
 from cogvideo.data.tinyworld.places import LAND, LOOKS, PLACES, draw_place
 from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, allowed, path, sample_scene
 from cogvideo.data.tinyworld.words import names_of
-from cogvideo.data.tinyworld.world import SceneRecording, TinyWorld
+from cogvideo.data.tinyworld.world import SceneVideo, TinyWorld
 
 __all__ = [
     "LAND",
@@ -32,7 +32,7 @@ __all__ = [
     "PLACES",
     "SECONDS",
     "Scene",
-    "SceneRecording",
+    "SceneVideo",
     "TinyWorld",
     "allowed",
     "caption",

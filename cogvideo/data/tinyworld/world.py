@@ -12,7 +12,7 @@ from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, sample_scene
 
 
 @dataclass(frozen=True)
-class SceneRecording:
+class SceneVideo:
     """A scene as a recording: drawn when it is asked for, at any size."""
 
     scene: Scene
@@ -52,11 +52,11 @@ class TinyWorld:
     count = None  # there is no last one
     skipped: ClassVar[dict[str, str]] = {}
 
-    def __getitem__(self, i: int) -> SceneRecording:
+    def __getitem__(self, i: int) -> SceneVideo:
         rng = np.random.default_rng((self.seed, i))
         motion = MOTIONS[rng.integers(len(MOTIONS))] if self.even else None
         scene = sample_scene(rng, self.names, self.held_out, motion=motion, varied=self.varied)
-        return SceneRecording(scene, self.language, self.varied)
+        return SceneVideo(scene, self.language, self.varied)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self[index].caption(rng)
