@@ -1,10 +1,11 @@
-"""Where it happens: ten places, each drawn with soft shapes in `LOOKS` variations, at any size."""
+"""Where a scene happens: ten places, each drawn with soft shapes in `LOOKS` variations, at any size."""
 
 from functools import lru_cache
 
 import numpy as np
 
-_COLOURS = {  # sky at the top and low, land far and near, one accent; a look lies between the two rows
+# sky at the top and at the horizon, land far and near, one accent; a look is between the two rows
+_COLOURS = {
     "field": ("63b1f0 cdeafc 9bd583 6dbb5c ffffff", "93cdea fdeecb c3dd77 9cc654 fffaf0"),
     "desert": ("79c4ee dcf0f6 f3d8a3 e3b873 5f9e5b", "f2b583 fbe6c2 ebbd80 d0955c 6b8f4a"),
     "snow": ("8fbbe4 dcebf8 f2f8fe c9dcf0 7f9cc0", "b3a9de ebe2f5 f3f0fd cfcfea 8f86b8"),
@@ -23,18 +24,24 @@ LOOKS = 256  # variations of a place
 
 @lru_cache(32)
 def draw_place(place: str, look: int, size: int) -> np.ndarray:
-    """An empty place, float32 [size, size, 3] in 0..255; `look` sets colours (8) and where things stand."""
+    """An empty place, float32 [size, size, 3] in 0..255; `look` decides colours and where things stand."""
     rng = np.random.default_rng((PLACES.index(place), look))
-    a, b = (np.stack([_rgb(*bytes.fromhex(word)) for word in row.split()]) for row in _COLOURS[place])
-    colours = a + (b - a) * np.float32((0, 0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1)[look % 8])
-    fine = max(1, -(-96 // size))  # small pictures are drawn finer and averaged
+    first, second = (_palette(row) for row in _COLOURS[place])
+    colours = first + (second - first) * np.float32((0, 0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1)[look % 8])
     horizon = rng.uniform(0.36, 0.44) if place == "sea" else rng.uniform(0.52, 0.60)
-    sky = 1.0 if place in ("underwater", "night sky", "space") else horizon  # how far down it goes
+    sky = 1.0 if place in ("underwater", "night sky", "space") else horizon  # how far down it reaches
+
+    fine = max(1, -(-96 // size))  # a small image is drawn larger and averaged
     brush = _Brush(size * fine, colours, horizon, sky)
     _SCENERY[place](brush, rng)
-    picture = brush.picture.reshape(size, fine, size, fine, 3).mean((1, 3))
-    picture.flags.writeable = False  # it is kept
-    return picture
+    image: np.ndarray = brush.image.reshape(size, fine, size, fine, 3).mean((1, 3))
+    image.flags.writeable = False  # it is cached
+    return image
+
+
+def _palette(row: str) -> np.ndarray:
+    """The colours [5, 3] of a row of `_COLOURS`."""
+    return np.stack([_rgb(*bytes.fromhex(colour)) for colour in row.split()])
 
 
 def _rgb(*levels: int) -> np.ndarray:
@@ -42,20 +49,21 @@ def _rgb(*levels: int) -> np.ndarray:
 
 
 class _Brush:
-    """A picture in the making, float32 [S, S, 3], its colours, and soft shapes in fractions of the frame."""
+    """Draws soft shapes on an image, float32 [S, S, 3]; coordinates are fractions of the frame."""
 
     def __init__(self, size: int, colours: np.ndarray, horizon: float, sky: float):
         top, low, self.far, self.near, self.accent = colours
-        self.size, self.horizon = size, horizon
+        self.size = size
+        self.horizon = horizon
         self.x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, :]
         self.y = self.x.T
         ramp = np.clip(self.y / sky, 0, 1)[..., None]
-        self.picture = np.broadcast_to(top + (low - top) * ramp, (size, size, 3)).astype(np.float32)
+        self.image = np.broadcast_to(top + (low - top) * ramp, (size, size, 3)).astype(np.float32)
 
-    def fill(self, distance: np.ndarray, colour: np.ndarray, amount: float = 1.0, soft: float = 0.0) -> None:
-        """Paint where `distance` (to the edge, inside positive) allows; `soft` widens the edge."""
+    def paint(self, distance: np.ndarray, colour: np.ndarray, amount: float = 1.0, soft: float = 0.0) -> None:
+        """Paint where `distance` to the edge, positive inside, allows; `soft` widens the edge."""
         cover = np.clip(0.5 + distance / max(1 / self.size, soft), 0, 1) * amount
-        self.picture += (colour - self.picture) * cover[..., None]
+        self.image += (colour - self.image) * cover[..., None]
 
     def disc(
         self,
@@ -68,19 +76,20 @@ class _Brush:
         soft: float = 0.0,
     ) -> None:
         r = np.sqrt(((self.x - x) / rx) ** 2 + ((self.y - y) / ry) ** 2)
-        self.fill((1 - r) * min(rx, ry), colour, amount, soft)
+        self.paint((1 - r) * min(rx, ry), colour, amount, soft)
 
     def box(self, x0: float, y0: float, x1: float, y1: float, colour: np.ndarray) -> None:
-        across, along = np.minimum(self.x - x0, x1 - self.x), np.minimum(self.y - y0, y1 - self.y)
-        self.fill(np.minimum(across, along), colour)
+        across = np.minimum(self.x - x0, x1 - self.x)
+        along = np.minimum(self.y - y0, y1 - self.y)
+        self.paint(np.minimum(across, along), colour)
 
     def land(
         self, level: float, height: float, waves: float, shift: float, far: np.ndarray, near: np.ndarray
     ) -> None:
-        """Everything below a wavy line, from `far` at the line to `near` at the bottom."""
+        """Paint all below a wavy line, from `far` at the line to `near` at the bottom."""
         line = level - height * np.sin(waves * self.x * 2 * np.pi + shift)
         ramp = np.clip((self.y - level) / (1 - level), 0, 1)[..., None]
-        self.fill(self.y - line, far + (near - far) * ramp)
+        self.paint(self.y - line, far + (near - far) * ramp)
 
     def clouds(self, rng: np.random.Generator) -> None:
         for i in range(2):
@@ -94,7 +103,7 @@ class _Brush:
             self.disc(x, lowest * y, r, r, self.accent, rng.uniform(0.6, 1.0))
 
 
-# -- one function a place; the order of the draws from `rng` decides the looks --
+# -- one function a place; the order of the random numbers decides the looks --
 
 
 def _field(b: _Brush, rng: np.random.Generator) -> None:
@@ -121,13 +130,13 @@ def _snow(b: _Brush, rng: np.random.Generator) -> None:
     for i in range(3):  # mountains, and their white tips
         x, peak = (i + rng.uniform(0.2, 0.8)) / 3, b.horizon - rng.uniform(0.18, 0.32)
         slope = b.y - peak - 0.95 * np.abs(b.x - x)
-        b.fill(slope, b.accent)
-        b.fill(np.minimum(slope, peak + 0.09 - b.y), _rgb(248, 251, 255))
+        b.paint(slope, b.accent)
+        b.paint(np.minimum(slope, peak + 0.09 - b.y), _rgb(248, 251, 255))
     b.land(b.horizon, 0.025, rng.uniform(0.6, 1.1), shift, b.far, b.near)
 
 
 def _city(b: _Brush, rng: np.random.Generator) -> None:
-    rng.random()  # unused: the looks of the city were chosen with it
+    rng.random()  # unused, but the looks of the city depend on it
     edge = -rng.uniform(0.0, 0.1)
     while edge < 1:
         wide, tall = rng.uniform(0.15, 0.22), rng.uniform(0.2, 0.42)
@@ -168,13 +177,13 @@ def _underwater(b: _Brush, rng: np.random.Generator) -> None:
     for _ in range(3):  # rays of light
         x, lean = rng.uniform(0, 1), rng.uniform(0.1, 0.35)
         distance = 0.05 + 0.05 * b.y - np.abs(b.x - x - lean * (b.y - 0.3))
-        b.fill(np.minimum(distance, 0.62 - 1.0 * b.y), b.accent, 0.16, 0.06)
+        b.paint(np.minimum(distance, 0.62 - 1.0 * b.y), b.accent, 0.16, 0.06)
     b.land(rng.uniform(0.84, 0.88), 0.02, rng.uniform(0.7, 1.2), rng.uniform(0, 6.28), b.far, b.near)
     for _ in range(3):  # weeds
         x, tall = rng.choice((0.06, 0.94)) + rng.uniform(-0.06, 0.06), rng.uniform(0.14, 0.28)
         bend = 0.02 * np.sin(b.y * 25 + 6 * x)
         stem = np.minimum(0.020 - np.abs(b.x - x - bend), b.y - 0.93 + tall)
-        b.fill(stem, _rgb(38, 128, 92))
+        b.paint(stem, _rgb(38, 128, 92))
     for _ in range(4):  # bubbles
         r = rng.uniform(0.014, 0.024)
         b.disc(rng.uniform(0.05, 0.95), rng.uniform(0.06, 0.7), r, r, b.accent, 0.6)
@@ -185,7 +194,7 @@ def _night_sky(b: _Brush, rng: np.random.Generator) -> None:
     x, y = 0.5 + 0.85 * (rng.choice((0.08, 0.92)) - 0.5), rng.uniform(0.13, 0.2)  # a crescent
     moon = 0.085 - np.sqrt((b.x - x) ** 2 + (b.y - y) ** 2)
     bite = np.sqrt((b.x - x - 0.045) ** 2 + (b.y - y + 0.02) ** 2) - 0.075
-    b.fill(np.minimum(moon, bite), b.accent)
+    b.paint(np.minimum(moon, bite), b.accent)
     b.land(0.90, 0.035, rng.uniform(0.8, 1.4), rng.uniform(0, 6.28), b.far, b.near)
 
 
