@@ -113,11 +113,14 @@ class Upsample(nn.Module):
 
 
 def _middle(channels: int, config: VQVAEConfig) -> list[nn.Module]:
-    layers: list[nn.Module] = [ResidualBlock(channels, channels, config.groups)]
-    if config.mid_attention:
-        layers.append(AttentionBlock(channels, config.groups))
-    layers.append(ResidualBlock(channels, channels, config.groups))
-    return layers
+    attention = (
+        [AttentionBlock(channels, config.groups)] if config.mid_attention else []
+    )  # first to be seeded
+    return [
+        ResidualBlock(channels, channels, config.groups),
+        *attention,
+        ResidualBlock(channels, channels, config.groups),
+    ]
 
 
 def _level(width: int, outputs: int, blocks: int, attended: bool, groups: int) -> list[nn.Module]:
