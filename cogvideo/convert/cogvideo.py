@@ -262,8 +262,10 @@ def _check_sizes(
         if fields[key] != getattr(c, key)
     ]
 
-    width, heads, grid = fields["width"], fields["heads"], fields["grid"]
-    codes, start, vocab = fields["codes"], fields["start"], fields["vocab"]
+    width = fields["width"]
+    heads = fields["heads"]
+    grid = fields["grid"]
+    codes = fields["codes"]
     if "num_attention_heads" not in described and width != c.width:
         raise ValueError(f"num_attention_heads is missing, for a width of {width}")
     if width % heads:
@@ -272,8 +274,10 @@ def _check_sizes(
         raise ValueError("layernorm_order is not sandwich")
     if part == "stage2" and not (type(window) is int and window > 0 and grid % window == 0):
         raise ValueError(f"window_size {window} does not divide {grid}")
-    if not 0 < codes <= vocab > start:
-        raise ValueError(f"{codes} codes, and {START} at {start}, do not fit in {vocab} ids")
+    if not 0 < codes <= fields["vocab"] > fields["start"]:
+        raise ValueError(
+            f"{codes} codes, and {START} at {fields['start']}, do not fit in {fields['vocab']} ids"
+        )
     if changed:
         raise ValueError(f"it does not suit the parts that the folder has: {', '.join(changed)}")
 

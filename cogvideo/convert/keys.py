@@ -6,6 +6,7 @@ Model-parallel ranks are joined, and a tensor is built only when it is written.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -49,9 +50,12 @@ def convert(
         _check_names(expected, {ours for _, ours, _ in rows}, part)
         converted[part] = {}
         for theirs, ours, how in rows:
-            for key in theirs.split():
+            their_names = theirs.split()
+            for key in their_names:
                 _check_ranks([states[key] for states in ranks], how, f"{name}: {key}")
-            shards = [states[key] for states in ranks for key in theirs.split()]
+            shards: list[Tensor] = []
+            for states in ranks:
+                shards += [states[key] for key in their_names]
             converted[part][ours] = _piece(shards, how, expected[ours], theirs)
     return converted
 
@@ -102,5 +106,5 @@ def join(shards: Sequence[Tensor], how: str | int, rows: int) -> Tensor:
         return shards[0]
     if how == "thirds":
         thirds = [shard.chunk(3) for shard in shards]  # of each rank: queries, keys, values
-        return torch.cat([third for same in zip(*thirds) for third in same])
+        return torch.cat(list(chain.from_iterable(zip(*thirds))))
     return torch.cat(list(shards), 1 if how == "columns" else 0)

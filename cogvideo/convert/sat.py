@@ -36,8 +36,16 @@ class Ignored:
         pass
 
 
-NUMPY = [f"{c}.multiarray.{f}" for c in ("numpy.core", "numpy._core") for f in ("_reconstruct", "scalar")]
-IGNORED = [(Ignored, name) for name in (*NUMPY, "numpy.ndarray", "numpy.dtype", "_codecs.encode")]
+NUMPY = (
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+IGNORED = [(Ignored, name) for name in NUMPY]
 
 
 def read_states(file: Path) -> States:

@@ -93,13 +93,17 @@ class _Brush:
 
     def clouds(self, rng: np.random.Generator) -> None:
         for i in range(2):
-            x, y, r = (i + rng.uniform(0.1, 0.9)) / 2, rng.uniform(0.08, 0.24), rng.uniform(0.045, 0.065)
+            x = (i + rng.uniform(0.1, 0.9)) / 2
+            y = rng.uniform(0.08, 0.24)
+            r = rng.uniform(0.045, 0.065)
             for dx, dy, part in ((-1.3, 0.25, 0.8), (0, 0, 1.15), (1.3, 0.3, 0.75)):
                 self.disc(x + dx * r, y + dy * r, 1.3 * r * part, r * part, self.accent, 0.75)
 
     def stars(self, rng: np.random.Generator, count: int, lowest: float) -> None:
         for i in range(count):
-            x, y, r = (i % 4 + rng.uniform(0.1, 0.9)) / 4, rng.uniform(0.03, 0.97), rng.uniform(0.010, 0.016)
+            x = (i % 4 + rng.uniform(0.1, 0.9)) / 4
+            y = rng.uniform(0.03, 0.97)
+            r = rng.uniform(0.010, 0.016)
             self.disc(x, lowest * y, r, r, self.accent, rng.uniform(0.6, 1.0))
 
 
@@ -115,7 +119,8 @@ def _field(b: _Brush, rng: np.random.Generator) -> None:
 
 def _desert(b: _Brush, rng: np.random.Generator) -> None:
     shift = rng.uniform(0, 6.28)
-    x, y = rng.uniform(0.12, 0.88), rng.uniform(0.12, 0.2)
+    x = rng.uniform(0.12, 0.88)
+    y = rng.uniform(0.12, 0.2)
     b.disc(x, y, 0.085, 0.085, _rgb(255, 244, 205), soft=0.03)
     b.land(b.horizon - 0.02, 0.07, rng.uniform(0.7, 1.1), shift, b.far * 0.93, b.far * 0.93)
     b.land(b.horizon + 0.07, 0.04, rng.uniform(0.5, 0.8), shift + 2.5, b.far, b.near)
@@ -128,7 +133,8 @@ def _desert(b: _Brush, rng: np.random.Generator) -> None:
 def _snow(b: _Brush, rng: np.random.Generator) -> None:
     shift = rng.uniform(0, 6.28)
     for i in range(3):  # mountains, and their white tips
-        x, peak = (i + rng.uniform(0.2, 0.8)) / 3, b.horizon - rng.uniform(0.18, 0.32)
+        x = (i + rng.uniform(0.2, 0.8)) / 3
+        peak = b.horizon - rng.uniform(0.18, 0.32)
         slope = b.y - peak - 0.95 * np.abs(b.x - x)
         b.paint(slope, b.accent)
         b.paint(np.minimum(slope, peak + 0.09 - b.y), _rgb(248, 251, 255))
@@ -139,11 +145,13 @@ def _city(b: _Brush, rng: np.random.Generator) -> None:
     rng.random()  # unused, but the looks of the city depend on it
     edge = -rng.uniform(0.0, 0.1)
     while edge < 1:
-        wide, tall = rng.uniform(0.15, 0.22), rng.uniform(0.2, 0.42)
+        wide = rng.uniform(0.15, 0.22)
+        tall = rng.uniform(0.2, 0.42)
         b.box(edge, b.horizon + 0.1 - tall, edge + wide, b.horizon + 0.12, b.far * rng.uniform(0.86, 1.12))
         for row in range(int(tall / 0.11)):
             for part in (0.28, 0.72):
-                x, y = edge + part * wide, b.horizon + 0.05 - tall + 0.06 + 0.1 * row
+                x = edge + part * wide
+                y = b.horizon + 0.05 - tall + 0.06 + 0.1 * row
                 b.box(x - 0.022, y - 0.025, x + 0.022, y + 0.025, b.accent)
         edge += wide + rng.uniform(0.0, 0.04)
     b.land(b.horizon + 0.1, 0, 1, 0, b.near * 1.25, b.near * 1.25)
@@ -154,7 +162,8 @@ def _city(b: _Brush, rng: np.random.Generator) -> None:
 
 def _forest(b: _Brush, rng: np.random.Generator) -> None:
     shift = rng.uniform(0, 6.28)
-    far, trunk = b.accent * 0.5 + b.far * 0.5 + 20, _rgb(112, 84, 66)
+    far = b.accent * 0.5 + b.far * 0.5 + 20
+    trunk = _rgb(112, 84, 66)
     for count, top, bark, leaves in ((6, 0.3, trunk + 30, far), (4, 0.2, trunk, b.accent)):
         for i in range(count):
             x = (i + rng.uniform(0.2, 0.8)) / count
@@ -169,18 +178,21 @@ def _sea(b: _Brush, rng: np.random.Generator) -> None:
     b.clouds(rng)
     b.land(b.horizon, 0.004, 1, rng.uniform(0, 6.28), b.far, b.near)
     for i in range(5):  # crests
-        x, y = rng.uniform(0.05, 0.95), b.horizon + 0.08 + 0.1 * i
+        x = rng.uniform(0.05, 0.95)
+        y = b.horizon + 0.08 + 0.1 * i
         b.disc(x, y, 0.10 + 0.012 * i, 0.010 + 0.002 * i, b.accent, 0.4, 0.01)
 
 
 def _underwater(b: _Brush, rng: np.random.Generator) -> None:
     for _ in range(3):  # rays of light
-        x, lean = rng.uniform(0, 1), rng.uniform(0.1, 0.35)
+        x = rng.uniform(0, 1)
+        lean = rng.uniform(0.1, 0.35)
         distance = 0.05 + 0.05 * b.y - np.abs(b.x - x - lean * (b.y - 0.3))
         b.paint(np.minimum(distance, 0.62 - 1.0 * b.y), b.accent, 0.16, 0.06)
     b.land(rng.uniform(0.84, 0.88), 0.02, rng.uniform(0.7, 1.2), rng.uniform(0, 6.28), b.far, b.near)
     for _ in range(3):  # weeds
-        x, tall = rng.choice((0.06, 0.94)) + rng.uniform(-0.06, 0.06), rng.uniform(0.14, 0.28)
+        x = rng.choice((0.06, 0.94)) + rng.uniform(-0.06, 0.06)
+        tall = rng.uniform(0.14, 0.28)
         bend = 0.02 * np.sin(b.y * 25 + 6 * x)
         stem = np.minimum(0.020 - np.abs(b.x - x - bend), b.y - 0.93 + tall)
         b.paint(stem, _rgb(38, 128, 92))
@@ -191,7 +203,8 @@ def _underwater(b: _Brush, rng: np.random.Generator) -> None:
 
 def _night_sky(b: _Brush, rng: np.random.Generator) -> None:
     b.stars(rng, 12, lowest=0.75)
-    x, y = 0.5 + 0.85 * (rng.choice((0.08, 0.92)) - 0.5), rng.uniform(0.13, 0.2)  # a crescent
+    x = 0.5 + 0.85 * (rng.choice((0.08, 0.92)) - 0.5)  # a crescent
+    y = rng.uniform(0.13, 0.2)
     moon = 0.085 - np.sqrt((b.x - x) ** 2 + (b.y - y) ** 2)
     bite = np.sqrt((b.x - x - 0.045) ** 2 + (b.y - y + 0.02) ** 2) - 0.075
     b.paint(np.minimum(moon, bite), b.accent)
@@ -210,7 +223,9 @@ def _space(b: _Brush, rng: np.random.Generator) -> None:
     for colour in (b.far, b.near):  # glows
         b.disc(rng.uniform(0, 1), rng.uniform(0, 1), 0.5, 0.35, colour, 0.22, 0.35)
     b.stars(rng, 14, lowest=1)
-    x, y, r = rng.choice((0.08, 0.92)), rng.choice((0.06, 0.94)), rng.uniform(0.16, 0.24)
+    x = rng.choice((0.08, 0.92))
+    y = rng.choice((0.06, 0.94))
+    r = rng.uniform(0.16, 0.24)
     b.disc(x, y, r, r, b.near)  # a planet looks in at a corner
     b.disc(x - 0.2 * r, y - 0.2 * r, 0.72 * r, 0.72 * r, b.far, 0.7, 0.1)
 
