@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from cogvideo.data.tinyworld import Scene, TinyWorld, render, sprites
-from cogvideo.data.tinyworld.world import SceneRecording
+from cogvideo.data.tinyworld.world import SceneVideo
 from cogvideo.eval.metrics import psnr, ssim
 from cogvideo.model.features import PictureFeatures, perceptual_distance
 from cogvideo.model.folder import ModelFolder, find_model
-from cogvideo.model.refiner import Refiner, enlarge
+from cogvideo.model.refiner import Refiner, resize
 from cogvideo.model.vqvae import VQVAE, to_frames, to_pictures
 from cogvideo.text import split_words
 
@@ -42,7 +42,7 @@ def unseen_scenes(names: Sequence[str], count: int, seed: int) -> list[Scene]:
 
 def captions(scenes: Sequence[Scene]) -> list[str]:
     """An English one for each scene."""
-    return [SceneRecording(scene, "en").caption(np.random.default_rng(i)) for i, scene in enumerate(scenes)]
+    return [SceneVideo(scene, "en").caption(np.random.default_rng(i)) for i, scene in enumerate(scenes)]
 
 
 @torch.inference_mode()
@@ -96,7 +96,7 @@ def measure_refiner(
         decoded, _ = reconstruct(vqvae, render(scene, TIMES, size))
         clip = to_pictures(decoded)[None]  # [1, 33, 3, R, R]
         real = render(scene, TIMES[::4], size * scale)
-        for name, large in (("bicubic", enlarge(clip, scale)), ("refiner", refiner(clip))):
+        for name, large in (("bicubic", resize(clip, scale)), ("refiner", refiner(clip))):
             made[name].append(compare(net, to_frames(large[0, ::4]), real))
     return {
         n: {key: float(np.mean([row[key] for row in rows])) for key in rows[0]} for n, rows in made.items()

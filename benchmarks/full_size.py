@@ -57,7 +57,7 @@ def write_random(path: Path, preset: str) -> ModelFolder:
         if part == "vqvae":  # a tenth of a billion weights, with a codebook that must be filled
             vqvae = spec.build(part)
             vectors = torch.randn(spec.vqvae.codes, spec.vqvae.code_width)
-            vqvae.codebook.fill(vectors, torch.Generator().manual_seed(0))
+            vqvae.codebook.init_codes(vectors, torch.Generator().manual_seed(0))
             folder.save(part, vqvae, torch.float16)
             continue
         fresh = {

@@ -41,7 +41,7 @@ from benchmarks import frame_judge
 from benchmarks.fidelity import compare
 from benchmarks.frame_judge import SIZE, TIMES, FrameJudge, Sight
 from cogvideo.data.tinyworld import Scene, TinyWorld, cover, path, render, sample_scene, sprites
-from cogvideo.data.tinyworld.world import SceneRecording
+from cogvideo.data.tinyworld.world import SceneVideo
 from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
 from cogvideo.files import replacing
 from cogvideo.generate.draft import Draft, Kept
@@ -78,7 +78,7 @@ def draw_batch(names: Sequence[str], count: int, seed: int) -> Batch:
     world = TinyWorld(tuple(names), seed, True)
     scenes = tuple(world[i].scene for i in range(count))
     seeds = tuple(range(seed, seed + count))
-    prompts = [SceneRecording(s, "en").caption(np.random.default_rng(i)) for s, i in zip(scenes, seeds)]
+    prompts = [SceneVideo(s, "en").caption(np.random.default_rng(i)) for s, i in zip(scenes, seeds)]
     return Batch(scenes, tuple(prompts), seeds)
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all: beside their place, and renamed at the end."""
+"""Write files and folders completely or not at all: under a temporary name, renamed at the end."""
 
 import os
 import shutil
@@ -9,8 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file or folder to, beside `path`; it becomes `path` when all went well. What is left
-    when not, also by a killed process, is removed."""
+    """Yield a temporary path next to `path`, for a file or folder; rename it to `path` on success.
+
+    On failure the temporary path is removed; one left by a killed process is removed by the next call.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".part-{path.name}")
     _remove(work)
@@ -29,8 +31,11 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to, beside `path`. When all went well its files go there, over what had their names,
-    config.json last; when not, they are removed, as is what a killed process left."""
+    """Yield a temporary folder next to `path`; on success move its files to `path`, config.json last.
+
+    Files of the same name in `path` are replaced, the others stay. On failure the temporary folder is
+    removed; one left by a killed process is removed by the next call.
+    """
     path = path.expanduser().resolve()
     work = path.with_name(f".{path.name}.part")
     shutil.rmtree(work, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What this machine has: devices, memory, cores that are idle."""
+"""What this machine has: devices, free memory, idle cores."""
 
 import os
 import time
@@ -11,8 +11,10 @@ from torch import Tensor
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """ValueError, with those that are there, unless tensors can be made on the device. "auto" is cuda where
-    there is one, else the cpu."""
+    """Return the device; raise ValueError listing the available ones if no tensor can be created on it.
+
+    "auto" is cuda if available, else the cpu.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -22,53 +24,59 @@ def find_device(name: str | torch.device) -> torch.device:
             return device
     except (RuntimeError, AssertionError, NotImplementedError):
         pass
-    found = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    found += ["mps"] if torch.backends.mps.is_available() else []
+
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found.append("cuda")
+    if torch.backends.mps.is_available():
+        found.append("mps")
     raise ValueError(f"no device {str(name)!r} here; choose one of {', '.join(found)}")
 
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:
-    """Numbers [n] as a tensor of the type and the device of another. They are kept, because a GPU waits for
-    all that is copied to it."""
+    """Numbers [n] as a tensor with dtype and device of `like`, cached: a GPU waits for every copy."""
     return _constant(tuple(values), like.dtype, like.device)
 
 
 @lru_cache(maxsize=256)
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # what is kept must serve training too
+    with torch.inference_mode(False):  # the result is cached, and training must be able to use it
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 def gemm_rate(device: torch.device, precision: str, seconds: float = 0.3) -> float:
-    """Operations a second of large matrix products, the best of some: what a step can at most reach, with as
-    many threads as are set. On a CPU that is by CPU time, so other work on the machine hardly changes it."""
+    """Operations per second of large matrix products, the best of several: an upper bound for a training step
+    with the current number of threads. A CPU is measured in CPU time, so other processes hardly matter."""
     size = 8192 if device.type == "cuda" else 768
     a = torch.randn(size, size, device=device, dtype=getattr(torch, precision))
-    clock, threads = time.perf_counter, 1
+    clock = time.perf_counter
+    threads = 1
     if device.type == "cpu":
-        clock, threads = time.process_time, torch.get_num_threads()
-    best, begin = float("inf"), time.perf_counter()
+        clock = time.process_time
+        threads = torch.get_num_threads()
+
+    best = float("inf")
+    begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or best == float("inf"):
-        one = clock()
+        start = clock()
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, clock() - one)
+        best = min(best, clock() - start)
     return 2 * size**3 * threads / best
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; a CPU that only imitates it is slower than in
-    float32."""
+    """Whether the device multiplies bfloat16 in hardware; a CPU that emulates it is slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def free_memory(device: torch.device | str = "cpu") -> float | None:
-    """Bytes that can be had without swapping; None where the operating system does not say."""
+    """Bytes available without swapping; None if the operating system does not say."""
     if torch.device(device).type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
@@ -80,20 +88,23 @@ def free_memory(device: torch.device | str = "cpu") -> float | None:
 
 
 def _free_of_container() -> float:
-    """Bytes that the limit of a container (cgroup v2) leaves; files that it read can be let go of."""
-    place = Path("/sys/fs/cgroup")
+    """Bytes below the memory limit of the container (cgroup v2); cached files count as free."""
+    group = Path("/sys/fs/cgroup")
     try:
-        limit = float((place / "memory.max").read_text())
-        used = float((place / "memory.current").read_text())
-        rows = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+        limit = float((group / "memory.max").read_text())
+        used = float((group / "memory.current").read_text())
+        rows = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return limit - used + float(rows["inactive_file"])
     except (OSError, ValueError, KeyError):  # no container, or "max": no limit
         return float("inf")
 
 
 def idle_cores() -> int:
-    """Cores on which nothing else runs at this moment, at least 1. A thread that has to wait for its core
-    lets all others wait at every layer: one thread too many makes a small model many times slower."""
+    """Cores on which nothing else runs at this moment, at least 1.
+
+    A thread that waits for its core stalls all the others at every layer: one thread too many makes a small
+    model many times slower.
+    """
     cores = os.cpu_count() or 1
     try:
         with open("/proc/loadavg") as file:

@@ -1,14 +1,14 @@
-"""How far long work has come, told to whoever wants to know."""
+"""Progress reporting."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-Progress = Callable[[str, int, int], None]  # what is being made, done, total
+Progress = Callable[[str, int, int], None]  # task, steps done, steps in all
 
 
 @contextmanager
 def telling(progress: bool | Progress) -> Iterator[Progress | None]:
-    """Where progress is told: the caller's own function, a bar on the terminal, or nowhere."""
+    """Yield the function to report progress to: the caller's own, a bar on the terminal, or None."""
     if not isinstance(progress, bool) or not progress:
         yield progress or None
         return
@@ -22,9 +22,9 @@ def telling(progress: bool | Progress) -> Iterator[Progress | None]:
     ) as bar:
         tasks: dict[str, rich.TaskID] = {}
 
-        def told(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
+        def report(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = bar.add_task(task, total=total)
+            bar.update(tasks[task], completed=done)
 
-        yield told
+        yield report

@@ -96,7 +96,8 @@ def write_models(folder: Path) -> None:
         for part in spec.parts:
             made = new_part(spec, part, seed=1)
             if part == "vqvae":
-                made.codebook.fill(torch.randn(200, spec.vqvae.code_width, generator=generator), generator)
+                latents = torch.randn(200, spec.vqvae.code_width, generator=generator)
+                made.codebook.init_codes(latents, generator)
             if part == "regression":
                 made.trained.fill_(True)
             model.save(part, made)

@@ -57,7 +57,7 @@ def make(path: Path, spec: CogVideoSpec, world: TinyWorld) -> Path:
             part.init_weights(generator)
             loosen(part, generator)
         if isinstance(part, (VQVAE, HierarchicalVQVAE)):
-            part.codebook.fill(torch.randn(200, spec.vqvae.code_width, generator=generator), generator)
+            part.codebook.init_codes(torch.randn(200, spec.vqvae.code_width, generator=generator), generator)
         folder.save(name, part)
     return folder.path
 

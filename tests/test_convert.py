@@ -156,7 +156,7 @@ def test_logits_loss_and_gradients_are_the_original_ones(folders, case):
 
 
 def split(states: dict[str, torch.Tensor], ranks: int) -> list[dict[str, torch.Tensor]]:
-    """As SAT's model parallelism does (SPEC A.7)."""
+    """As SAT's model parallelism does (docs/reference.md, "Checkpoint files")."""
     rules = {theirs: how for theirs, _, how in expand(convert.BASE + convert.TEMPORAL, 4)}
     cut: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
     for key, value in states.items():
@@ -176,7 +176,7 @@ def test_ranks_of_different_checkpoints_are_refused(original, tmp_path):
     states = read_states(original / "cogvideo-stage1-tiny" / "1000" / FILE)
     for key, message in (
         ("transformer.final_layernorm.bias", "final_layernorm.bias is not the same in all"),
-        ("transformer.layers.0.attention.query_key_value.weight", "of different shapes"),
+        ("transformer.layers.0.attention.query_key_value.weight", "different shapes in the ranks"),
     ):
         ranks = split(states, 2)
         ranks[1][key] = ranks[1][key] + 1 if "norm" in key else ranks[1][key][:-6]
@@ -222,7 +222,7 @@ def test_a_folder_of_checkpoints_shares_one_base(tmp_path):
     for file in folder.path.glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "slowly" / file.name).read_bytes()
     assert ModelFolder(tmp_path / "slowly").spec() == folder.spec()
-    with pytest.raises(ValueError, match="a is that already"):
+    with pytest.raises(ValueError, match="which the folder has from a"):
         convert.convert_sat([source], tmp_path / "slowly", say=quiet)
 
 
@@ -357,12 +357,12 @@ def test_super_resolution_needs_no_description(tmp_path):
 @pytest.mark.parametrize(
     "described, change, message",
     [
-        ({"hidden_size": 16}, None, "does not suit what is there: width 16, not 8"),
-        ({"num_layers": 3, "vocab_size": 50}, None, "there: layers 3, not 2, start 47, not 37, vocab 50,"),
+        ({"hidden_size": 16}, None, "does not suit the parts that the folder has: width 16, not 8"),
+        ({"num_layers": 3, "vocab_size": 50}, None, "has: layers 3, not 2, start 47, not 37, vocab 50,"),
         ({"layout": [5, 14, 50]}, None, "grid 3, not 2"),
-        ({"layout": [5, 9, 29]}, None, "no text with whole square frames"),
-        ({"layout": [5, 45]}, None, "no text with whole square frames"),
-        ({"layout": "5,9,x"}, None, "no text with whole square frames"),
+        ({"layout": [5, 9, 29]}, None, "not a text followed by whole square frames"),
+        ({"layout": [5, 45]}, None, "not a text followed by whole square frames"),
+        ({"layout": "5,9,x"}, None, "not a text followed by whole square frames"),
         ({"kernel_size": 2}, None, "window .* must be an odd number"),
         ({"kernel_size2": "x"}, None, "kernel_size2 is 'x', where a size"),
         ({"cogvideo_stage": 1}, None, "sr is DsrModel of stage 1; what can be converted: .*, DsrModel"),
@@ -460,7 +460,7 @@ HARMS = [
     (reconfigure(num_layers="2"), "num_layers is '2', where a size"),
     (reconfigure(hidden_size=16), r"word_embeddings.weight is \[40, 8\]"),
     (reconfigure(hidden_size=2 * 10**15), "hidden_size is 2000000"),
-    (reconfigure(num_attention_heads=3), "3 heads do not make 8"),
+    (reconfigure(num_attention_heads=3), "3 heads do not divide 8"),
     (reconfigure(vocab_size=41), r"word_embeddings.weight is \[40, 8\]"),
     (reconfigure(layout=[6, 11, 21]), "whole square frames"),
     (reconfigure(layout=[6, 10, 50]), r"\[20, 8\] .* does not make the \[40, 8\]"),
@@ -602,7 +602,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     source, _ = small(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="no conversion made it"):
+    with pytest.raises(ValueError, match="not the output of a conversion"):
         convert.convert_sat([source], tmp_path / "out", 20, quiet)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
@@ -686,7 +686,7 @@ def test_icetk_of_another_model_is_refused(icetk, tmp_path):
         (lambda f: (f / "ice_text.model").write_bytes(b"nothing"), "ice_text.model is missing, damaged"),
         (lambda f: (f / "cluster_label2.npy").write_bytes(b"nothing"), "cluster_label2.npy is damaged"),
         (lambda f: np.save(f / "cluster_label2.npy", np.arange(5)), "to each of 128 codes"),
-        (lambda f: torch.save({"module": {}}, f / "ice_image.pt"), "no image tokenizer"),
+        (lambda f: torch.save({"module": {}}, f / "ice_image.pt"), "not icetk's image tokenizer"),
     ],
 )
 def test_bad_icetk_files_are_refused(icetk, tmp_path, harm, message):

@@ -17,7 +17,8 @@ GUIDED = stages({"stage1": {"guidance_scale": 3.0}})
 
 
 def test_the_paper_makes_13200_tokens_a_video():
-    """SPEC C.6: 400 and 1600 in stage 1, 800 a window in stage 2; guidance doubles the rows of stage 1."""
+    """docs/reference.md, "Inference": 400 and 1600 in stage 1, 800 a window in stage 2;
+    guidance doubles the rows of stage 1."""
     work = {one.name: one for one in cost.plan(presets.find("cogvideo-9b"), GUIDED)}
     made = [work[name].tokens for name in ("first frame", "key frames", "to 2 fps", "to 4 fps", "to 8 fps")]
     assert made == [400, 2 * 1600, 2 * 800, 4 * 800, 8 * 800]

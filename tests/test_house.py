@@ -117,3 +117,18 @@ def test_every_wing_says_what_it_is_for():
 
 def test_no_drawers():
     assert not {path.stem for path in ROOMS} & {"utils", "common", "base", "builders", "helpers", "misc"}
+
+
+def test_the_tree_in_contributing_has_a_line_for_every_room():
+    text = (HOUSE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text.partition("    cogvideo/\n")[2].partition("    scripts/")[0]
+    folders: list[str] = []
+    named = set()
+    for line in tree.splitlines():
+        name, _, purpose = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2 - 3  # the first level is indented by 6
+        folders = [*folders[:depth], name.rstrip("/")]
+        assert purpose.strip(), f"{name} has no purpose"
+        if name.endswith(".py"):
+            named.add("/".join(folders))
+    assert named == {str(path.relative_to(HOUSE)) for path in ROOMS if not path.stem.startswith("__")}

@@ -63,7 +63,7 @@ def test_the_full_size_has_the_original_names_and_shapes():
         mine = SPEC.build("vqvae").state_dict()
     assert {key: piece.shape for key, piece in pieces.items()} == {key: t.shape for key, t in mine.items()}
     counted = sum(t.numel() for key, t in mine.items() if key not in ("codebook.uses", "codebook.sums"))
-    assert round(counted / 1e6, 1) == 97.4  # SPEC C.10
+    assert round(counted / 1e6, 1) == 97.4  # docs/reference.md, "icetk"
 
 
 def test_a_tensor_too_many_or_too_few_is_named():

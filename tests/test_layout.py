@@ -15,12 +15,12 @@ STAGES = {
 
 def test_masks_are_as_drawn():
     first = Layout.keyframes(2, 1, 3)
-    assert first.draw("temporal") == "# . .\n\n# # .\n\n# # #"
-    assert first.draw("spatial") == "# . .\n\n. # .\n\n. . #"
+    assert first.as_text("temporal") == "# . .\n\n# # .\n\n# # #"
+    assert first.as_text("spatial") == "# . .\n\n. # .\n\n. . #"
     second = Layout.interpolation(2, 1, 5)  # laid 0 2 4 1 3
-    assert second.draw("temporal") == "# # # . .\n\n# # # . .\n\n# # # . .\n\n# # # # .\n\n# # # # #"
-    assert Layout.image(2, 2).draw("spatial") == "#...\n##..\n###.\n####"
-    given = Layout.interpolation(2, 2, 3).draw("spatial").split("\n\n")
+    assert second.as_text("temporal") == "# # # . .\n\n# # # . .\n\n# # # . .\n\n# # # # .\n\n# # # # #"
+    assert Layout.image(2, 2).as_text("spatial") == "#...\n##..\n###.\n####"
+    given = Layout.interpolation(2, 2, 3).as_text("spatial").split("\n\n")
     assert given[0] == "\n".join(["#### .... ...."] * 4)  # a given frame sees all of itself
     assert given[2] == ".... .... #...\n.... .... ##..\n.... .... ###.\n.... .... ####"
 
@@ -105,7 +105,7 @@ def test_a_code_of_a_diagonal_sees_its_neighbours_and_no_later_diagonal():
         for column in range(1, 5):
             near = steps[row, column - 1], *steps[row - 1, column - 1 : column + 2]
             assert max(near) < steps[row, column]
-    assert layout.draw("spatial").splitlines()[8].replace(" ", "") == "#####.###..." + "#" + "." * 23
+    assert layout.as_text("spatial").splitlines()[8].replace(" ", "") == "#####.###..." + "#" + "." * 23
 
 
 def test_steps_at_the_sizes_of_the_paper():
@@ -130,7 +130,7 @@ def test_groups_hold_every_token_once_and_all_it_sees(name, channel, window, shi
 
 def test_trained_frames_and_loss_mask():
     assert STAGES["image"].trained == (0,)
-    assert STAGES["stage1"].trained == (1, 2, 3, 4)  # SPEC B.3: frame 0 belongs to the image model
+    assert STAGES["stage1"].trained == (1, 2, 3, 4)  # docs/reference.md, "Loss": not frame 0
     assert STAGES["stage2"].trained == (1, 3)
     assert STAGES["stage2"].loss_mask().view(5, 16).sum(1).tolist() == [0, 0, 0, 16, 16]
 

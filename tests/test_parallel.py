@@ -316,12 +316,12 @@ def _compare_codebooks() -> None:
         if machine.rank:
             generators[1].manual_seed(99)  # of no consequence
         if number == 0:
-            alone.fill(z.flatten(0, 1), generators[0])
-            shared.fill(mine, generators[1])
+            alone.init_codes(z.flatten(0, 1), generators[0])
+            shared.init_codes(mine, generators[1])
         before = alone.uses.lerp(torch.bincount(alone.nearest(z.flatten(0, 1)), minlength=16).float(), 0.5)
         revived += int((before < 0.2).sum())
-        alone.follow(z.flatten(0, 1), alone.nearest(z.flatten(0, 1)), generators[0])
-        shared.follow(mine, shared.nearest(mine), generators[1])
+        alone.update(z.flatten(0, 1), alone.nearest(z.flatten(0, 1)), generators[0])
+        shared.update(mine, shared.nearest(mine), generators[1])
         for key, value in alone.state_dict().items():
             assert torch.equal(value, shared.state_dict()[key]), key
     assert revived > 0 and bool(shared.filled)

@@ -202,7 +202,7 @@ def test_phrasings_cover_the_world():
 def test_no_caption_is_a_phrasing_word_for_word(monkeypatch):
     """Captions of the scene of each phrasing, drawn by choosing phrases that the phrasing has where there are
     any: what could be equal is found soon."""
-    pick = phrasing._pick
+    pick = phrasing._choose
     for i, one in enumerate(load()):
         target = fold(one.text)
 
@@ -213,7 +213,7 @@ def test_no_caption_is_a_phrasing_word_for_word(monkeypatch):
 
             return pick(rng, [c for c in choices if all(part in target for part in parts(c))] or choices)
 
-        monkeypatch.setattr(phrasing, "_pick", likely)
+        monkeypatch.setattr(phrasing, "_choose", likely)
         scene, rng = one.scene(i), np.random.default_rng(i)
         said = {fold(caption(scene, rng, one.language, varied=True)) for _ in range(40)}
         assert target not in said, one.text

@@ -174,15 +174,15 @@ def test_what_cannot_be_used_is_left_out_and_told_of(tmp_path, films):
     check(source, "a")
     assert {Path(name).name: why for name, why in source.skipped.items()} == {
         "b.mp4": f"no caption in {folder / 'captions.csv'}",
-        "d.mp4": "it is not there",
+        "d.mp4": "the file does not exist",
         "c.mp4": f"no caption in {folder / 'captions.csv'}",
     }
     tar = shard(tmp_path / "x.tar", {"a.mp4": films["a"], "b.txt": "b"})
-    with pytest.raises(ValueError, match=r"no captioned videos at .*1 without use: .*x\.tar: a\.mp4: no cap"):
+    with pytest.raises(ValueError, match=r"no captioned videos at .*1 not usable: .*x\.tar: a\.mp4: no cap"):
         open_source(tar)
     for name in ("a.txt", "b.txt", "c.txt", "captions.csv"):
         (folder / name).unlink()
-    with pytest.raises(ValueError, match=r"no captioned videos at .*\(3 without use: .*a\.mp4: no caption"):
+    with pytest.raises(ValueError, match=r"no captioned videos at .*\(3 not usable: .*a\.mp4: no caption"):
         open_source(folder)
 
 
@@ -306,7 +306,7 @@ def test_training_from_files_equals_training_from_memory(kitchen, tmp_path, caps
         losses.append([json.loads(line)["loss"] for line in log])
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=3e-3)  # wrong times: 7e-3
     skipped = json.loads((tmp_path / "files" / "low" / "skipped.json").read_text())
-    assert {Path(name).name: why for name, why in skipped.items()} == {"ccc.mp4": "it is not there"}
+    assert {Path(name).name: why for name, why in skipped.items()} == {"ccc.mp4": "the file does not exist"}
     assert "low: 1 recordings were passed over" in capsys.readouterr().out
     assert not (tmp_path / "memory" / "low" / "skipped.json").exists()
 
@@ -375,7 +375,7 @@ def test_a_table_of_paths_and_times(kitchen, tmp_path, suffix):
     assert np.array_equal(source[1].frames([1], 16), source[0].frames([6], 16))
     assert {name.split("/")[-1]: why for name, why in source.skipped.items()} == {
         "aaa.mp4, 1 s to 5 s": "its caption is empty",
-        "missing.mp4": "it is not there",
+        "missing.mp4": "the file does not exist",
         "aaa.mp4, 5 s to 4 s": "its start must be 0 s or later, and before its end",
     }
     with pytest.raises(ValueError, match="there is no .*none.csv"):

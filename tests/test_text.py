@@ -36,7 +36,7 @@ def test_the_same_captions_make_the_same_model(world, text):
 
 
 def test_too_few_pieces_is_a_clear_error(world):
-    with pytest.raises(ValueError, match="no text model of 50 pieces"):
+    with pytest.raises(ValueError, match="cannot train a text model of 50 pieces"):
         train_text(read_captions(world, 200, seed=0), 50)
 
 

@@ -295,7 +295,7 @@ def test_colours_of_16_bits_keep_the_upper_8(tmp_path):
     for name in ("a.png", "a.tif"):
         assert np.array_equal(read_image(tmp_path / name, 48), wide >> 8)
     tifffile.imwrite(tmp_path / "f.tif", wide.astype(np.float32), photometric="rgb")
-    with pytest.raises(ValueError, match="cannot read the picture .*f.tif: it is of no kind that Pillow rea"):
+    with pytest.raises(ValueError, match="cannot read the image .*f.tif: Pillow does not know its format"):
         read_image(tmp_path / "f.tif", 48)
 
 

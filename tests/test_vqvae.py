@@ -11,7 +11,7 @@ def make() -> tuple[VQVAE, torch.Tensor]:
     vqvae = VQVAE(CONFIG)
     pictures = torch.rand(6, 3, 16, 16)
     z = vqvae.latents(pictures).detach().permute(0, 2, 3, 1).flatten(0, 2)
-    vqvae.codebook.fill(z, torch.Generator().manual_seed(0))
+    vqvae.codebook.init_codes(z, torch.Generator().manual_seed(0))
     return vqvae.eval(), pictures
 
 
@@ -51,7 +51,7 @@ def test_codes_follow_the_mean_of_what_chooses_them():
     ids = book.nearest(z)
     assert ids.tolist() == [0, 0, 1]
     for _ in range(30):
-        book.follow(z, ids)
+        book.update(z, ids)
     assert torch.allclose(book.vectors, torch.tensor([[2.0, 1.0], [10.0, 12.0]]), atol=1e-3)
 
 
@@ -65,7 +65,7 @@ def test_dead_codes_are_revived_from_the_batch():
         z = torch.randn(64, 2, generator=generator)
         ids = book.nearest(z)
         used.append(len(ids.unique()))
-        book.follow(z, ids, generator)
+        book.update(z, ids, generator)
     assert used[0] == 1 and used[-1] == 8
 
 

@@ -1,11 +1,11 @@
 """Convert SAT checkpoint folders of the original to a model folder (docs/reference.md, "Checkpoint files").
 
-An importer is a table of key rules. It fails on anything that a file has and the table does not name, and on
-anything that our model has and the file does not give. Notable:
-- A checkpoint is a base and what the model adds to it. The first base becomes that of the folder; another
-  stage must have the same, number by number, while super-resolution may bring its own.
-- Checkpoints are mapped, not read, and parts are written tensor by tensor, so memory holds one tensor.
-- All is written to a folder beside OUT, which takes its place at the end; until then OUT is not touched.
+A conversion is a table of key rules. It fails on any tensor of the file that the table does not name, and on
+any tensor of our model that the file does not have. Notable:
+- A checkpoint is a base and the part that the model adds to it. The first base becomes that of the folder;
+  another stage must have an equal one, but super-resolution may have its own.
+- Checkpoints are memory-mapped and parts are written tensor by tensor, so memory holds one tensor at a time.
+- Files are written to a temporary folder next to OUT, and moved at the end; until then OUT is unchanged.
 """
 
 import math
@@ -22,7 +22,7 @@ from cogvideo.convert.sat import Checkpoint
 from cogvideo.files import replacing_folder
 from cogvideo.model import presets
 from cogvideo.model.families import CogVideoSpec
-from cogvideo.model.folder import ModelFolder
+from cogvideo.model.folder import ModelFolder, Piece
 from cogvideo.model.superres import SuperResConfig
 from cogvideo.text import START
 
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 Table = tuple[Rule, ...]
 
 ABOUT = "CogVideo (2022), converted from the released weights, whose licence restricts their use"
-# what the original's scripts ask for (SPEC C.1, C.5 to C.8)
+# the text templates of the original's scripts (docs/reference.md, "Inference")
 PROMPTS = {
     "image": "{prompt} 高清摄影",
     "stage1": "{seconds:.1f}秒<n>{prompt} 视频",
@@ -38,11 +38,11 @@ PROMPTS = {
     "superres": "{prompt}",
 }
 SAMPLING = presets.SAMPLING["cogvideo-9b"]
-SPECIALS = (START, "<start_of_english>", "<start_of_chinese>")  # CogVideo's own, behind icetk's pieces
-MOST = 10**6  # of anything that a configuration counts
-FIRST_FRAME = 512  # position of the first token of frame 0: a number in the original's code
+SPECIALS = (START, "<start_of_english>", "<start_of_chinese>")  # pieces that CogVideo appends to icetk's
+MAX_SIZE = 10**6  # of every number in a configuration
+FIRST_FRAME = 512  # position of the first token of frame 0, a constant of the original's code
 
-# in the checkpoint ({l} a layer, {p} weight and bias), in ours, and how the ranks are joined
+# name in the checkpoint ({l} a layer, {p} weight and bias), our name, and how the ranks are joined
 BASE: Table = (
     ("transformer.word_embeddings.weight", "embed.weight", "rows"),
     ("transformer.position_embeddings.weight", "positions.weight", 0),
@@ -62,10 +62,10 @@ ATTENTION: Table = (
     ("mixins.attention_plus.dense.{l}.{p}", "attention.{l}.out.{p}", "columns"),
 )
 TEMPORAL = (*POSITIONS, *ATTENTION, ("mixins.attention_plus.attn_distribution.{l}", "gate.{l}", "same"))
-# the small map of super-resolution begins one position behind frame 0 (SPEC C.8)
+# the small map of super-resolution starts one position later (docs/reference.md, "Super-resolution")
 SMALL_MAP: Table = (("transformer.position_embeddings.weight", "low_positions.weight", FIRST_FRAME + 1),)
 
-# what a model adds to its base, and its layout in the original's code
+# name -> the part that a model adds to its base, its table, and its layout in the original's code
 MODELS: dict[str, tuple[str, Table, list[int]]] = {
     "CogVideoModel of stage 1": ("stage1", TEMPORAL, [64, 464, 2064]),
     "CogVideoModel of stage 2": ("stage2", TEMPORAL, [64, 464, 2064]),
@@ -73,7 +73,7 @@ MODELS: dict[str, tuple[str, Table, list[int]]] = {
     "ItersrModel": ("itersr", POSITIONS, [16, 3616]),
 }
 STAGES = {"stage1", "stage2"}
-# in model_config.json, and in our ModelConfig
+# name in model_config.json -> name in our ModelConfig
 SIZES = {
     "num_layers": "layers",
     "hidden_size": "width",
@@ -84,17 +84,19 @@ SIZES = {
 
 @dataclass
 class Output:
-    """A model folder in the making, which becomes `before` or is added to it."""
+    """A model folder that is being written, and the folder that it will replace or extend."""
 
     before: ModelFolder
     work: ModelFolder
     spec: CogVideoSpec
-    made: dict[str, str]  # the source of every part
+    sources: dict[str, str]  # part -> the name of its source
 
 
 @contextmanager
-def building(path: Path) -> Iterator[Output]:
-    """A new model folder, or what an earlier conversion made, to be added to."""
+def open_output(path: Path) -> Iterator[Output]:
+    """Yield a new model folder, or that of an earlier conversion, to which parts are added."""
+    before = ModelFolder(path)
+    spec = replace(presets.find("cogvideo-9b"), superres=None)
     config: dict[str, Any] = {
         "family": "cogvideo",
         "about": ABOUT,
@@ -103,11 +105,12 @@ def building(path: Path) -> Iterator[Output]:
         "sampling": SAMPLING,
         "converted": {},
     }
-    before, spec = ModelFolder(path), replace(presets.find("cogvideo-9b"), superres=None)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if not (path / "config.json").exists() or "converted" not in before.config:
-            raise ValueError(f"{path} exists and no conversion made it; choose another name")
-        config, spec = before.config, before.spec()
+            raise ValueError(f"{path} exists and is not the output of a conversion; choose another name")
+        config = before.config
+        spec = before.spec()
+
     with replacing_folder(path) as work:
         output = Output(before, ModelFolder(work), spec, config["converted"])
         yield output
@@ -117,124 +120,180 @@ def building(path: Path) -> Iterator[Output]:
 def convert_sat(
     sources: Sequence[Path], out: Path, codes: int | None = None, say: Say = print, model: str | None = None
 ) -> None:
-    """Checkpoint folders, zips or folders of them, to parts of the model folder `out`.
+    """Convert checkpoint folders, zips or folders of them to parts of the model folder `out`.
 
-    codes: how many of the ids are image codes; by default icetk's 20000. model: the row of MODELS that they
-    must be; then they need no model_config.json. Raises ValueError, and leaves `out` as it was, if a source
-    is not exactly what is expected.
+    codes: how many of the ids are image codes; by default icetk's 20000. model: the key of MODELS that the
+    checkpoints must be; then they need no model_config.json. Raise ValueError, and leave `out` unchanged, if
+    a source is not exactly what is expected.
     """
-    with building(out) as output:
+    with open_output(out) as output:
         for source in sat.find_checkpoints(sources):
-            with sat.opened(source, output.work.path / "unpacked") as checkpoint:
+            with sat.open_checkpoint(source, output.work.path / "unpacked") as checkpoint:
                 _convert_checkpoint(checkpoint, output, codes, say, model)
 
 
 def _convert_checkpoint(
     checkpoint: Checkpoint, output: Output, codes: int | None, say: Say, model: str | None
 ) -> None:
-    """Write what one checkpoint adds."""
+    """Write the parts of one checkpoint."""
     name, described, ranks = checkpoint
-    kind, stage = described.get("model_class"), described.get("cogvideo_stage")
-    found = f"{kind} of stage {stage}" if stage is not None else str(kind)
-    if not described:
-        found = model or "without model_config.json"
-    elif model and stage is None and kind == model.partition(" ")[0]:  # the user says which stage it is
-        found = model
-    if found not in MODELS or model not in (None, found):
-        raise ValueError(f"{name} is {found}; what can be converted: {model or ', '.join(MODELS)}")
-    part, table, layout = MODELS[found]
-    if part in output.made:
-        raise ValueError(f"{name} is {part}, but {output.made[part]} is that already")
+    part, table, layout = MODELS[_identify(name, described, model)]
+    if part in output.sources:
+        raise ValueError(f"{name} is {part}, which the folder has from {output.sources[part]}")
     try:
         spec = _fit({"layout": layout, **described}, part, codes, output)
     except ValueError as error:
         raise ValueError(f"{name} cannot be converted, by its model_config.json: {error}") from None
     c = spec.model
     say(f"{name}: {c.layers} layers, width {c.width}, {c.codes} of {c.vocab} ids are image codes")
-    layers = min(c.layers, len(ranks[0]))  # whoever claims more is told what is missing
+
+    layers = min(c.layers, len(ranks[0]))  # a configuration with too many is an error that names them
     rules = {"base": keys.expand(BASE, layers), part: keys.expand(table, layers)}
-    plan = keys.pick(name, ranks, rules, spec.shapes)
-    if first := output.made.get("base"):
-        base, held = plan.pop("base"), output.work if output.work.has("base") else output.before
-        differs = next(held.differing("base", base), None)
-        if differs and part in STAGES:
-            raise ValueError(
-                f"{name} has another base than {first}: {differs} is not the same; convert it "
-                "to a folder of its own, or the stages before super-resolution"
-            )
-        if differs:
-            plan[f"{part}_base"], spec = base, replace(spec, bases=(*spec.bases, f"{part}_base"))
-        else:
-            say(f"base: the same as that of {first}, stored once")
-    for new, pieces in plan.items():
-        say(f"{new}: {output.work.write(new, pieces) / 1e9:.2f} GB")
-        output.made[new] = name
+    parts = keys.convert(name, ranks, rules, spec.shapes)
+    if "base" in output.sources:
+        spec = _share_base(name, part, parts, spec, output, say)
+    for written, pieces in parts.items():
+        say(f"{written}: {output.work.write(written, pieces) / 1e9:.2f} GB")
+        output.sources[written] = name
     output.spec = spec
 
 
+def _identify(name: str, described: dict[str, Any], model: str | None) -> str:
+    """The key of MODELS for a checkpoint: by its model_config.json, or the `model` that the user names."""
+    kind = described.get("model_class")
+    stage = described.get("cogvideo_stage")
+    if not described:
+        found = model or "without model_config.json"
+    elif stage is not None:
+        found = f"{kind} of stage {stage}"
+    elif model and kind == model.partition(" ")[0]:  # the user says which stage it is
+        found = model
+    else:
+        found = str(kind)
+    if found not in MODELS or model not in (None, found):
+        raise ValueError(f"{name} is {found}; what can be converted: {model or ', '.join(MODELS)}")
+    return found
+
+
+def _share_base(
+    name: str, part: str, parts: dict[str, dict[str, Piece]], spec: CogVideoSpec, output: Output, say: Say
+) -> CogVideoSpec:
+    """Remove the base from `parts` if the folder has an equal one; another base becomes the part's own."""
+    first = output.sources["base"]
+    base = parts.pop("base")
+    folder = output.work if output.work.has("base") else output.before
+    different = next(folder.differing("base", base), None)
+    if different is None:
+        say(f"base: the same as that of {first}, stored once")
+        return spec
+    if part in STAGES:
+        raise ValueError(
+            f"{name} has another base than {first}: {different} is not the same; convert it "
+            "to a folder of its own, or the stages before super-resolution"
+        )
+    parts[f"{part}_base"] = base
+    return replace(spec, bases=(*spec.bases, f"{part}_base"))
+
+
+# -- sizes
+
+
 def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output) -> CogVideoSpec:
-    """The spec with what model_config.json says of a part, if that can be and suits what is there. Sizes
-    that it leaves out are those of what is there, or of the released spec."""
-    spec, made, c = output.spec, output.made, output.spec.model
-    for key in {*SIZES, "kernel_size", "kernel_size2"} & described.keys():
-        if type(described[key]) is not int or not 0 < described[key] < MOST:
-            raise ValueError(f"{key} is {described[key]!r}, where a size belongs")
-    fields = {ours: described.get(theirs, getattr(c, ours)) for theirs, ours in SIZES.items()}
+    """The spec with the sizes that model_config.json gives for a part; ValueError if they are not possible or
+    do not suit the parts that the folder has. Sizes that it omits are those of the folder, or of the released
+    model."""
+    spec = output.spec
+    c = spec.model
     text_len, grid, times = _read_layout(described["layout"], part, c.grid)
-    vocab, window = fields["vocab"], described.get("window_size", 10)  # which the original's script has, too
-    codes = codes or (c.codes if made else min(20000, vocab))
-    # ids as the original's script makes them of icetk's; `convert icetk` sets them right for other pieces
-    pad, start = min(codes + 3, vocab - 1), max(min(150000, vocab - len(SPECIALS)), 0)
-    if "text" in made:
-        pad, start = c.pad, c.start
-    fields |= {"codes": codes, "pad": pad, "start": start, "grid": grid}
-    fixed = set(fields) if "base" in made else {"codes"} if "vqvae" in made else set()
+    window = described.get("window_size", 10)  # the default of the original's script
+    fields = _read_sizes(described, spec, codes, output) | {"grid": grid}
     if part in STAGES:
         fields |= {"text_len": text_len, "frames": 1 + times}
-        fixed |= {"text_len", "frames"} if STAGES & made.keys() else set()
-    other = [
+    _check_sizes(fields, described, part, window, output)
+
+    resolution = grid * spec.vqvae.rate
+    parts: dict[str, Any] = {"vqvae": replace(spec.vqvae, codes=fields["codes"], resolution=resolution)}
+    if part == "stage2":
+        fields["window"] = window
+    if part not in STAGES:
+        reach = described.get("kernel_size", 5)
+        cross = described.get("kernel_size2", 5)
+        seen = (cross, cross) if part == "superres" else None
+        parts[part] = SuperResConfig(grid, math.isqrt(times), text_len, 0, (2 * reach - 1, reach), seen)
+    model: dict[str, Any] = {**fields}
+    return replace(spec, model=replace(c, **model), **parts)
+
+
+def _read_sizes(
+    described: dict[str, Any], spec: CogVideoSpec, codes: int | None, output: Output
+) -> dict[str, int]:
+    """Fields of our ModelConfig that every model gives: sizes and ids."""
+    c = spec.model
+    for key in {*SIZES, "kernel_size", "kernel_size2"} & described.keys():
+        if type(described[key]) is not int or not 0 < described[key] < MAX_SIZE:
+            raise ValueError(f"{key} is {described[key]!r}, where a size belongs")
+    fields: dict[str, int] = {ours: described.get(theirs, getattr(c, ours)) for theirs, ours in SIZES.items()}
+
+    vocab = fields["vocab"]
+    codes = codes or (c.codes if output.sources else min(20000, vocab))
+    if "text" in output.sources:
+        return fields | {"codes": codes, "pad": c.pad, "start": c.start}
+    # the ids that icetk gives; `convert icetk` corrects them for other pieces
+    pad = min(codes + 3, vocab - 1)
+    start = max(min(150000, vocab - len(SPECIALS)), 0)
+    return fields | {"codes": codes, "pad": pad, "start": start}
+
+
+def _check_sizes(
+    fields: dict[str, int], described: dict[str, Any], part: str, window: Any, output: Output
+) -> None:
+    """Raise ValueError if sizes are not possible, or differ from those of the parts that the folder has."""
+    c = output.spec.model
+    fixed: set[str] = set()
+    if "base" in output.sources:
+        fixed = fields.keys() - {"text_len", "frames"}
+    elif "vqvae" in output.sources:
+        fixed = {"codes"}
+    if part in STAGES and STAGES & output.sources.keys():
+        fixed |= {"text_len", "frames"}
+    changed = [
         f"{key} {fields[key]}, not {getattr(c, key)}"
         for key in sorted(fixed)
         if fields[key] != getattr(c, key)
     ]
-    divides = type(window) is int and window > 0 and grid % window == 0
-    checks = {
-        f"num_attention_heads is missing, for a width of {fields['width']}": "num_attention_heads"
-        in described
-        or fields["width"] == c.width,
-        f"{fields['heads']} heads do not make {fields['width']}": fields["width"] % fields["heads"] == 0,
-        "layernorm_order is not sandwich": described.get("layernorm_order", "sandwich") == "sandwich",
-        f"window_size {window} does not divide {grid}": part != "stage2" or divides,
-        f"{codes} codes, and {START} at {start}, do not fit in {vocab} ids": 0 < codes <= vocab > start,
-        f"it does not suit what is there: {', '.join(other)}": not other,
-    }
-    for complaint, fine in checks.items():
-        if not fine:
-            raise ValueError(complaint)
-    parts: dict[str, Any] = {"vqvae": replace(spec.vqvae, codes=codes, resolution=grid * spec.vqvae.rate)}
-    if part == "stage2":
-        fields["window"] = window
-    if part not in STAGES:
-        reach, cross = described.get("kernel_size", 5), described.get("kernel_size2", 5)
-        seen = (cross, cross) if part == "superres" else None
-        parts[part] = SuperResConfig(grid, math.isqrt(times), text_len, 0, (2 * reach - 1, reach), seen)
-    return replace(spec, model=replace(c, **fields), **parts)
+
+    width = fields["width"]
+    heads = fields["heads"]
+    grid = fields["grid"]
+    codes = fields["codes"]
+    if "num_attention_heads" not in described and width != c.width:
+        raise ValueError(f"num_attention_heads is missing, for a width of {width}")
+    if width % heads:
+        raise ValueError(f"{heads} heads do not divide {width}")
+    if described.get("layernorm_order", "sandwich") != "sandwich":
+        raise ValueError("layernorm_order is not sandwich")
+    if part == "stage2" and not (type(window) is int and window > 0 and grid % window == 0):
+        raise ValueError(f"window_size {window} does not divide {grid}")
+    if not 0 < codes <= fields["vocab"] > fields["start"]:
+        raise ValueError(
+            f"{codes} codes, and {START} at {fields['start']}, do not fit in {fields['vocab']} ids"
+        )
+    if changed:
+        raise ValueError(f"it does not suit the parts that the folder has: {', '.join(changed)}")
 
 
 def _read_layout(layout: Any, part: str, grid: int) -> tuple[int, int, int]:
-    """Where the text ends, a frame (not of itersr, which has `grid`), and the rest: text_len, grid, and how
-    many frames long the rest is."""
+    """text_len, grid, and how many frames long the rest is, of a layout: the ends of the text, of a frame
+    (except for itersr, whose frame is `grid` tokens a side) and of the rest."""
     if isinstance(layout, str) and re.fullmatch(r"[\d, ]+", layout):
         layout = [int(number) for number in layout.split(",") if number.strip()]
-    if (
-        isinstance(layout, list)
-        and [type(n) for n in layout] == [int] * (2 if part == "itersr" else 3)
-        and max(layout) < MOST
-    ):
+    count = 2 if part == "itersr" else 3
+    if isinstance(layout, list) and [type(n) for n in layout] == [int] * count and max(layout) < MAX_SIZE:
         text_len, *spans = (end - begin for begin, end in zip([0, *layout], layout))
         frame_len, rest = [grid**2, *spans][-2:]
         if 0 < text_len <= FIRST_FRAME and min(frame_len, rest) > 0 and rest % frame_len == 0:
-            grid, times = math.isqrt(frame_len), rest // frame_len
+            grid = math.isqrt(frame_len)
+            times = rest // frame_len
             if grid**2 == frame_len and (part in STAGES or math.isqrt(times) ** 2 == times):
                 return text_len, grid, times
-    raise ValueError(f"layout {layout} is no text with whole square frames")
+    raise ValueError(f"layout {layout} is not a text followed by whole square frames")

@@ -1,4 +1,4 @@
-"""Read GPT-2's embedding of words, with which a regression model may begin."""
+"""Read GPT-2's word embedding, with which a regression model may start."""
 
 import re
 from pathlib import Path
@@ -9,8 +9,8 @@ from cogvideo.model.folder import HUB_ID, ModelError, from_hub, read_tensor
 
 
 def read_embedding(where: str) -> Tensor:
-    """Return GPT-2's embedding [ids, width] from a safetensors file, a folder that holds one, or a repository
-    of the hub. Raise ModelError if there is none."""
+    """Return GPT-2's embedding [ids, width] from a safetensors file, a folder with one, or a hub id. Raise
+    ModelError if there is none."""
     path = Path(where).expanduser()
     if not path.exists() and re.fullmatch(HUB_ID, where):
         path = from_hub(where, ["model.safetensors"])
@@ -18,5 +18,5 @@ def read_embedding(where: str) -> Tensor:
         path = path / "model.safetensors"
     embedding = read_tensor(path, "wte.weight")
     if embedding is None:
-        raise ModelError(f"{where} has no tensor wte.weight, as GPT-2's embedding is called")
+        raise ModelError(f"{where} has no tensor wte.weight, the name of GPT-2's embedding")
     return embedding

@@ -1,4 +1,4 @@
-"""Convert icetk, the original's tokenizer of text and pictures, to the parts `text.model` and `vqvae` of a
+"""Convert icetk, the original's tokenizer of text and images, to the parts `text.model` and `vqvae` of a
 model folder (docs/reference.md, "icetk")."""
 
 import re
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from cogvideo.convert import keys
-from cogvideo.convert.cogvideo import SPECIALS, Say, building
+from cogvideo.convert.cogvideo import SPECIALS, Say, open_output
 from cogvideo.convert.keys import Rule, States
 from cogvideo.convert.sat import read_states
 from cogvideo.model.families import CogVideoSpec
@@ -18,7 +18,7 @@ from cogvideo.model.folder import Piece, read_clusters
 from cogvideo.model.vqvae import VQVAEConfig
 from cogvideo.text import PAD, TextTokenizer
 
-# in our vqvae, once its modules have icetk's names, and in icetk
+# pattern in our names, once modules are named as in icetk -> icetk's name
 ICETK = (
     (r"\.shortcut\.", ".nin_shortcut."),
     (r"\.out\.", ".proj_out."),
@@ -31,40 +31,45 @@ ICETK = (
 
 
 def convert_icetk(source: Path, out: Path, say: Say = print) -> None:
-    """The folder of icetk's ice_text.model and ice_image.pt to text.model and the part vqvae of `out`.
+    """Convert the ice_text.model and ice_image.pt in a folder to text.model and the part vqvae of `out`.
 
-    A cluster_label2.npy in that folder becomes cluster_labels.npy (SPEC C.7).
+    A cluster_label2.npy in that folder becomes cluster_labels.npy (docs/reference.md, "Sampling by
+    clusters"). Raise ValueError if a file is missing, damaged, or does not suit the parts of `out`.
     """
-    with building(out) as output:
-        states, spec = read_states(source / "ice_image.pt"), output.spec
-        vqvae, model = _vqvae_config(states, spec), spec.model
+    with open_output(out) as output:
+        states = read_states(source / "ice_image.pt")
+        spec = output.spec
+        model = spec.model
+        vqvae = _vqvae_config(states, spec)
         text = _text(source / "ice_text.model", vqvae.codes)
         ids = vqvae.codes + len(text)
-        if "vqvae" in output.made:
+        if "vqvae" in output.sources:
             raise ValueError(f"{out} has the files of icetk already")
-        if "base" not in output.made:
+        if "base" not in output.sources:
             model = replace(model, codes=vqvae.codes, vocab=max(model.vocab, ids))
         if model.codes != vqvae.codes or model.vocab < ids:
             raise ValueError(
                 f"icetk has {vqvae.codes} image codes and {len(text)} pieces, the transformer "
-                f"{model.codes} codes (--codes when it was converted) of {model.vocab} ids"
+                f"{model.codes} codes (--codes of its conversion) of {model.vocab} ids"
             )
         model = replace(model, pad=text.pad, start=text.start)
-        output.spec = spec = replace(spec, vqvae=vqvae, model=model)
+        spec = replace(spec, vqvae=vqvae, model=model)
+
+        output.spec = spec
         output.work.write("vqvae", _vqvae_pieces(states, spec))
         output.work.write_text(text.model)
         if (source / "cluster_label2.npy").exists():
             labels = read_clusters(source / "cluster_label2.npy", vqvae.codes)
             np.save(output.work.path / "cluster_labels.npy", labels)
-        output.made.update(vqvae="ice_image.pt", text="ice_text.model")
-        say(f"vqvae: {vqvae.codes} codes, rates {vqvae.rates}; text: {len(text)} pieces from {vqvae.codes}")
+        output.sources.update(vqvae="ice_image.pt", text="ice_text.model")
+        say(f"vqvae: {vqvae.codes} codes, factors {vqvae.rates}; text: {len(text)} ids from {vqvae.codes} on")
 
 
 def _text(file: Path, codes: int) -> TextTokenizer:
-    """icetk's pieces, and behind them CogVideo's own.
+    """icetk's pieces, followed by CogVideo's own.
 
-    A sentencepiece model is a protobuf message; bytes appended to it are appended to its list, field 1, of
-    pieces: name, and score 0 as in the original.
+    A sentencepiece model is a protobuf message whose field 1 is the list of pieces, so appended bytes add
+    pieces: a name, and score 0 as in the original.
     """
     try:
         model = file.read_bytes()
@@ -80,7 +85,7 @@ def _text(file: Path, codes: int) -> TextTokenizer:
 
 
 def _vqvae_config(states: States, spec: CogVideoSpec) -> VQVAEConfig:
-    """The sizes of icetk's image tokenizer, by its tensors."""
+    """The sizes of icetk's image tokenizer, read off its tensors."""
     first = re.compile(r"enc\.down\.\d+\.block\.0\.conv1\.weight")
     try:
         channels = len(states["enc.conv_in.weight"])
@@ -90,7 +95,7 @@ def _vqvae_config(states: States, spec: CogVideoSpec) -> VQVAEConfig:
         rate = 8 if 8 in rates else rates[0]
         codes, width = states["quantize.embed.weight"].shape
     except (LookupError, ArithmeticError, ValueError) as error:
-        raise ValueError(f"ice_image.pt is no image tokenizer of icetk: {error}") from None
+        raise ValueError(f"ice_image.pt is not icetk's image tokenizer: {error}") from None
     return replace(
         spec.vqvae,
         channels=channels,
@@ -104,7 +109,9 @@ def _vqvae_config(states: States, spec: CogVideoSpec) -> VQVAEConfig:
 
 
 def _vqvae_pieces(states: States, spec: CogVideoSpec) -> dict[str, Piece]:
-    modules, shapes = _vqvae_modules(spec.vqvae), spec.shapes("vqvae")
+    """The tensors of our vqvae."""
+    modules = _vqvae_modules(spec.vqvae)
+    shapes = spec.shapes("vqvae")
     rules: list[Rule] = []
     filled = Piece(shapes.pop("codebook.filled"), torch.bool, lambda: torch.tensor(True))
     for ours in shapes:
@@ -113,30 +120,36 @@ def _vqvae_pieces(states: States, spec: CogVideoSpec) -> dict[str, Piece]:
             theirs = re.sub(mine, other, theirs)
         names = dict.fromkeys(theirs.replace(".qkv.", f".{x}.") for x in "qkv")  # one or three
         rules.append((" ".join(names), ours, "rows"))
-    pieces = keys.pick("ice_image.pt", [states], {"vqvae": rules}, lambda _: shapes)
+    pieces = keys.convert("ice_image.pt", [states], {"vqvae": rules}, lambda _: shapes)
     return pieces["vqvae"] | {"codebook.filled": filled}
 
 
 def _vqvae_modules(config: VQVAEConfig) -> dict[str, str]:
-    """The modules of our encoder and decoders, and icetk's names of them."""
+    """Modules of our encoder and decoders -> icetk's names of them."""
+    middle = ["mid.block_1", "mid.attn_1", "mid.block_2"]
+    levels = len(config.multipliers)
+    down = _level_modules("down", range(levels), config.encoder_blocks, config)
+    modules = _name_modules("encoder", "enc", [*down, *middle])
+    for number in range(len(config.rates)):  # icetk's decoders begin with the largest factor
+        up = _level_modules("up", range(levels + number)[::-1], config.decoder_blocks, config)
+        theirs = f"decs.{len(config.rates) - 1 - number}"
+        modules |= _name_modules(f"decoders.{number}", theirs, [*middle, *up])
+    return modules
 
-    def way(name: str, levels: Sequence[int], blocks: int) -> list[str]:
-        """Level by level, and what resamples between them."""
-        steps = []
-        for level in levels:
-            kinds = ("block", "attn") if level in config.attended else ("block",)
-            steps += [f"{name}.{level}.{kind}.{n}" for n in range(blocks) for kind in kinds]
-            steps += [f"{name}.{level}.{name}sample"]
-        return steps[:-1]
 
-    middle, end = ["mid.block_1", "mid.attn_1", "mid.block_2"], ["norm_out", "", "conv_out"]
-    levels, rates = len(config.multipliers), len(config.rates)
-    names = {"encoder": ("enc", [*way("down", range(levels), config.encoder_blocks), *middle])}
-    for number in range(rates):  # icetk's begin with the largest rate
-        up = way("up", range(levels + number)[::-1], config.decoder_blocks)
-        names[f"decoders.{number}"] = (f"decs.{rates - 1 - number}", [*middle, *up])
-    return {
-        f"{ours}.{place}": f"{theirs}.{step}"
-        for ours, (theirs, steps) in names.items()
-        for place, step in enumerate(["conv_in", *steps, *end])
-    }
+def _level_modules(name: str, levels: Sequence[int], blocks: int, config: VQVAEConfig) -> list[str]:
+    """icetk's names of the blocks of all levels, in order, with the resampling layers between levels."""
+    names = []
+    for level in levels:
+        for number in range(blocks):
+            names.append(f"{name}.{level}.block.{number}")
+            if level in config.attended:
+                names.append(f"{name}.{level}.attn.{number}")
+        names.append(f"{name}.{level}.{name}sample")
+    return names[:-1]
+
+
+def _name_modules(ours: str, theirs: str, inner: list[str]) -> dict[str, str]:
+    """The numbered modules of one of our sequences -> icetk's names."""
+    steps = ["conv_in", *inner, "norm_out", "", "conv_out"]
+    return {f"{ours}.{number}": f"{theirs}.{step}" for number, step in enumerate(steps)}

@@ -1,11 +1,12 @@
-"""Key rules: a strict table by which the tensors of a checkpoint become those of a part.
+"""Key rules: a strict table from the tensors of a checkpoint to those of a part.
 
-The rules name every tensor on both sides: one too many or too few is an error that names it. Model-parallel
-ranks are joined, and a tensor is built only when it is written.
+The rules name every tensor on both sides: a missing or additional tensor is an error that names it.
+Model-parallel ranks are joined, and a tensor is built only when it is written.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -14,37 +15,49 @@ from cogvideo.model.folder import Piece
 
 States = dict[str, Tensor]
 Shapes = dict[str, torch.Size]
-# names of theirs, {l} a layer, {p} weight and bias; our name; how tensors of these names are joined
+# their name or names, {l} a layer, {p} weight and bias; our name; how tensors of these names are joined
 Rule = tuple[str, str, str | int]
 
 
 def expand(rules: Iterable[Rule], layers: int) -> list[Rule]:
-    """The rules, written out for every layer, weight and bias."""
-    return [
-        (theirs.format(l=layer, p=p), ours.format(l=layer, p=p), how)
-        for theirs, ours, how in rules
-        for layer in range(layers if "{l}" in theirs else 1)
-        for p in (("weight", "bias") if "{p}" in theirs else ("",))
-    ]
+    """The rules for each layer, weight and bias."""
+    expanded: list[Rule] = []
+    for theirs, ours, how in rules:
+        endings = ("weight", "bias") if "{p}" in theirs else ("",)
+        for layer in range(layers if "{l}" in theirs else 1):
+            expanded += [(theirs.format(l=layer, p=p), ours.format(l=layer, p=p), how) for p in endings]
+    return expanded
 
 
-def pick(
+def convert(
     name: str, ranks: list[States], rules: dict[str, list[Rule]], shapes: Callable[[str], Shapes]
 ) -> dict[str, dict[str, Piece]]:
-    """Every tensor of the parts that have these rules and are to have these shapes, out of all ranks."""
-    named = {key for rows in rules.values() for theirs, _, _ in rows for key in theirs.split()}
+    """The tensors of all parts, by part and name, from the states of all ranks.
+
+    rules: of each part; shapes: the names and shapes that a part must have. Raise ValueError, with `name`, if
+    the states are not exactly those that the rules name, or do not give these shapes.
+    """
+    named = set()
+    for rows in rules.values():
+        for theirs, _, _ in rows:
+            named.update(theirs.split())
     for states in ranks:
         _check_names(named, states, name)
-    picked: dict[str, dict[str, Piece]] = {}
+
+    converted: dict[str, dict[str, Piece]] = {}
     for part, rows in rules.items():
-        due = shapes(part)
-        _check_names(due, {ours for _, ours, _ in rows}, part)
+        expected = shapes(part)
+        _check_names(expected, {ours for _, ours, _ in rows}, part)
+        converted[part] = {}
         for theirs, ours, how in rows:
-            for key in theirs.split():
+            their_names = theirs.split()
+            for key in their_names:
                 _check_ranks([states[key] for states in ranks], how, f"{name}: {key}")
-            shards = [states[key] for states in ranks for key in theirs.split()]
-            picked.setdefault(part, {})[ours] = _piece(shards, how, due[ours], theirs)
-    return picked
+            shards: list[Tensor] = []
+            for states in ranks:
+                shards += [states[key] for key in their_names]
+            converted[part][ours] = _piece(shards, how, expected[ours], theirs)
+    return converted
 
 
 def _check_names(expected: Iterable[str], found: Iterable[str], name: str) -> None:
@@ -56,15 +69,16 @@ def _check_names(expected: Iterable[str], found: Iterable[str], name: str) -> No
 
 
 def _check_ranks(shards: list[Tensor], how: str | int, name: str) -> None:
-    """Ranks of one checkpoint have shards of one shape, and agree in what all of them hold."""
+    """Raise ValueError unless the shards of all ranks have one shape and, if replicated, are equal."""
     first, *others = shards
     if any(shard.shape != first.shape for shard in others):
-        raise ValueError(f"{name} is of different shapes in the ranks: {[list(s.shape) for s in shards]}")
+        raise ValueError(f"{name} has different shapes in the ranks: {[list(s.shape) for s in shards]}")
     if _replicated(first, how) and not all(torch.equal(first, shard) for shard in others):
         raise ValueError(f"{name} is not the same in all ranks; they are not of one checkpoint")
 
 
 def _replicated(shard: Tensor, how: str | int) -> bool:
+    """Whether all ranks hold the whole tensor."""
     return isinstance(how, int) or how == "same" or (how == "columns" and shard.ndim == 1)
 
 
@@ -80,13 +94,17 @@ def _piece(shards: list[Tensor], how: str | int, shape: torch.Size, name: str) -
 
 
 def join(shards: Sequence[Tensor], how: str | int, rows: int) -> Tensor:
-    """One tensor out of those of all model-parallel ranks (SPEC A.7). They are the "same"; or cut into
-    "rows"; or into "columns", but for a bias, which is the same; or into "thirds": some heads of the queries,
-    of the keys and of the values. A number is the first of `rows` of a table that is the same in all."""
+    """Join the tensors of all model-parallel ranks (docs/reference.md, "Checkpoint files").
+
+    how: "same", equal in all ranks; "rows", cut along dimension 0; "columns", cut along dimension 1, a bias
+    equal in all; "thirds", each rank holds some heads of queries, keys and values. A number is the first of
+    `rows` rows of a table that is equal in all.
+    """
     if isinstance(how, int):
         return shards[0][how : how + rows]
     if len(shards) == 1 or _replicated(shards[0], how):
         return shards[0]
     if how == "thirds":
-        return torch.cat([third for thirds in zip(*(shard.chunk(3) for shard in shards)) for third in thirds])
+        thirds = [shard.chunk(3) for shard in shards]  # of each rank: queries, keys, values
+        return torch.cat(list(chain.from_iterable(zip(*thirds))))
     return torch.cat(list(shards), 1 if how == "columns" else 0)

@@ -1,9 +1,9 @@
-"""Read SAT checkpoint folders and the zips they come in (docs/reference.md, "Checkpoint files").
+"""Read SAT checkpoint folders and the zips that contain them (docs/reference.md, "Checkpoint files").
 
-None of it is trusted, all of it may be larger than memory:
-- A pickle is read by torch's restricted unpickler; numpy's names stand for `Ignored`: no code of the file or
-  of numpy runs. Tensors are mapped, not read, and made when they are wanted.
-- Of a zip only the files of a checkpoint are taken out, if it is neither a bomb nor leads out of its folder.
+Files are not trusted, and may be larger than memory:
+- Torch's restricted unpickler reads a pickle, with `Ignored` in place of numpy's classes: no code of the file
+  or of numpy runs. Tensors are memory-mapped, and read when they are used.
+- Only a checkpoint's files are extracted from a zip, and none if it is a bomb or leads out of its folder.
 """
 
 import json
@@ -23,11 +23,11 @@ from cogvideo.convert.keys import States
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WANTED = re.compile(r"(.*/)?(latest|model_config\.json|mp_rank_\d+_model_states\.pt)")
-CLIMBS = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
+ESCAPES = re.compile(r"[/\\]|[A-Za-z]:|(.*[/\\])?\.\.([/\\]|$)")
 
 
 class Ignored:
-    """Stands for whatever of numpy is in a checkpoint (states of random generators). It keeps nothing."""
+    """Replaces all numpy objects in a checkpoint (states of random generators); it stores nothing."""
 
     def __init__(self, *_: object):
         pass
@@ -36,38 +36,51 @@ class Ignored:
         pass
 
 
-NUMPY = [f"{c}.multiarray.{f}" for c in ("numpy.core", "numpy._core") for f in ("_reconstruct", "scalar")]
-IGNORED = [(Ignored, name) for name in (*NUMPY, "numpy.ndarray", "numpy.dtype", "_codecs.encode")]
+NUMPY = (
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+IGNORED = [(Ignored, name) for name in NUMPY]
 
 
 def read_states(file: Path) -> States:
-    """The tensors under `module` of a pickled file. Raises ValueError if it is damaged or runs code."""
+    """The tensors under `module` of a pickled file. Raise ValueError if it is damaged or contains code."""
     if not file.exists():
         raise ValueError(f"{file} is missing")
-    try:  # what torch wrote before 2020 is no zip, and cannot be mapped
+    try:  # files that torch wrote before 2020 are not zips, and cannot be mapped
         entries = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
         with torch.serialization.safe_globals(IGNORED):  # type: ignore[arg-type]
             loaded = torch.load(file, map_location="cpu", mmap=bool(entries), weights_only=True)
-    except Exception as error:  # whatever the reader trips over; it says a lot, and how to allow all
+    except Exception as error:  # torch's messages are long and explain how to allow everything
         why = re.search(r"(?i)unsupported .*?(?=\. |\.?\n|$)", str(error)) or re.match(r"[^.\n]*", str(error))
-        said = why[0] if why else ""
-        raise ValueError(f"{file} is refused, it is damaged or holds more than tensors: {said}") from None
+        reason = why[0] if why else ""
+        raise ValueError(f"{file} is refused, it is damaged or holds more than tensors: {reason}") from None
+
     states = loaded.get("module") if isinstance(loaded, dict) else None
-    if not isinstance(states, dict) or not all(
+    if not isinstance(states, dict) or not all(_is_plain(key, value) for key, value in states.items()):
+        raise ValueError(f"{file} is not a checkpoint: what is under 'module' are not plain tensors")
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # mapping it would give noise
+        raise ValueError(f"{file} is refused: it is compressed inside, which torch never does")
+    stored = sum(entry.file_size for entry in entries) or file.stat().st_size
+    if sum(value.numel() * value.itemsize for value in states.values()) > stored:
+        raise ValueError(f"{file} is refused: its tensors claim to be larger than what it holds")
+    return states
+
+
+def _is_plain(key: object, value: object) -> bool:
+    """Whether this is the name of a dense tensor of floats on the CPU."""
+    return (
         isinstance(key, str)
         and isinstance(value, Tensor)
         and value.layout == torch.strided
         and value.dtype in FLOATS
         and value.device.type == "cpu"
-        for key, value in states.items()
-    ):
-        raise ValueError(f"{file} is no checkpoint: what is under 'module' are not plain tensors")
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):  # mapped, it would be noise
-        raise ValueError(f"{file} is refused: it is compressed inside, which torch never does")
-    held = sum(entry.file_size for entry in entries) or file.stat().st_size
-    if sum(value.numel() * value.itemsize for value in states.values()) > held:
-        raise ValueError(f"{file} is refused: its tensors claim to be larger than what it holds")
-    return states
+    )
 
 
 # -- SAT
@@ -76,16 +89,17 @@ def read_states(file: Path) -> States:
 class Checkpoint(NamedTuple):
     name: str
     described: dict[str, Any]  # model_config.json; empty if it is missing
-    ranks: list[States]  # the states of every model-parallel rank
+    ranks: list[States]  # of every model-parallel rank
 
 
 def find_checkpoints(sources: Sequence[Path]) -> list[Path]:
-    """Checkpoint folders and zips, out of those and of folders of them."""
+    """The checkpoint folders and zips among `sources`, and in folders among them."""
     found: list[Path] = []
     for source in sources:
-        inside = sorted([*source.glob("*.zip"), *(file.parent for file in source.glob("*/latest"))])
         if source.is_file() or (source / "latest").exists():
             inside = [source]
+        else:
+            inside = sorted([*source.glob("*.zip"), *(file.parent for file in source.glob("*/latest"))])
         if not inside:
             raise ValueError(f"{source} holds no SAT checkpoint: there is no file named latest")
         found += inside
@@ -93,9 +107,9 @@ def find_checkpoints(sources: Sequence[Path]) -> list[Path]:
 
 
 @contextmanager
-def opened(source: Path, place: Path) -> Iterator[Checkpoint]:
-    """A checkpoint folder, or the one in a zip, which is at `place` as long as it is open."""
-    folder = source if source.is_dir() else _unpack(source, place)
+def open_checkpoint(source: Path, temporary: Path) -> Iterator[Checkpoint]:
+    """Yield a checkpoint: a folder, or a zip, which is unpacked to the folder `temporary` meanwhile."""
+    folder = source if source.is_dir() else _unpack(source, temporary)
     try:
         described = {**json.loads((folder / "model_config.json").read_bytes())}
     except FileNotFoundError:
@@ -105,9 +119,9 @@ def opened(source: Path, place: Path) -> Iterator[Checkpoint]:
     files = _rank_files(folder, described.get("model_parallel_size", 1))
     checkpoint = Checkpoint(source.name, described, [read_states(file) for file in files])
     yield checkpoint
-    checkpoint.ranks.clear()  # a mapped file would stay on the disk
+    checkpoint.ranks.clear()  # the space of a mapped file would not be freed
     if folder is not source:
-        shutil.rmtree(place)
+        shutil.rmtree(temporary)
 
 
 def _rank_files(folder: Path, count: int) -> list[Path]:
@@ -117,8 +131,8 @@ def _rank_files(folder: Path, count: int) -> list[Path]:
         raise ValueError(f"{folder / 'latest'} says {latest[:99]!r}, where a number or 'release' belongs")
     files = sorted((folder / latest).glob("mp_rank_*_model_states.pt"))
     found = [file.name for file in files]
-    due = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(files))]
-    if not files or count != len(files) or found != due:
+    expected = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(files))]
+    if not files or count != len(files) or found != expected:
         raise ValueError(
             f"{folder / latest} is not complete: there should be {count} rank(s), by "
             f"model_config.json, but the files are: {', '.join(found) or 'none'}"
@@ -126,23 +140,26 @@ def _rank_files(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def _unpack(source: Path, place: Path) -> Path:
-    """The folder of the one checkpoint of a zip, unpacked at `place`."""
+def _unpack(source: Path, target: Path) -> Path:
+    """Unpack a zip to the folder `target`; return the folder of its only checkpoint."""
     try:
         with zipfile.ZipFile(source) as archive:
-            if climbing := next(filter(CLIMBS.match, archive.namelist()), None):
-                raise ValueError(f"{source} is refused: {climbing!r} leads out of the folder")
+            escaping = next(filter(ESCAPES.match, archive.namelist()), None)
+            if escaping:
+                raise ValueError(f"{source} is refused: {escaping!r} leads out of the folder")
             entries = [entry for entry in archive.infolist() if WANTED.fullmatch(entry.filename)]
-            packed, size = source.stat().st_size, sum(entry.file_size for entry in entries)
-            free = shutil.disk_usage(place.parent).free
-            if size > 20 * packed + 1_000_000:  # weights hardly shrink
+            packed = source.stat().st_size
+            size = sum(entry.file_size for entry in entries)
+            free = shutil.disk_usage(target.parent).free
+            if size > 20 * packed + 1_000_000:  # weights hardly compress
                 raise ValueError(f"{source} is refused as a zip bomb: its {packed} bytes would become {size}")
-            if 2 * size > free:  # as it is, and converted
+            if 2 * size > free:  # for the unpacked and for the converted files
                 raise ValueError(f"{source} needs {2 * size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
-            archive.extractall(place, entries)
+            archive.extractall(target, entries)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
-        raise ValueError(f"{source} is damaged or no zip: {error}") from None
-    roots = [file.parent for file in place.rglob("latest")]
+        raise ValueError(f"{source} is damaged or not a zip: {error}") from None
+
+    roots = [file.parent for file in target.rglob("latest")]
     if len(roots) != 1:
         raise ValueError(f"{source} holds {len(roots)} SAT checkpoints, where one belongs")
     return roots[0]

@@ -1,4 +1,4 @@
-"""Evaluate: numbers about clips.
+"""Evaluate: measures of clips.
 
 metrics   Frechet distance, PSNR, SSIM, sharpness, flicker
 """

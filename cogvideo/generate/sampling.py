@@ -19,7 +19,7 @@ class Sampling:
     """How tokens are drawn. `top_k` 0 keeps all; `guidance_scale` 1 is no guidance.
 
     With `clusters`, codes that look alike: one of the `top_k` likeliest clusters is drawn, then one of its
-    codes, at `temperature` times `token_temperature` (SPEC C.7).
+    codes, at `temperature` times `token_temperature` (docs/reference.md, "Sampling by clusters").
     """
 
     temperature: float = 1.0

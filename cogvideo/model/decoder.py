@@ -1,12 +1,12 @@
-"""The video decoder: codes of a clip to frames, each seen with its neighbours in time and with the caption.
+"""The video decoder: codes of a clip to frames, using neighbouring frames and the caption.
 
-It starts as a copy of the tokenizer's decoder, which knows one frame at a time, and gains two kinds of layers
-that begin as nothing: `TimeMixer` looks at the frames before and after, `TextReader` at the words. Notable:
-- Decoding frame by frame is where most flicker comes from; temporal layers in the decoder alone cure it, with
-  the encoder untouched (Blattmann 2023, Video LDM).
-- The caption says what the codes mean where they are wrong, as in CogView2's super-resolution (Ding 2022).
-- Mixing is local in time, so a clip of any length is decoded in one pass, and frames beyond the ends are
-  repeated.
+It starts as a copy of the tokenizer's decoder, which decodes single frames, and adds two kinds of layers that
+initially add zero: `TimeMixer` uses the previous and the next frame, `TextReader` the words. Notable:
+- Most flicker comes from decoding frame by frame; temporal layers in the decoder alone remove it, with the
+  encoder unchanged (Blattmann 2023, Video LDM).
+- Where codes are wrong, the caption says what is meant, as in CogView2's super-resolution (Ding 2022).
+- Mixing is local in time, so a clip of any length is decoded in one pass; the first and the last frame are
+  repeated beyond the ends.
 
 Shapes: B clips, F frames, N = g * g codes, C channels, T text tokens.
 """
@@ -33,14 +33,14 @@ class DecoderConfig:
 
 
 def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """A layer that begins by giving 0."""
+    """Set a layer's weights to 0, so that it initially returns 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 class TimeMixer(nn.Module):
-    """Adds to each frame what it takes from itself and its two neighbours, place by place."""
+    """Adds to each frame a linear mix of itself and its two neighbours, position by position."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
@@ -50,13 +50,14 @@ class TimeMixer(nn.Module):
     def forward(self, x: Tensor, frames: int) -> Tensor:
         """[B * F, C, h, w] to the same."""
         h = F.silu(self.norm(x)).unflatten(0, (-1, frames))  # [B, F, C, h, w]
-        before = torch.cat((h[:, :1], h[:, :-1]), 1)
-        after = torch.cat((h[:, 1:], h[:, -1:]), 1)
-        return x + self.mix(torch.cat((before, h, after), 2).flatten(0, 1))
+        previous = torch.cat((h[:, :1], h[:, :-1]), 1)
+        following = torch.cat((h[:, 1:], h[:, -1:]), 1)
+        y: Tensor = self.mix(torch.cat((previous, h, following), 2).flatten(0, 1))
+        return x + y
 
 
 class TextReader(nn.Module):
-    """Adds to each place of a frame what it reads in the caption: attention to the embedded words."""
+    """Adds to each position of a frame its attention to the embedded words of the caption."""
 
     def __init__(self, channels: int, width: int, heads: int, groups: int):
         super().__init__()
@@ -72,9 +73,10 @@ class TextReader(nn.Module):
         q = self.query(self.norm(x)).unflatten(0, (-1, frames)).flatten(3)  # [B, F, C, h * w]
         q = q.movedim(2, 3).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, F h w, d]
         k, v = self.pair(words).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, T, d]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None, :].to(q.dtype))
+        y: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None, :].to(q.dtype))
         y = y.transpose(1, 2).flatten(2).unflatten(1, (frames, -1)).flatten(0, 1)  # [B * F, h * w, C]
-        return x + self.out(y.transpose(1, 2).reshape(-1, channels, height, width))
+        y = self.out(y.transpose(1, 2).reshape(-1, channels, height, width))
+        return x + y
 
 
 class VideoDecoder(nn.Module):
@@ -85,17 +87,18 @@ class VideoDecoder(nn.Module):
 
     def __init__(self, vqvae: VQVAEConfig, config: DecoderConfig):
         super().__init__()
-        self.vqvae, self.config = vqvae, config
+        self.vqvae = vqvae
+        self.config = config
         self.frame = decoder_of(vqvae)
         widths = {i: block.conv2.out_channels for i, block in self._blocks()}
         width = vqvae.channels * vqvae.multipliers[-1]
         self.words = nn.Embedding(config.pieces, width)
         nn.init.normal_(self.words.weight, std=0.5)
-        readers = list(widths)[: config.read]
-        mixed = widths if config.mix else {}
-        self.mixers = nn.ModuleDict({str(i): TimeMixer(c, vqvae.groups) for i, c in mixed.items()})
+        mixed = list(widths) if config.mix else []
+        read = list(widths)[: config.read]
+        self.mixers = nn.ModuleDict({str(i): TimeMixer(widths[i], vqvae.groups) for i in mixed})
         self.readers = nn.ModuleDict(
-            {str(i): TextReader(widths[i], width, config.heads, vqvae.groups) for i in readers}
+            {str(i): TextReader(widths[i], width, config.heads, vqvae.groups) for i in read}
         )
 
     def _blocks(self) -> list[tuple[int, ResidualBlock]]:
@@ -103,10 +106,11 @@ class VideoDecoder(nn.Module):
 
     @torch.no_grad()
     def inherit(self, vqvae: VQVAE) -> None:
-        """Start as the tokenizer's decoder: the new layers add nothing yet."""
+        """Copy the tokenizer's decoder; the new layers still add zero."""
         self.frame.load_state_dict(vqvae.decoder.state_dict())
 
     def forward(self, z: Tensor, text: Tensor) -> Tensor:
+        """Code vectors [B, F, C, g, g] and text ids [B, T] to clips [B, F, 3, R, R]."""
         frames = z.shape[1]
         words = self.words((text - self.config.first_text).clamp(0, self.config.pieces - 1))  # [B, T, W]
         bias = torch.zeros_like(text, dtype=torch.float32).masked_fill(text == self.config.pad, float("-inf"))
@@ -117,6 +121,9 @@ class VideoDecoder(nn.Module):
                 x = self.readers[str(i)](x, words, bias, frames)
             if str(i) in self.mixers:
                 x = self.mixers[str(i)](x, frames)
+
         x = x.float()
-        mean, std = (constant(v, x).view(3, 1, 1) for v in (self.vqvae.mean, self.vqvae.std))
-        return (x * std + mean).unflatten(0, (-1, frames))
+        mean = constant(self.vqvae.mean, x).view(3, 1, 1)
+        std = constant(self.vqvae.std, x).view(3, 1, 1)
+        clips: Tensor = (x * std + mean).unflatten(0, (-1, frames))
+        return clips

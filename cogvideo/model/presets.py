@@ -124,7 +124,7 @@ PRESETS = {
 
 
 _DRAWN = {"temperature": 1.05, "top_k": 12, "token_temperature": 0.89, "text_boost": 1.4}
-SAMPLING: dict[str, dict[str, Any]] = {  # where not the defaults are meant (SPEC C.1, C.5 to C.8)
+SAMPLING: dict[str, dict[str, Any]] = {  # where not the defaults are meant (docs/reference.md, "Inference")
     "cogvideo-9b": {
         "image": _DRAWN | {"temperature": 1.0, "top_k": 16},
         "stage1": _DRAWN | {"guidance_scale": 3.0},

@@ -1,7 +1,7 @@
-"""The refiner: small decoded frames to larger, better ones, each seen with its neighbours in time.
+"""The refiner: small decoded frames to larger, sharper ones, using neighbouring frames.
 
-A residual convolutional network at the low resolution, sub-pixel upsampling (Shi 2016) on top of a bicubic
-enlargement. It is trained on what the tokenizer makes of a clip, so it mends the tokenizer's blur as well.
+A residual convolutional network at the low resolution; its sub-pixel upsampling (Shi 2016) is added to the
+bicubically resized clip. It is trained on clips that the tokenizer decoded, so it corrects their blur, too.
 
 Shapes: clips [B, F, 3, h, w] to [B, F, 3, scale * h, scale * w], pixels in [0, 1].
 """
@@ -30,29 +30,32 @@ class Refiner(nn.Module):
         self.first = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(config.blocks))
         self.second = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(config.blocks))
         self.leave = nn.Conv2d(width, 3 * config.scale**2, 3, padding=1)
-        for p in self.leave.parameters():  # begins as a bicubic enlargement
-            nn.init.zeros_(p)
+        for parameter in self.leave.parameters():  # initially, the output is the bicubically resized clip
+            nn.init.zeros_(parameter)
 
     def forward(self, clip: Tensor) -> Tensor:
-        return enlarge(clip, self.config.scale) + self.detail(clip)
+        return resize(clip, self.config.scale) + self.detail(clip)
 
     def detail(self, clip: Tensor) -> Tensor:
-        """What is added to the enlarged clip."""
-        reach, frames = self.config.reach, clip.shape[1]
-        around = [
-            (torch.arange(frames, device=clip.device) + d).clamp(0, frames - 1)
-            for d in range(-reach, reach + 1)
-        ]
-        x = torch.cat([clip[:, index] for index in around], 2).flatten(0, 1)  # [B*F, 3 * (2 reach + 1), h, w]
-        x = x.contiguous(memory_format=torch.channels_last)  # which convolutions are faster with
+        """The residual that is added to the resized clip."""
+        reach = self.config.reach
+        frames = clip.shape[1]
+        number = torch.arange(frames, device=clip.device)
+        neighbours = []
+        for offset in range(-reach, reach + 1):
+            neighbours.append(clip[:, (number + offset).clamp(0, frames - 1)])
+        x = torch.cat(neighbours, 2).flatten(0, 1)  # [B*F, 3 * (2 reach + 1), h, w]
+        x = x.contiguous(memory_format=torch.channels_last)  # for faster convolutions
         x = h = self.enter(2 * x - 1)
         for first, second in zip(self.first, self.second):
             h = h + second(F.silu(first(h)))
         detail = F.pixel_shuffle(self.leave(F.silu(h + x)), self.config.scale)  # [B*F, 3, scale h, scale w]
-        return detail.unflatten(0, (-1, frames))
+        clips: Tensor = detail.unflatten(0, (-1, frames))
+        return clips
 
 
-def enlarge(clip: Tensor, scale: int) -> Tensor:
-    """Bicubic enlargement of [B, F, 3, h, w]: what the refiner starts from and is measured against."""
-    big = F.interpolate(clip.flatten(0, 1), scale_factor=scale, mode="bicubic", align_corners=False)
-    return big.unflatten(0, (len(clip), -1))
+def resize(clip: Tensor, scale: int) -> Tensor:
+    """Bicubic resizing of [B, F, 3, h, w]: the refiner's starting point and baseline."""
+    large = F.interpolate(clip.flatten(0, 1), scale_factor=scale, mode="bicubic", align_corners=False)
+    clips: Tensor = large.unflatten(0, (len(clip), -1))
+    return clips

@@ -1,21 +1,21 @@
 """The regression family: a caption becomes all frames of a clip in one pass, without sampling.
 
-    caption ----- encoder ----.
-                               v
-    places, rate - decoder ----+---- video generation layer ---- video refinement layer ---- frames
+    caption ------- encoder ----.
+                                 v
+    positions, fps - decoder ----+---- video generation layer ---- video refinement layer ---- frames
 
-Encoder and decoder are transformers that share one vocabulary and one embedding. The decoder's queries are
-places: frame and patch, plus the frame-rate token. The video generation layer is a linear projection of each
-state to the pixels of its patch; the video refinement layer is a residual of convolutions over each frame and
-its neighbours in time. Pixels are sigmoids of the sum: bounded.
+Encoder and decoder are transformers that share one vocabulary and one embedding. Each query of the decoder is
+a position: those of a frame and of a patch, plus the frame-rate token. The video generation layer projects
+each state to the pixels of its patch; the video refinement layer adds a residual of convolutions over each
+frame and its neighbours in time. A sigmoid of the sum keeps pixels in bounds.
 
-A frame keeps its number at the full rate however few are asked for, so what is learned of a moment at a low
-rate stays true at a high one:
+A frame has the same number at every frame rate, so what a model learns about a moment at a low rate stays
+valid at a high one:
 
-    rate 1, 5 frames      0               8               16              24              32
-    rate 8, 33 frames     0 1 2 3 4 5 6 7 8 9 ...
+    1 fps, 5 frames      0               8               16              24              32
+    8 fps, 33 frames     0 1 2 3 4 5 6 7 8 9 ...
 
-Legend: B batch, T text_len, F frames asked for, P patches a frame, p pixels a side of a patch, R resolution,
+Legend: B batch, T text_len, F requested frames, P patches a frame, p pixels a side of a patch, R resolution,
 D width.
 """
 
@@ -74,13 +74,14 @@ class RegressionConfig:
 
 
 class RegressionTransformer(nn.Module):
-    """`forward(text, slots, rate)` to frames."""
+    """`forward(text, rate, slots)`: text ids [B, T] to frames [B, F, 3, R, R]."""
 
-    trained: Tensor  # [rates, frames] which frames it was trained for, at each rate
+    trained: Tensor  # bool [rates, frames]: the frames it was trained for at each rate
 
     def __init__(self, config: RegressionConfig):
         super().__init__()
-        c = self.config = config
+        self.config = config
+        c = config
         self.embed = nn.Embedding(c.vocab + len(c.rates), c.width)
         self.text_positions = nn.Embedding(c.text_len, c.width)
         self.frame_positions = nn.Embedding(c.frames, c.width)
@@ -111,35 +112,38 @@ class RegressionTransformer(nn.Module):
                 nn.init.normal_(module.in_proj_weight, std=0.02, generator=generator)
 
     def get_ready(self, rate: float, slots: Sequence[int]) -> None:
-        """Get ready to train these frames at this rate."""
+        """Prepare for training these frames at this rate."""
         self.spread(self.trained.any(0))
         self.trained[self.config.rates.index(rate), list(slots)] = True
 
     @torch.no_grad()
     def spread(self, known: Tensor) -> None:
-        """Put the positions of all other frames on the way between those that are known, bool [F], and beyond
-        them to copies. After an image model, all are copies of the first."""
-        table, there = self.frame_positions.weight, known.nonzero().flatten().tolist()
-        if there:
-            columns = table[there].cpu().double().numpy().T
-            spread = [np.interp(np.arange(len(table)), there, column) for column in columns]
+        """Interpolate the positions of all other frames between the known ones, bool [F]; beyond them, copy.
+        After an image model, all are copies of the first."""
+        table = self.frame_positions.weight
+        numbers = known.nonzero().flatten().tolist()
+        if numbers:
+            columns = table[numbers].cpu().double().numpy().T
+            spread = [np.interp(np.arange(len(table)), numbers, column) for column in columns]
             table.copy_(torch.from_numpy(np.stack(spread, 1)))
 
     def forward(self, text: Tensor, rate: float, slots: Sequence[int] | None = None) -> Tensor:
-        """text [B, T], left-padded ids, to frames [B, F, 3, R, R] in 0..1: those of `slots`, by default all
-        that a clip has at `rate` frames a second."""
+        """text [B, T], left-padded ids, to frames [B, F, 3, R, R] in [0, 1]: those of `slots`, by default all
+        that a clip has at `rate` frames per second."""
         c = self.config
         slots = list(c.slots(rate) if slots is None else slots)
         padding = text == c.pad
-        padding[:, -1] = False  # an empty caption is one padding, not nothing to look at
+        padding[:, -1] = False  # an empty caption attends to one padding token, not to nothing
         x = self.embed(text) + self.text_positions(text_ranks(text, c.pad))  # [B, T, D]
         memory = self.encoder(x, src_key_padding_mask=padding)
+
         token = torch.tensor(c.vocab + c.rates.index(rate), device=text.device)
         frames = self.frame_positions.weight[slots] + self.embed(token)  # [F, D]
         queries = frames[:, None] + self.patch_positions.weight  # [F, P, D]
         queries = queries.flatten(0, 1).expand(len(text), -1, -1)  # [B, F * P, D]
         states = self.decoder(queries, memory, memory_key_padding_mask=padding)
+
         patches = self.generation(states)  # [B, F * P, 3 * p * p]
         patches = patches.view(-1, c.grid, c.grid, 3 * c.patch**2).permute(0, 3, 1, 2)
-        made = F.pixel_shuffle(patches, c.patch).unflatten(0, (len(text), -1))  # [B, F, 3, R, R]
-        return (made + self.refinement.detail(made.sigmoid())).sigmoid()
+        generated: Tensor = F.pixel_shuffle(patches, c.patch).unflatten(0, (len(text), -1))  # [B, F, 3, R, R]
+        return (generated + self.refinement.detail(generated.sigmoid())).sigmoid()

@@ -241,7 +241,7 @@ class DualChannelTransformer(nn.Module):
         """Logits of the next image code at every frame slot, float32 [B, S, V].
 
         tokens [B, T + S]: text (left-padded) and S tokens of the first whole laid frames; boost: added to the
-        scores of frames towards text (docs/reference.md, "Attention to text").
+        scores of frames towards text (docs/reference.md, "Inference").
         """
         return self.head(self.hidden(tokens, layout, boost))
 
@@ -374,7 +374,7 @@ def text_bias(text: Tensor, pad: int, dtype: torch.dtype) -> Tensor:
 
 
 def init_normal(module: nn.Module, generator: torch.Generator | None) -> None:
-    """N(0, 0.02) for matrices, 0 for biases, 1 and 0 for norms (SPEC A.3: the paper's initialisation)."""
+    """N(0, 0.02) for matrices, 0 for biases, 1 and 0 for norms (docs/reference.md, "Initialisation")."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
             nn.init.normal_(part.weight, std=0.02, generator=generator)

@@ -66,8 +66,9 @@ def token_loss(
     weights: Tensor | None = None,
     corners: Tensor | None = None,
 ) -> Result:
-    """Cross-entropy of the frames that the layout trains (SPEC B.3). text [B, T], codes [B, F, N] in time
-    order; context [B, F, N]: codes to be read instead, so that a model learns to go on from wrong ones;
+    """Cross-entropy of the frames that the layout trains (docs/reference.md, "Loss"). text [B, T],
+    codes [B, F, N] in time order; context [B, F, N]: codes to be read instead, so
+    that a model learns to go on from wrong ones;
     weights [B, F, N]: how much a code counts among those of its clip; corners [B, 2]: first row and column of
     what the codes are a window of, if they are not whole frames.
 
@@ -167,7 +168,7 @@ def windows(maps: Tensor, corners: Tensor, side: int) -> Tensor:
 
 def corrupt(codebook: Codebook, codes: Tensor, share: float, seeds: Sequence[int]) -> Tensor:
     """Codes [B, F, N] with about `share` of them replaced by near ones, drawn from each clip's own seed."""
-    return codebook.perturbed(codes.flatten(1), share, seeds).view_as(codes)
+    return codebook.perturb(codes.flatten(1), share, seeds).view_as(codes)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -241,7 +242,7 @@ def tokenizer(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
         if number >= UNQUANTISED and not vqvae.codebook.filled:
             with torch.no_grad():
                 z = vqvae.latents(batch.frames[0].flatten(0, 1)).float()
-            vqvae.codebook.fill(z.permute(0, 2, 3, 1).flatten(0, 2), generator)
+            vqvae.codebook.init_codes(z.permute(0, 2, 3, 1).flatten(0, 2), generator)
         clips, weights = batch.frames[0], object_weights(batch, phase)
         return tokenizer_loss(vqvae, hierarchical, clips, generator, phase.perturb, batch.numbers, weights)
 

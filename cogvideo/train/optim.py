@@ -16,8 +16,9 @@ def learning_rate(
     """Of a step, counted from 0.
 
     "trapezoid": warm up linearly, stay, and fall linearly to 0 over the last `decay` share of the steps.
-    "cosine": that of the released models (SPEC B.4), 100 steps at a twentieth, for moments to settle on
-    inherited weights, then the linear warm-up from where it would be, then half a cosine down to a tenth.
+    "cosine": that of the released models (docs/reference.md, "Learning rate"), 100 steps at a twentieth, for
+    moments to settle on inherited weights, then the linear warm-up from where it would be, then half a
+    cosine down to a tenth.
     """
     rise = min(1.0, (step + 1) / max(warmup, 1))
     if schedule == "trapezoid":

@@ -89,7 +89,7 @@ def random_model(folder: ModelFolder, recipe: Recipe, spec: Any, source: Source)
         part = inherit.new_part(spec, name, recipe.seed)
         if name == "vqvae":
             generator = torch.Generator().manual_seed(recipe.seed)
-            part.codebook.fill(
+            part.codebook.init_codes(
                 torch.randn(len(part.codebook.vectors), part.config.code_width, generator=generator),
                 generator,
             )

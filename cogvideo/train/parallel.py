@@ -299,8 +299,8 @@ def _follow_together(book: Codebook, machine: Machine) -> None:
         for buffer in book.buffers():
             dist.broadcast(buffer, 0)
 
-    book.follow = partial(together, book.follow)  # type: ignore[method-assign]
-    book.fill = partial(together, book.fill)  # type: ignore[method-assign]
+    book.update = partial(together, book.update)  # type: ignore[method-assign]
+    book.init_codes = partial(together, book.init_codes)  # type: ignore[method-assign]
 
 
 def whole(tensor: Tensor) -> Tensor:

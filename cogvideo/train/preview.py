@@ -13,7 +13,7 @@ from cogvideo.files import replacing
 from cogvideo.generate.cogvideo import CogVideo
 from cogvideo.layout import SECONDS
 from cogvideo.model.folder import ModelFolder
-from cogvideo.model.refiner import enlarge
+from cogvideo.model.refiner import resize
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.text import PLAIN
 from cogvideo.train.objectives import decoder, tokenizer
@@ -59,7 +59,7 @@ def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch
             codes = parts["vqvae"].encode(clips.flatten(0, 1))
             low = parts["vqvae"].decode(codes).unflatten(0, clips.shape[:2])
         rows = _rows(
-            enlarge(low, parts["refiner"].config.scale), parts["refiner"](low), batch.frames[1][:SHOWN]
+            resize(low, parts["refiner"].config.scale), parts["refiner"](low), batch.frames[1][:SHOWN]
         )
     else:
         rows = _samples(folder, parts, batch.captions[:SHOWN])

@@ -3,15 +3,16 @@
     cast       who: 96 animated sprites
     places     where: ten places, each drawn in many looks
     scene      a sprite, a motion, a place and the numbers that vary; what goes together; where the object is
-    picture    a scene at some times and a size, as frames
+    picture    a scene at given times and size, as frames
+    canvas     the same on any device, many frames at a time
     words      what things are called, in English and Chinese
     phrasing   a scene as a sentence
     world      scenes by index, as a `Source` to train on
 
 Notable:
-- A `Scene` is a handful of names and numbers; everything drawn follows from it, at any time and any size. A
-  pixel is the mean of the picture over its square: the same scene at 48 and 192 pixels is the same picture.
-- Directions, ground lines, water lines and shadows are real, and the caption says only what is drawn.
+- A `Scene` is a few names and numbers that determine every frame, at any time and any size. A pixel is the
+  mean over its square: the same scene at 48 and 192 pixels is the same image.
+- Directions, ground lines, water lines and shadows are real, and the caption says only what is visible.
 - One in eight (sprite, motion, place) triples is held out by a fixed rule on the names: `Scene.held_out`.
 
 Coordinates are fractions of the frame, y down. A clip lasts `SECONDS`.
@@ -23,7 +24,7 @@ from cogvideo.data.tinyworld.picture import cover, render
 from cogvideo.data.tinyworld.places import LAND, LOOKS, PLACES, draw_place
 from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, allowed, path, sample_scene
 from cogvideo.data.tinyworld.words import names_of
-from cogvideo.data.tinyworld.world import SceneRecording, TinyWorld
+from cogvideo.data.tinyworld.world import SceneVideo, TinyWorld
 
 __all__ = [
     "LAND",
@@ -32,7 +33,7 @@ __all__ = [
     "PLACES",
     "SECONDS",
     "Scene",
-    "SceneRecording",
+    "SceneVideo",
     "TinyWorld",
     "allowed",
     "caption",

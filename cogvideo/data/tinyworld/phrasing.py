@@ -1,8 +1,8 @@
 """Captions: a scene in the words of many people.
 
-`words.plain_caption` says a scene in a few ways; here are articles, synonyms, word orders, keywords and
-requests, and the words for size and speed where the scene has them. All say only what is drawn.
-`phrasing.json` has the phrases; those of `words.json` belong to them.
+`words.plain_caption` describes a scene in a few ways; here are articles, synonyms, word orders, keywords and
+requests, and words for size and speed if they are unusual. All say only what is visible. The phrases are in
+`phrasing.json` and `words.json`. The order of the random numbers decides the captions.
 
     who     an article, a size, a name           "a tiny dog"        一只小小的狗
     does    a verb, a direction, a speed         "runs to the right" 慢慢地向右跑
@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +22,8 @@ from cogvideo.data.tinyworld.cast import table
 from cogvideo.data.tinyworld.places import LAND
 from cogvideo.data.tinyworld.scene import CROSSING, Scene
 
-LONGEST = {"en": 16, "zh": 26}  # words or characters, so that a text of 32 tokens has room for them
-_PERSONS = ("person", "man", "woman", "人")  # who they are is told by what they do
+MAX_LENGTH = {"en": 16, "zh": 26}  # words or characters that fit in a text of 32 tokens
+_PERSONS = ("person", "man", "woman", "人")  # names of which only the verb says who it is
 _VIDEO = (
     "a video of",
     "video of",
@@ -36,8 +37,10 @@ _WISH = ("show me", "i want to see", "make a video of", "here is", "we see", "yo
 
 
 @lru_cache(1)
-def _phrasing() -> dict:
-    return json.loads(Path(__file__).with_name("phrasing.json").read_text(encoding="utf-8"))
+def _phrasing() -> dict[str, Any]:
+    text = Path(__file__).with_name("phrasing.json").read_text(encoding="utf-8")
+    phrases: dict[str, Any] = json.loads(text)
+    return phrases
 
 
 def names(sprite: str, language: str = "en") -> tuple[str, ...]:
@@ -48,9 +51,9 @@ def names(sprite: str, language: str = "en") -> tuple[str, ...]:
 
 
 def caption(scene: Scene, rng: np.random.Generator, language: str | None = None, varied: bool = False) -> str:
-    """One of many sentences that say what is drawn; `language` is "en", "zh" or None (English, p = 0.75).
+    """One of many sentences about a scene; `language` is "en", "zh" or None (English with p = 0.75).
 
-    `varied`: as people write; without it as the first models were trained with.
+    `varied`: as people write; without it, the captions of the first models.
     """
     if language is None:
         language = "en" if rng.random() < 0.75 else "zh"
@@ -59,15 +62,16 @@ def caption(scene: Scene, rng: np.random.Generator, language: str | None = None,
 
 
 def phrase(scene: Scene, rng: np.random.Generator, language: str) -> str:
-    """One of very many sentences that say what is drawn, in "en" or "zh"."""
+    """One of very many sentences about a scene, in "en" or "zh"."""
     say = _english if language == "en" else _chinese
     while True:
         text = say(scene, rng)
-        if len(text.replace("-", " ").split() if language == "en" else text) <= LONGEST[language]:
+        length = len(text.replace("-", " ").split()) if language == "en" else len(text)
+        if length <= MAX_LENGTH[language]:
             return text
 
 
-def _pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
+def _choose(rng: np.random.Generator, choices: Sequence[str]) -> str:
     return choices[int(rng.integers(len(choices)))]
 
 
@@ -75,43 +79,50 @@ def _name(scene: Scene, rng: np.random.Generator, language: str) -> str:
     found = names(scene.sprite, language)
     if rng.random() < 0.5 or len(found) == 1:
         return found[0]
-    name = _pick(rng, found[1:])
-    sized = name[0] in "小大" or any(w in name.split() for w in ("tall", "great", "baby"))
+    name = _choose(rng, found[1:])
+    sized = name[0] in "小大" or not {"tall", "great", "baby"}.isdisjoint(name.split())
     return found[0] if scene.bulk and sized else name
 
 
 def _verb(scene: Scene, rng: np.random.Generator) -> str:
     """A verb of the sprite that is true of the scene and of its pace."""
-    other = {"slow": "fast verbs", "fast": "slow verbs"}.get(scene.pace)
-    found = words.verbs_of(scene)
-    if other:
-        found = [verb for verb in found if verb not in _phrasing()[other]] or ["move"]
-    return _pick(rng, found)
+    verbs = words.verbs_of(scene)
+    wrong = {"slow": "fast verbs", "fast": "slow verbs"}.get(scene.pace)
+    if wrong:
+        verbs = [verb for verb in verbs if verb not in _phrasing()[wrong]] or ["move"]
+    return _choose(rng, verbs)
 
 
 def _motion(scene: Scene, rng: np.random.Generator, language: str) -> str:
     """A phrase for the motion, with V for the verb."""
     own = _phrasing()["bare verbs"].get(scene.sprite, {}).get(scene.motion, {}).get(language)
     if own and rng.random() < 0.3:
-        return _pick(rng, own)
+        return _choose(rng, own)
+
     shared = "right" if scene.motion == "left" else scene.motion
-    found = [*words.phrases_of(scene, language), *_phrasing()["motions"][shared][language]]
-    if scene.motion == "bounces":  # nothing hops or jumps in the air
-        airy = [p for p in found if p.startswith(("bounce", "bob")) or "上" in p]
-        found = [p for p in found if p not in ("bob up and down", "bounce in the air", "上下浮动")]
-        found = found if scene.stands else airy
+    phrases = [*words.phrases_of(scene, language), *_phrasing()["motions"][shared][language]]
+    if scene.motion == "bounces" and scene.stands:
+        phrases = [p for p in phrases if p not in ("bob up and down", "bounce in the air", "上下浮动")]
+    elif scene.motion == "bounces":  # nothing hops or jumps in the air
+        phrases = [p for p in phrases if p.startswith(("bounce", "bob")) or "上" in p]
     if language == "zh":
-        found = [p for p in found if "慢慢" not in p]  # which is a speed
-        if table()[scene.sprite]["kind"] in ("vehicle", "aircraft", "boat", "thing", "food", "weather"):
-            found = [p for p in found if "长" not in p]  # which grows up
-    if language == "zh" and scene.pace:
-        other = ("越", "不断", "逐渐", "渐渐", "不停", "地向", "地往")  # which say how by themselves
-        found = [p for p in found if not any(word in p for word in other)]
-    return _pick(rng, found)
+        phrases = _true_in_chinese(scene, phrases)
+    return _choose(rng, phrases)
+
+
+def _true_in_chinese(scene: Scene, phrases: list[str]) -> list[str]:
+    """The Chinese phrases for a motion that suit the sprite and its pace."""
+    phrases = [p for p in phrases if "慢慢" not in p]  # a speed
+    if table()[scene.sprite]["kind"] in ("vehicle", "aircraft", "boat", "thing", "food", "weather"):
+        phrases = [p for p in phrases if "长" not in p]  # to grow up
+    if scene.pace:
+        adverbs = ("越", "不断", "逐渐", "渐渐", "不停", "地向", "地往")
+        phrases = [p for p in phrases if not any(adverb in p for adverb in adverbs)]
+    return phrases
 
 
 def _manner(scene: Scene, rng: np.random.Generator, language: str) -> str:
-    """Which of a place's phrases suit: standing, swimming, flying, crossing, rising."""
+    """The kind of a place's phrases that suits: standing, swimming, flying, crossing or rising."""
     manner = "standing" if scene.stands else "flying"
     if manner == "standing" and scene.place == "sea" and table()[scene.sprite]["kind"] == "sea animal":
         manner = "swimming"
@@ -127,16 +138,16 @@ def _manner(scene: Scene, rng: np.random.Generator, language: str) -> str:
 
 
 def _where(scene: Scene, manner: str, rng: np.random.Generator, language: str) -> str:
-    found = list(_phrasing()["places"][scene.place][language].get(manner, []))
-    found += words.places_of(scene, language).get(manner, [])
-    return _pick(rng, found)
+    phrases = list(_phrasing()["places"][scene.place][language].get(manner, []))
+    phrases += words.places_of(scene, language).get(manner, [])
+    return _choose(rng, phrases)
 
 
 # -- English --
 
 
 def _with_speed(does: str, verb_first: bool, speed: str, rng: np.random.Generator) -> str:
-    """`does` with an adverb in front, behind its verb, or at its end."""
+    """`does` with an adverb before it, after its verb, or at its end."""
     where = rng.random()
     if where < 0.4 and speed in ("slowly", "very slowly", "quickly", "rapidly"):
         return f"{speed} {does}"
@@ -147,8 +158,9 @@ def _with_speed(does: str, verb_first: bool, speed: str, rng: np.random.Generato
 
 
 def _inflect(does: str, form: str) -> str:
-    """As `words.inflect`, of what may begin with an adverb."""
-    front = next((w for w in ("very slowly", "slowly", "quickly", "rapidly") if does.startswith(w)), "")
+    """`words.inflect` of a phrase that may begin with an adverb."""
+    adverbs = ("very slowly", "slowly", "quickly", "rapidly")
+    front = next((adverb for adverb in adverbs if does.startswith(adverb)), "")
     rest = words.inflect(does.removeprefix(front).strip(), form)
     return f"{front} {rest}".strip()
 
@@ -158,40 +170,47 @@ def _article(name: str) -> str:
 
 
 def _english(scene: Scene, rng: np.random.Generator) -> str:
-    name, verb, shape = _name(scene, rng, "en"), _verb(scene, rng), _motion(scene, rng, "en")
-    if name in _PERSONS:  # the verb tells who it is
-        own = _phrasing()["signature"][scene.sprite]
-        if not shape.startswith("V") or scene.motion == "stays":
+    name = _name(scene, rng, "en")
+    verb = _verb(scene, rng)
+    motion = _motion(scene, rng, "en")
+    if name in _PERSONS:
+        if not motion.startswith("V") or scene.motion == "stays":
             name = scene.sprite
         else:
-            verb = _pick(rng, own)
+            verb = _choose(rng, _phrasing()["signature"][scene.sprite])
+
+    does = _english_motion(scene, rng, verb, motion)
+    if scene.bulk:
+        name = f"{_choose(rng, _phrasing()['size'][scene.bulk]['en'])} {name}"
+    manner = _manner(scene, rng, "en")
+    there = _where(scene, manner, rng, "en")
+
+    kind = rng.random()
+    who = f"{_article(name)} {name}"
+    if kind > (0.35 if scene.sprite in ("sun", "moon") else 0.7):
+        who = f"the {name}" if kind < 0.92 else f"{'one' if kind < 0.97 else 'a single'} {name}"
+    return _order_english(scene, rng, who, name, does, there, manner, motion)
+
+
+def _english_motion(scene: Scene, rng: np.random.Generator, verb: str, motion: str) -> str:
+    """The phrase for a motion, with words for its capital letters, and an adverb if slow or fast."""
     side, other = ("right", "left") if scene.handed > 0 else ("left", "right")
-    tops = ("upper", "lower") if rng.random() < 0.6 else ("top", "bottom")
-    way, high = ("up" if scene.rising > 0 else "down"), tops[0 if scene.rising > 0 else 1]
-    low = tops[1 if scene.rising > 0 else 0]
-    said = {
+    top, bottom = ("upper", "lower") if rng.random() < 0.6 else ("top", "bottom")
+    way, high, low = ("up", top, bottom) if scene.rising > 0 else ("down", bottom, top)
+    letters = {
         "V": verb,
         "S": side,
         "O": other,
         "W": way,
-        "Swards": f"{side}{_pick(rng, ('wards', 'ward'))}",
+        "Swards": f"{side}{_choose(rng, ('wards', 'ward'))}",
         "C": f"{high} {side}",
         "B": f"{low} {other}",
     }
-    does = " ".join(said.get(word, word) for word in shape.split())
+    does = " ".join(letters.get(word, word) for word in motion.split())
     if scene.pace:
-        speed = _pick(rng, _phrasing()["speed"][scene.pace]["en"])
-        does = _with_speed(does, shape.startswith("V "), speed, rng)
-    if scene.bulk:
-        name = f"{_pick(rng, _phrasing()['size'][scene.bulk]['en'])} {name}"
-    manner = _manner(scene, rng, "en")
-    there = _where(scene, manner, rng, "en")
-    article = _article(name)
-    kind = rng.random()
-    who = f"{article} {name}"
-    if kind > (0.35 if scene.sprite in ("sun", "moon") else 0.7):
-        who = f"the {name}" if kind < 0.92 else f"{'one' if kind < 0.97 else 'a single'} {name}"
-    return _order_english(scene, rng, who, name, does, there, manner, shape)
+        speed = _choose(rng, _phrasing()["speed"][scene.pace]["en"])
+        does = _with_speed(does, motion.startswith("V "), speed, rng)
+    return does
 
 
 def _order_english(
@@ -202,12 +221,14 @@ def _order_english(
     does: str,
     there: str,
     manner: str,
-    shape: str,
+    motion: str,
 ) -> str:
     """One of the orders of an English sentence."""
-    does_s, doing = _inflect(does, "s"), _inflect(does, "ing")
+    does_s = _inflect(does, "s")
+    doing = _inflect(does, "ing")
     some = f"{_article(name)} {name}" if who.startswith("the ") else who
-    comma, order = "," if rng.random() < 0.5 else "", rng.random()
+    comma = "," if rng.random() < 0.5 else ""
+    order = rng.random()
     if order < 0.34:
         return f"{who} {does_s} {there}"
     if order < 0.44 and manner != "rising":
@@ -217,26 +238,26 @@ def _order_english(
     if order < 0.61:
         return f"{who} {doing} {there}"
     if order < 0.65 and manner not in ("crossing", "rising"):
-        return f"{who} {there} {_pick(rng, (does_s, f'is {doing}', doing))}"
+        return f"{who} {there} {_choose(rng, (does_s, f'is {doing}', doing))}"
     if order < 0.70:
         return f"there is {some} {doing} {there}"
     if order < 0.72 and manner not in ("crossing", "rising"):
         return f"{there} there is {some} {doing}"
     if order < 0.78:
-        return f"{_pick(rng, _VIDEO)} {who} {doing} {there}"
+        return f"{_choose(rng, _VIDEO)} {who} {doing} {there}"
     if order < 0.81:
-        return f"{_pick(rng, _WISH)} {who} {doing} {there}"
+        return f"{_choose(rng, _WISH)} {who} {doing} {there}"
     if order < 0.84:
-        return f"{_pick(rng, ('watch', 'see', 'let'))} {who} {does} {there}"
+        return f"{_choose(rng, ('watch', 'see', 'let'))} {who} {does} {there}"
     if order < 0.87:
-        return f"{who} {_pick(rng, ('that', 'which'))} {does_s} {there}"
-    if order < 0.90 and manner != "rising" and shape.startswith("V ") and not scene.pace:
+        return f"{who} {_choose(rng, ('that', 'which'))} {does_s} {there}"
+    if order < 0.90 and manner != "rising" and motion.startswith("V ") and not scene.pace:
         verb, _, rest = does_s.partition(" ")
         if rest not in ("right", "left"):
             return f"{there} {verb} {who} {rest}"
-    noun = _pick(rng, _phrasing()["places"][scene.place]["en"]["noun"])
+    noun = _choose(rng, _phrasing()["places"][scene.place]["en"]["noun"])
     if order < 0.94:
-        return _pick(
+        return _choose(
             rng,
             (
                 f"{name}, {doing}, {noun}",
@@ -246,36 +267,52 @@ def _order_english(
                 f"{noun}: {who} {does_s}",
             ),
         )
-    return f"{name} {_pick(rng, (does_s, doing, doing))} {there}"
+    return f"{name} {_choose(rng, (does_s, doing, doing))} {there}"
 
 
 # -- Chinese --
 
 
 def _chinese(scene: Scene, rng: np.random.Generator) -> str:
-    name, verb, shape = _name(scene, rng, "zh"), _verb(scene, rng), _motion(scene, rng, "zh")
+    name = _name(scene, rng, "zh")
+    verb = _verb(scene, rng)
+    motion = _motion(scene, rng, "zh")
     if name in _PERSONS:
-        if "V" not in shape:
+        if "V" not in motion:
             name = names(scene.sprite, "zh")[0]
         else:
-            verb = _pick(rng, _phrasing()["signature"][scene.sprite])
-    does = shape
-    side, other = ("右", "左") if scene.handed > 0 else ("左", "右")
-    way, low = ("上", "下") if scene.rising > 0 else ("下", "上")
-    for letter, word in (("S", side), ("O", other), ("W", way), ("Q", low), ("P", other)):
-        does = does.replace(letter, word)
-    does = does.replace("V", words.said_in_chinese(scene, verb)).replace("R", words.resting_in_chinese(verb))
+            verb = _choose(rng, _phrasing()["signature"][scene.sprite])
+
+    does = _chinese_motion(scene, verb, motion)
     if scene.pace:
-        does = _pick(rng, _phrasing()["speed"][scene.pace]["zh"]) + does
+        does = _choose(rng, _phrasing()["speed"][scene.pace]["zh"]) + does
     measure = _phrasing()["measures"].get(name) or words.measure_of(scene.sprite, name)
-    size = _pick(rng, _phrasing()["size"][scene.bulk]["zh"]) if scene.bulk else ""
-    who = f"一{measure}{size}{name}"
+    if scene.bulk:
+        name = _choose(rng, _phrasing()["size"][scene.bulk]["zh"]) + name
     manner = _manner(scene, rng, "zh")
     there = _where(scene, manner, rng, "zh")
+    noun = _choose(rng, _phrasing()["places"][scene.place]["zh"]["noun"])
+    return _order_chinese(rng, measure, name, does, there, noun, manner == "crossing")
+
+
+def _chinese_motion(scene: Scene, verb: str, motion: str) -> str:
+    """The phrase for a motion, with words for its capital letters."""
+    side, other = ("右", "左") if scene.handed > 0 else ("左", "右")
+    way, low = ("上", "下") if scene.rising > 0 else ("下", "上")
+    letters = {"S": side, "O": other, "W": way, "Q": low, "P": other}
+    letters |= {"V": words.said_in_chinese(scene, verb), "R": words.resting_in_chinese(verb)}
+    for letter, word in letters.items():
+        motion = motion.replace(letter, word)
+    return motion
+
+
+def _order_chinese(
+    rng: np.random.Generator, measure: str, name: str, does: str, there: str, noun: str, crossing: bool
+) -> str:
+    """One of the orders of a Chinese sentence."""
+    who = f"一{measure}{name}"
     spot = there.removeprefix("在")
-    noun = _pick(rng, _phrasing()["places"][scene.place]["zh"]["noun"])
-    order, bare = rng.random(), size + name
-    crossing = manner == "crossing"
+    order = rng.random()
     if order < 0.36:
         return f"{who}{there}{does}"
     if order < 0.44:
@@ -283,28 +320,28 @@ def _chinese(scene: Scene, rng: np.random.Generator) -> str:
     if order < 0.54:
         return f"{there if crossing or order < 0.49 else spot}，{who}{does}"
     if order < 0.60 and not crossing:
-        return f"{spot}有{who}{_pick(rng, ('', '正', '在'))}{does}"
+        return f"{spot}有{who}{_choose(rng, ('', '正', '在'))}{does}"
     if order < 0.65:
         return f"有{who}{there}{does}"
     if order < 0.70:
-        return f"{_pick(rng, ('视频里', '画面中', '画面里'))}{who}{there}{does}"
+        return f"{_choose(rng, ('视频里', '画面中', '画面里'))}{who}{there}{does}"
     if order < 0.74:
-        return f"{who}{there}{does}的{_pick(rng, ('视频', '动画', '画面', '短片'))}"
+        return f"{who}{there}{does}的{_choose(rng, ('视频', '动画', '画面', '短片'))}"
     if order < 0.77:
-        return f"{_pick(rng, ('我想看', '给我看', '看'))}{who}{there}{does}"
+        return f"{_choose(rng, ('我想看', '给我看', '看'))}{who}{there}{does}"
     if order < 0.85:
-        return _pick(
+        return _choose(
             rng,
             (
-                f"{bare}，{does}，{noun}",
-                f"{noun}，{bare}，{does}",
-                f"{bare}{does}，{noun}",
-                f"{noun}，{bare}{does}",
+                f"{name}，{does}，{noun}",
+                f"{noun}，{name}，{does}",
+                f"{name}{does}，{noun}",
+                f"{noun}，{name}{does}",
                 f"{noun}，{who}{does}",
             ),
         )
     if order < 0.94:
-        return f"{bare}{there}{does}"
+        return f"{name}{there}{does}"
     if order < 0.97 and not crossing:
         return f"{who}{does}，{there}"
-    return f"一{measure}{there}{does}的{bare}"
+    return f"一{measure}{there}{does}的{name}"

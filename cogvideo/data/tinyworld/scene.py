@@ -1,4 +1,4 @@
-"""A scene: what moves, how and where, and the numbers that vary; which scenes there are; where the object is.
+"""A scene: what moves, how and where, and the numbers that vary; which scenes exist; where the object is.
 
 Coordinates are fractions of the frame, y down; times are seconds.
 """
@@ -30,7 +30,7 @@ MOTIONS = (
 )
 CROSSING = ("right", "left", "diagonal", "zigzags")  # motions from one side towards the other
 SURFACE_MOTIONS = ("right", "left", "grows", "shrinks", "stays", "bounces", "spins", "zigzags")
-_EXTENTS = {  # least and most; 0 for the motions that are not named
+_EXTENTS = {  # minimum and maximum; 0 for the motions that are not named
     "right": (0.41, 0.52),
     "left": (0.41, 0.52),
     "up": (0.36, 0.46),
@@ -42,11 +42,12 @@ _EXTENTS = {  # least and most; 0 for the motions that are not named
     "circles": (0.17, 0.21),
     "bounces": (0.20, 0.25),
 }
-_TURNS = {"circles": (1.0, 1.2), "spins": (1.0, 1.4), "bounces": (2.9, 3.1)}  # least and most in a clip
+_TURNS = {"circles": (1.0, 1.2), "spins": (1.0, 1.4), "bounces": (2.9, 3.1)}  # minimum and maximum, a clip
 
 # What a caption calls small, big, slow or fast lies outside the usual ranges above.
-SMALL, BIG = (0.28, 0.36), (0.62, 0.72)
-SLOW = {
+SMALL_SIZES = (0.28, 0.36)
+BIG_SIZES = (0.62, 0.72)
+SLOW_PACES = {  # extents, or turns in a clip
     "right": (0.20, 0.27),
     "left": (0.20, 0.27),
     "up": (0.17, 0.23),
@@ -58,8 +59,8 @@ SLOW = {
     "circles": (0.5, 0.7),
     "spins": (0.4, 0.6),
     "bounces": (1.4, 1.6),
-}  # extents, or turns
-FAST = {
+}
+FAST_PACES = {
     "right": (0.62, 0.70),
     "left": (0.62, 0.70),
     "up": (0.56, 0.64),
@@ -72,7 +73,7 @@ FAST = {
     "spins": (2.2, 2.8),
     "bounces": (4.6, 5.2),
 }
-VARIED = 0.15  # share of the scenes that are small or big, and as many slow or fast, in a varied world
+EXTREME_SHARE = 0.15  # of scenes that are small or big, and of those slow or fast, in a varied world
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ class Scene:
     place: str
     size: float = 0.48  # the longer side of the object, mean over the clip
     x: float = 0.5  # centre at time 0
-    y: float = 0.5  # at time 0: the foot of what stands or floats on a surface, the centre of everything else
-    extent: float = 0.45  # how far: way, height of a hop, radius of a circle, change of size
-    speed: float = 1.0  # how often in a clip: turns, hops
+    y: float = 0.5  # at time 0: the foot of an object that stands or floats on a surface, else the centre
+    extent: float = 0.45  # distance, height of a hop, radius of a circle, or change of size
+    speed: float = 1.0  # turns or hops in a clip
     phase: int = 0  # frame of the sprite's loop at time 0
     handed: int = 1  # 1: to the right (also: faces right, turns that way), -1: to the left
     rising: int = 1  # diagonal only. 1: upwards, -1: downwards
@@ -92,38 +93,45 @@ class Scene:
 
     @property
     def held_out(self) -> bool:
-        """True for one in eight triples, which no training sees."""
+        """True for one in eight triples, which are left out of all training."""
         return crc32(f"{self.sprite}/{self.motion}/{self.place}".encode()) % 8 == 0
 
     @property
     def stands(self) -> bool:
-        """Whether the object keeps to a surface: the ground, or the water of the sea."""
+        """Whether the object stays on a surface: the ground, or the water of the sea."""
         medium = table()[self.sprite]["medium"]
-        on = "ground" in medium if self.place in LAND else self.place == "sea" and "water" in medium
-        return on and self.motion in SURFACE_MOTIONS
+        if self.place in LAND:
+            on_surface = "ground" in medium
+        else:
+            on_surface = self.place == "sea" and "water" in medium
+        return on_surface and self.motion in SURFACE_MOTIONS
 
     @property
     def bulk(self) -> str:
-        """small, big, or "" for the usual sizes, and for what grows or shrinks."""
+        """small, big, or "" for the usual sizes, and for objects that grow or shrink."""
         if self.motion in ("grows", "shrinks"):
             return ""
-        return "small" if self.size < 0.37 else "big" if self.size > 0.60 else ""
+        if self.size < 0.37:
+            return "small"
+        return "big" if self.size > 0.60 else ""
 
     @property
     def pace(self) -> str:
-        """slow, fast, or "" for the usual speeds, and for what stays."""
-        if self.motion not in SLOW:
+        """slow, fast, or "" for the usual speeds, and for objects that stay."""
+        if self.motion not in SLOW_PACES:
             return ""
-        how_much = self.speed if self.motion in _TURNS else self.extent
+        pace = self.speed if self.motion in _TURNS else self.extent
         usual = _TURNS.get(self.motion) or _EXTENTS[self.motion]
-        slow, fast = (SLOW[self.motion][1] + usual[0]) / 2, (FAST[self.motion][0] + usual[1]) / 2
-        return "slow" if how_much < slow else "fast" if how_much > fast else ""
+        if pace < (SLOW_PACES[self.motion][1] + usual[0]) / 2:
+            return "slow"
+        return "fast" if pace > (FAST_PACES[self.motion][0] + usual[1]) / 2 else ""
 
 
 def allowed(sprite: str, motion: str, place: str) -> bool:
-    """Whether a sprite can do this there: boats sail, fish swim, birds fly, the rest keeps to the ground."""
+    """Whether a sprite can do this there: boats sail, fish swim, birds fly, the rest stays on the ground."""
     row = table()[sprite]
-    medium, kind = row["medium"], row["kind"]
+    medium = row["medium"]
+    kind = row["kind"]
     if sprite == "skier" and place != "snow":
         return False
     if place == "underwater":
@@ -140,18 +148,17 @@ def allowed(sprite: str, motion: str, place: str) -> bool:
 def _choices(
     sprite: str, held_out: bool | None, motion: str | None, place: str | None
 ) -> dict[str, tuple[str, ...]]:
-    """Motions, each with its places, that are open to a sprite."""
+    """The motions that are open to a sprite, each with its places."""
     found: dict[str, tuple[str, ...]] = {}
-    for m in (m for m in MOTIONS if motion in (None, m)):
-        there = tuple(
-            p
-            for p in PLACES
-            if place in (None, p)
-            and allowed(sprite, m, p)
-            and held_out in (None, Scene(sprite, m, p).held_out)
-        )
-        if there:
-            found[m] = there
+    places = [one for one in PLACES if place in (None, one)]
+    for scene_motion in MOTIONS:
+        if motion not in (None, scene_motion):
+            continue
+        possible = [one for one in places if allowed(sprite, scene_motion, one)]
+        if held_out is not None:
+            possible = [one for one in possible if Scene(sprite, scene_motion, one).held_out == held_out]
+        if possible:
+            found[scene_motion] = tuple(possible)
     return found
 
 
@@ -167,12 +174,12 @@ def sample_scene(
 ) -> Scene:
     """A random scene: uniform over the sprites `names`, then over its motions, then over the places for both.
 
-    `held_out`: False never draws a held-out triple, True draws only those, None either. `sprite`, `motion`,
-    `place` fix a part. `varied`: a share `VARIED` of the scenes is small or big, and a share slow or fast;
-    the others are the same scenes as without it. Raises ValueError if nothing is left.
+    `held_out`: False excludes held-out triples, True allows only those, None allows all. `sprite`, `motion`,
+    `place` fix a part. `varied`: a share of `EXTREME_SHARE` of the scenes is small or big, and as many are
+    slow or fast; the others are the same scenes as without it. Raise ValueError if no scene is possible.
     """
-    names = [n for n in (names if sprite is None else (sprite,)) if n in table()]
-    names = [n for n in names if _choices(n, held_out, motion, place)]
+    candidates = names if sprite is None else (sprite,)
+    names = [name for name in candidates if name in table() and _choices(name, held_out, motion, place)]
     if not names:
         raise ValueError(
             f"no scene with sprite={sprite}, motion={motion}, place={place}, "
@@ -182,15 +189,19 @@ def sample_scene(
     choices = _choices(sprite, held_out, motion, place)
     motion = tuple(choices)[rng.integers(len(choices))]
     place = choices[motion][rng.integers(len(choices[motion]))]
+
     scene = _place_object(rng, Scene(sprite, motion, place))
-    bulk, pace = _draw_extremes(rng, motion) if varied else ("", "")
-    return _place_object(rng, scene, bulk, pace) if bulk or pace else scene
+    if varied:
+        bulk, pace = _choose_extremes(rng, motion)
+        if bulk or pace:
+            return _place_object(rng, scene, bulk, pace)
+    return scene
 
 
-def _draw_extremes(rng: np.random.Generator, motion: str) -> tuple[str, str]:
-    """small, big or "", and slow, fast or ""; what is big has no room to be fast."""
-    bulk = ("small", "big")[rng.integers(2)] if rng.random() < VARIED else ""
-    pace = ("slow", "fast")[rng.integers(2)] if rng.random() < VARIED else ""
+def _choose_extremes(rng: np.random.Generator, motion: str) -> tuple[str, str]:
+    """small, big or "", and slow, fast or "". A big object has no room to be fast."""
+    bulk = ("small", "big")[rng.integers(2)] if rng.random() < EXTREME_SHARE else ""
+    pace = ("slow", "fast")[rng.integers(2)] if rng.random() < EXTREME_SHARE else ""
     if motion in ("grows", "shrinks"):
         bulk = ""
     if motion == "stays" or (bulk == "big" and motion not in _TURNS):
@@ -198,87 +209,121 @@ def _draw_extremes(rng: np.random.Generator, motion: str) -> tuple[str, str]:
     return bulk, pace
 
 
+# -- the numbers of a scene; the order of the random numbers decides the scenes --
+
+
 def _place_object(rng: np.random.Generator, scene: Scene, bulk: str = "", pace: str = "") -> Scene:
-    """Draw the numbers of a scene, so that the whole way of the object lies inside the frame."""
-    motion, (width, height) = scene.motion, shape(scene.sprite)
-    grows = motion in ("grows", "shrinks")
-    size = rng.uniform(0.50, 0.58) if width > 1.3 * height else rng.uniform(0.40, 0.56)
-    size = rng.uniform(0.41, 0.45) if grows else size
-    extent = rng.uniform(*_EXTENTS.get(motion, (0, 0)))
-    turns = {name: rng.uniform(*usual) for name, usual in _TURNS.items()}
-    speed = turns.get(motion, 1.0)
-    if bulk or pace:
-        size, extent, speed = _extreme(rng, scene, bulk, pace, size, extent, speed)
+    """Choose the numbers of a scene at random, so that the object stays inside the frame."""
+    motion = scene.motion
+    size, extent, speed = _choose_measures(rng, scene, bulk, pace)
     handed = {"right": 1, "left": -1}.get(motion, int(rng.choice((-1, 1))))
     rising = int(rng.choice((-1, 1)))
-    dx = handed * extent if motion in CROSSING else 0.0
-    dy = {
-        "up": -extent,
-        "down": extent,
-        "diagonal": -rising * extent,
-        "circles": -2 * extent,
-        "bounces": -extent,
-        "zigzags": -0.45 * extent,
-    }.get(motion, 0.0)
-    largest = size + (extent / 2 if grows else 0)
+    scene = replace(scene, size=size, extent=extent, speed=speed, handed=handed, rising=rising)
+
+    dx, dy = _distance(scene)
+    width, height = shape(scene.sprite)
+    largest = size + (extent / 2 if motion in ("grows", "shrinks") else 0)
     side = (extent if motion == "circles" else 0) + largest * width / 2
-
-    def start(middle: float, way: float, half: float, jitter: float) -> float:
-        first, last = sorted((half - 0.03 - min(way, 0), 1 - half + 0.03 - max(way, 0)))
-        return float(np.clip(middle - way / 2 + rng.uniform(-jitter, jitter), first, last))
-
-    x = start(0.5, dx, side, 0.08)
+    x = _choose_start(rng, 0.5, dx, side, 0.08)
     if scene.stands:
         low = motion == "zigzags" or bulk == "big"
         y = rng.uniform(0.91, 0.95) if low else rng.uniform(0.83, 0.90)
     else:
-        level = 0.5 if abs(dy) > 0.15 or scene.place in ("underwater", "space", "night sky") else 0.43
-        y = start(level, dy, largest * height / 2, 0.05)
-    return replace(
-        scene,
-        size=size,
-        x=x,
-        y=float(y),
-        extent=extent,
-        speed=speed,
-        handed=handed,
-        rising=rising,
-        phase=int(rng.integers(LOOP)),
-        look=int(rng.integers(LOOKS)),
-    )
+        middle = 0.5 if abs(dy) > 0.15 or scene.place in ("underwater", "space", "night sky") else 0.43
+        y = _choose_start(rng, middle, dy, largest * height / 2, 0.05)
+
+    phase = int(rng.integers(LOOP))
+    look = int(rng.integers(LOOKS))
+    return replace(scene, x=x, y=float(y), phase=phase, look=look)
 
 
-def _extreme(
-    rng: np.random.Generator, scene: Scene, bulk: str, pace: str, size: float, extent: float, speed: float
+def _choose_measures(
+    rng: np.random.Generator, scene: Scene, bulk: str, pace: str
 ) -> tuple[float, float, float]:
-    """Size, extent and speed of what is small or big, slow or fast; the usual ones give way to fit."""
-    motion, (width, height) = scene.motion, shape(scene.sprite)
+    """Size, extent and speed at random."""
+    motion = scene.motion
+    width, height = shape(scene.sprite)
+    size = rng.uniform(0.50, 0.58) if width > 1.3 * height else rng.uniform(0.40, 0.56)
+    if motion in ("grows", "shrinks"):
+        size = rng.uniform(0.41, 0.45)
+    extent = rng.uniform(*_EXTENTS.get(motion, (0, 0)))
+    turns = {name: rng.uniform(*usual) for name, usual in _TURNS.items()}
+    speed = turns.get(motion, 1.0)
+    if bulk or pace:
+        return _choose_extreme_measures(rng, scene, bulk, pace, (size, extent, speed))
+    return size, extent, speed
+
+
+def _choose_extreme_measures(
+    rng: np.random.Generator, scene: Scene, bulk: str, pace: str, usual: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """Size, extent and speed of a small, big, slow or fast object; the `usual` ones give way to fit."""
+    motion = scene.motion
+    width, height = shape(scene.sprite)
+    size, extent, speed = usual
     if bulk:
-        size = rng.uniform(*(SMALL if bulk == "small" else BIG))
+        size = rng.uniform(*(SMALL_SIZES if bulk == "small" else BIG_SIZES))
     if pace:
-        how_much = rng.uniform(*(SLOW if pace == "slow" else FAST)[motion])
-        extent, speed = (extent, how_much) if motion in _TURNS else (how_much, speed)
+        chosen = rng.uniform(*(SLOW_PACES if pace == "slow" else FAST_PACES)[motion])
+        if motion in _TURNS:
+            speed = chosen
+        else:
+            extent = chosen
+
     longer = max(width, height)
     along = {"up": height, "down": height, "bounces": height, "diagonal": longer, "circles": longer}
-    side = along.get(motion, width)  # that has to fit in the frame, next to the way
-    if bulk == "big" and motion in _EXTENTS:  # the way is shorter, but not slow
+    side = along.get(motion, width)  # the side that has to fit in the frame, with the distance
+    if bulk == "big" and motion in _EXTENTS:  # the distance is shorter, but not slow
         least = _EXTENTS[motion][0] * (0.8 if motion == "circles" else 0.9)
         reach = 2 if motion == "circles" else 1
-        size = max(min(size, (1.06 - reach * least) / side), BIG[0])
+        size = max(min(size, (1.06 - reach * least) / side), BIG_SIZES[0])
         extent = max(min(extent, (1.06 - size * side) / reach), least)
     elif pace == "fast" and motion in (*CROSSING, "up", "down"):  # the object is smaller, but not small
         size = min(size, max((1.06 - extent) / side, 0.38))
     return size, extent, speed
 
 
+def _distance(scene: Scene) -> tuple[float, float]:
+    """How far the object moves from where it starts, x and y: at the end, or at the farthest point."""
+    extent = scene.extent
+    dx = scene.handed * extent if scene.motion in CROSSING else 0.0
+    dy = {
+        "up": -extent,
+        "down": extent,
+        "diagonal": -scene.rising * extent,
+        "circles": -2 * extent,
+        "bounces": -extent,
+        "zigzags": -0.45 * extent,
+    }.get(scene.motion, 0.0)
+    return dx, dy
+
+
+def _choose_start(
+    rng: np.random.Generator, middle: float, distance: float, half: float, jitter: float
+) -> float:
+    """Where a movement over `distance` with its centre near `middle` starts; the object reaches `half` of its
+    size beyond its own centre."""
+    first, last = sorted((half - 0.03 - min(distance, 0), 1 - half + 0.03 - max(distance, 0)))
+    return float(np.clip(middle - distance / 2 + rng.uniform(-jitter, jitter), first, last))
+
+
+# -- where the object is --
+
+
 def path(scene: Scene, times: np.ndarray) -> tuple[np.ndarray, ...]:
     """Where the object is at `times` [F] (seconds): centre x, y, size, turn (degrees), foot line; each [F].
 
-    The foot line is where the shadow lies: the surface under a thing that stands, also while it hops.
+    The foot line is where the shadow lies: the surface under an object that stands, also while it hops.
     """
     p = np.asarray(times, np.float64) / SECONDS
-    x, y, size, turn, lift = scene.x + 0 * p, scene.y + 0 * p, scene.size + 0 * p, 0 * p, 0 * p
-    motion, extent = scene.motion, scene.extent
+    x = scene.x + 0 * p
+    y = scene.y + 0 * p
+    size = scene.size + 0 * p
+    turn = 0 * p
+    lift = 0 * p
+
+    motion = scene.motion
+    extent = scene.extent
     if motion in CROSSING:
         x = x + scene.handed * extent * p
     if motion in ("up", "down", "diagonal"):
@@ -289,11 +334,14 @@ def path(scene: Scene, times: np.ndarray) -> tuple[np.ndarray, ...]:
         size = size + {"grows": 1, "shrinks": -1}[motion] * extent * (p - 0.5)
     elif motion == "circles":  # starts at the lowest point
         angle = 2 * np.pi * scene.speed * p
-        x, y = x + scene.handed * extent * np.sin(angle), y + extent * (np.cos(angle) - 1)
+        x = x + scene.handed * extent * np.sin(angle)
+        y = y + extent * (np.cos(angle) - 1)
     elif motion == "bounces":
         hop = scene.speed * p % 1
         lift = extent * 4 * hop * (1 - hop)
     elif motion == "spins":
-        turn, lift = 360 * scene.handed * scene.speed * p, lift + 0.06 * scene.stands
+        turn = 360 * scene.handed * scene.speed * p
+        lift = lift + 0.06 * scene.stands
+
     half = size * shape(scene.sprite)[1] / 2 if scene.stands else 0
     return x, y - half - lift, size, turn, y

@@ -1,4 +1,4 @@
-"""The world as data to train on: an endless `Source` of recordings (see `cogvideo.data.clips`)."""
+"""The world as training data: an endless `Source` of videos (see `cogvideo.data.cut`)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,23 +9,24 @@ import numpy as np
 from cogvideo.data.tinyworld.phrasing import caption
 from cogvideo.data.tinyworld.picture import cover, render
 from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, sample_scene
+from cogvideo.video import Frames
 
 
 @dataclass(frozen=True)
-class SceneRecording:
-    """A scene as a recording: drawn when it is asked for, at any size."""
+class SceneVideo:
+    """A scene as an `ObjectVideo`: rendered on demand, at any size."""
 
     scene: Scene
     language: str | None = None
     varied: bool = False
     seconds: float = SECONDS
-    fps: float = float("inf")  # there is a frame at every time
+    fps: float = float("inf")  # it has a frame at every time
 
     def caption(self, rng: np.random.Generator) -> str:
         return caption(self.scene, rng, self.language, self.varied)
 
-    def frames(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
-        """uint8 [F, size, size, 3] at these seconds."""
+    def frames(self, times: Sequence[float] | np.ndarray, size: int) -> Frames:
+        """uint8 [F, size, size, 3] at `times` (seconds)."""
         return render(self.scene, times, size)
 
     def cover(self, times: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
@@ -35,12 +36,12 @@ class SceneRecording:
 
 @dataclass(frozen=True)
 class TinyWorld:
-    """Scenes of the sprites `names`, without end: number `i` depends on `seed` and `i` only.
+    """Endless scenes of the sprites `names`: number `i` depends on `seed` and `i` only.
 
-    `held_out`: False has no held-out triple, True has only those, None both. `language` of the captions is
-    "en", "zh" or None for both. `even`: all motions are equally frequent instead of all sprites, of which few
-    can fly. `varied`: captions as people write them, and a share of small, big, slow and fast scenes whose
-    captions say so; without it the world is the one of the first models.
+    `held_out`: False excludes held-out triples, True allows only those, None allows all. `language` of the
+    captions is "en", "zh" or None for both. `even`: all motions are equally frequent instead of all sprites,
+    of which few can fly. `varied`: captions as people write them, and a share of small, big, slow and fast
+    scenes whose captions say so; without it the world is that of the first models.
     """
 
     names: tuple[str, ...]
@@ -49,14 +50,14 @@ class TinyWorld:
     language: str | None = None
     even: bool = False
     varied: bool = False
-    count = None  # there is no last one
+    count = None  # it is endless
     skipped: ClassVar[dict[str, str]] = {}
 
-    def __getitem__(self, i: int) -> SceneRecording:
+    def __getitem__(self, i: int) -> SceneVideo:
         rng = np.random.default_rng((self.seed, i))
         motion = MOTIONS[rng.integers(len(MOTIONS))] if self.even else None
         scene = sample_scene(rng, self.names, self.held_out, motion=motion, varied=self.varied)
-        return SceneRecording(scene, self.language, self.varied)
+        return SceneVideo(scene, self.language, self.varied)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
         return self[index].caption(rng)

@@ -1,8 +1,8 @@
-"""The pictures of the README: videos of a model side by side, as one moving picture.
+"""The pictures of the README: videos of a model side by side, as one animated image.
 
-    python -m benchmarks.pictures --model tiny -o docs/pictures/tiny.webp
+    python -m scripts.pictures --model tiny -o docs/pictures/tiny.webp
 
-Prompts and seeds were not chosen by what comes out. Rocket, cat, ghost and penguin are in compositions
+Prompts and seed were fixed before the results were seen. Rocket, cat, ghost and penguin are in compositions
 that were held out of all training.
 """
 
@@ -32,13 +32,17 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=3)
     parser.add_argument("-o", "--out", type=Path, default=Path("docs/pictures/tiny.webp"))
     arguments = parser.parse_args()
-    pipe = CogVideo.from_pretrained(arguments.model)
-    clips = pipe(PROMPTS, **({"seed": 1} if pipe.draws else {}))
+
+    clips = CogVideo.from_pretrained(arguments.model)(PROMPTS, seed=1)
     rows = [clips[i : i + arguments.columns] for i in range(0, len(clips), arguments.columns)]
-    wall = np.concatenate([np.concatenate([clip.frames for clip in row], 2) for row in rows], 1)
+    strips = [np.concatenate([clip.frames for clip in row], axis=2) for row in rows]
+    wall = np.concatenate(strips, axis=1)  # [F, rows * H, columns * W, 3]
+
     first, *rest = (Image.fromarray(frame) for frame in wall)
-    pace = round(1000 / clips[0].fps)
-    first.save(arguments.out, save_all=True, append_images=rest, duration=pace, loop=0, quality=80, method=6)
+    duration = round(1000 / clips[0].fps)  # milliseconds a frame
+    first.save(
+        arguments.out, save_all=True, append_images=rest, duration=duration, loop=0, quality=80, method=6
+    )
     print(f"{arguments.out}: {arguments.out.stat().st_size / 1000:.0f} kB")
 
 

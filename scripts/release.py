@@ -1,0 +1,104 @@
+"""Prepare a model folder for shipping: int8 weights, sampling options, measured numbers and a model card.
+
+python -m scripts.release runs/tiny/model cogvideo/models/tiny --measured runs/measured.json
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogvideo.files import replacing
+from cogvideo.model.folder import ModelFolder
+from cogvideo.train import recipes
+
+CARD = """# {name}
+
+{about}
+
+- **Method**: {method}
+- **Data**: the tiny world of this project, rendered from a seed: {sprites} animated sprites (Microsoft Fluent
+  Emoji, MIT), 12 motions, 10 places, captions in English and Chinese. One in eight (sprite, motion, place)
+  triples was held out of all training.
+- **Recipe**: {how}
+- **Licence**: Apache-2.0. **Limits**: it knows this world and nothing else.
+
+| phase | steps | clips a step |
+|---|---:|---:|
+{phases}
+
+## Measured
+
+{measured}
+"""
+
+METHODS = {
+    "cogvideo": """CogVideo (Hong et al., 2022) in miniature: a text-to-image transformer as frozen base, a
+  temporal channel for key frames and one for interpolation, a VQ-VAE, a video decoder.""",
+    "regression": """regression: a text encoder and a video decoder with one embedding, whose places become
+  pixels in one pass; trained on pictures, then at 1, then at 8 frames a second; a refiner.""",
+}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    source = ModelFolder(arguments.model)
+    target = ModelFolder(arguments.out)
+
+    config = source.config
+    config["about"] = arguments.about
+    if arguments.sampling:
+        config["sampling"] = arguments.sampling
+    if arguments.measured:
+        config["measured"] = json.loads(arguments.measured.read_text())
+
+    for part in source.spec().parts:
+        target.save(part, source.load(part), getattr(torch, arguments.dtype))
+    if config.get("text") != "gpt2":
+        target.write_text(source.text().model)
+    target.write_config(config)
+
+    with replacing(target.path / "README.md") as file:
+        file.write_text(model_card(target.path.name, config, source.spec().family, arguments.how))
+    size = sum(file.stat().st_size for file in target.path.iterdir()) / 1e6
+    print(f"{target.path}: {size:.1f} MB")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="prepare a model folder for shipping")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--about", default="An animated object moves over a drawn place: 4 s at 192 px.")
+    parser.add_argument("--measured", type=Path, help='JSON: {"what": "number with its unit", ...}')
+    parser.add_argument("--how", default="", help="how it was trained, if not by one command")
+    parser.add_argument(
+        "--dtype",
+        choices=("int8", "float16"),
+        default="int8",
+        help="of the weights; int8 gives the same results as `generate` on a CPU, which rounds all weights",
+    )
+    parser.add_argument("--sampling", type=json.loads, help='JSON: {"stage1": {"guidance_scale": 3.0}, ...}')
+    return parser.parse_args()
+
+
+def model_card(name: str, config: dict[str, Any], family: str, how: str) -> str:
+    """README.md of a model folder, from its config.json."""
+    recipe = recipes.find(config["recipe"])
+    trained = how or f"`cogvideo train {recipe.name}`, seed {recipe.seed}."
+    phases = "\n".join(f"| {n} | {row['steps']} | {row['batch']} |" for n, row in config["trained"].items())
+    measured = "\n".join(f"- {what}: {value}" for what, value in config.get("measured", {}).items())
+    return CARD.format(
+        name=name,
+        about=config["about"],
+        method=METHODS[family],
+        sprites=recipe.sprites,
+        how=trained,
+        phases=phases,
+        measured=measured or "nothing yet",
+    )
+
+
+if __name__ == "__main__":
+    main()
