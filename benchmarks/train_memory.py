@@ -20,7 +20,7 @@ import torch
 from cogvideo.layout import Layout
 from cogvideo.model import presets
 from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
-from cogvideo.train.objectives import token_loss
+from cogvideo.train.losses import token_loss
 
 STAGES = ("stage1", "stage2")
 

@@ -38,7 +38,7 @@ from cogvideo.hardware import gemm_rate
 from cogvideo.model import attention, presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.train import loop, pace, parallel, recipes
-from cogvideo.train.cost import clip_flops
+from cogvideo.train.run import Options, Run
 
 WAYS = ("before", "now")
 KERNELS = {  # of the table of --profile
@@ -92,29 +92,11 @@ def take_steps(
     torch.set_num_threads(cores if way == "before" else 1)
     phase = replace(phase, steps=steps, warmup=0, reuse=1 if way == "before" else reuse)
     source = open_source("tinyworld", seed=1, sprites=recipe.sprites)
-    options: dict[str, Any] = dict(
-        recompute=False,
-        compile=False,
-        shard=False,
-        quiet=True,
-        init=None,
-        init_embedding=None,
-        workers=0,
-        save_every=10**9,
-        log_every=10**9,
-        probe_every=1,
-        probe=clock,
-    )
-    loop.run(
-        replace(recipe, phases=(phase,)),
-        model.parent,
-        source,
-        presets.find(recipe.preset),
-        [phase],
-        member,
-        device=torch.device("cpu"),
-        **options,
-    )
+    never = 10**9
+    options = Options(save_every=never, log_every=never, probe_every=1, probe=clock, quiet=True)
+    alone = replace(recipe, phases=(phase,))
+    run = Run(alone, model.parent, source, presets.find(recipe.preset), options)
+    loop.train_phases(run, [phase], member)
 
 
 def one_round(
@@ -142,7 +124,7 @@ def compare(
         for name in names:
             phase = recipe.phase(name)
             parts = {part: ModelFolder(model).load(part) for part in ("base", name) if part != "image"}
-            flops = clip_flops(phase, parts)
+            flops = phase.objective.flops(phase, parts)
             peak, spans = 0.0, {way: [] for way in WAYS}
             for _ in range(rounds):
                 for way in WAYS:

@@ -192,7 +192,7 @@ def train(
     from cogvideo.model import presets
     from cogvideo.model.folder import ModelFolder, find_model
     from cogvideo.train import loop, parallel, recipes
-    from cogvideo.train.preview import probe
+    from cogvideo.train.run import Options, Run
 
     chosen = recipes.find(recipe).changed(fields or {})
     for name in phases:
@@ -208,32 +208,31 @@ def train(
             raise ValueError(f"--{option} must be 1 or more, got {value}")
     if workers is not None and workers < 0:
         raise ValueError(f"--workers must be 0 or more, got {workers}")
-    where, some = find_device(device), [p for p in chosen.phases if not phases or p.name in phases]
+    where = find_device(device)
+    some = [phase for phase in chosen.phases if not phases or phase.name in phases]
     processes = processes or parallel.fitting_processes(some, where)
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or max(1, idle_cores() // processes))
     if workers is None:
         workers = 0 if where.type == "cpu" else (os.cpu_count() or 1) // processes
     source = open_source(data, seed=chosen.seed, sprites=chosen.sprites, subset=subset)
-    folder = loop.train(
-        chosen,
-        out or Path("runs") / chosen.name,
-        source,
-        presets.find(chosen.preset),
-        some,
-        device=where,
-        processes=processes,
+    options = Options(
+        where,
+        processes,
+        workers,
         shard=shard,
         recompute=recompute,
         compile=compile,
-        workers=workers,
         save_every=save_every,
         log_every=log_every,
         probe_every=probe_every,
-        probe=probe,
+        probe=loop.write_preview,
         init=ModelFolder(find_model(init)) if init else None,
         init_embedding=init_embedding,
     )
+    spec = presets.find(chosen.preset)
+    run = Run(chosen, out or Path("runs") / chosen.name, source, spec, options)
+    folder = loop.train(run, some)
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
         print(f"model folder: {folder.path}")
 

@@ -113,7 +113,7 @@ def encode(vqvae: VQVAE, frames: Tensor, chunk: int = 512) -> Tensor:
 
 
 def corners_of(cover: Tensor, side: int, step: int, uniform: Tensor) -> Tensor:
-    """[B, 2]: `objectives.window_corners` for all clips at once, by uniform numbers [B, 2]."""
+    """[B, 2]: `inputs.window_corners` for all clips at once, by uniform numbers [B, 2]."""
     found = []
     covered = cover.amax(1) > 0.05  # [B, g, g]
     none = ~covered.any(2).any(1)
@@ -691,7 +691,7 @@ class DecoderTrainer(Trainer):
         return found
 
     def resample(self, codes: Tensor, ids: Tensor, spans: Tensor, chances: dict[str, Tensor]) -> Tensor:
-        """`objectives.Resampler`, both stages on all clips."""
+        """`inputs.Resampler`, both stages on all clips."""
         found = []
         for layout, model, base, more in self.stages:
             laid = layout.lay(codes)

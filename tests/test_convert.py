@@ -26,7 +26,7 @@ from cogvideo.model.folder import ModelFolder
 from cogvideo.model.superres import SuperRes, SuperResConfig
 from cogvideo.model.transformer import DualChannelTransformer, TemporalChannel
 from cogvideo.text import TextTokenizer, train_text
-from cogvideo.train.objectives import token_loss
+from cogvideo.train.losses import token_loss
 
 FILE = "mp_rank_00_model_states.pt"
 STAGE1 = DATA / "cogvideo-stage1-tiny.zip"

@@ -248,3 +248,26 @@ def test_ranks_encode_a_clip_once_together():
     for rank in range(2):
         recur(90, batch=2, rank=rank, ranks=2, encode=lambda clips: encoded.append(1) or encode_clock(clips))
     assert len(encoded) < 1.15 * 90 * 4 / 3
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_which_captions_are_dropped_depends_on_the_sample_alone(reuse):
+    """Alone, in a batch, on any rank and after a resume."""
+    how = Cut(1, (8,), sizes=(16,))
+    source = Clocks(None)
+
+    def captions(batch: int, step: int = 0, rank: int = 0, ranks: int = 1) -> dict[int, str]:
+        options = {"seed": 5, "step": step, "rank": rank, "ranks": ranks, "drop": 0.4}
+        if reuse:
+            loader = recurring(source, how, batch, Reuse(2), lambda x: torch.zeros(1, 1, 1), **options)
+        else:
+            loader = batches(source, how, batch, **options)
+        found = [next(loader) for _ in range(12 // (batch * ranks))]
+        return {n: c for one in found for n, c in zip(one.numbers, one.captions)}
+
+    whole = captions(12)
+    dropped = {number for number, caption in whole.items() if not caption}
+    assert 0 < len(dropped) < 12
+    for other in (captions(1), captions(4), captions(3, rank=0, ranks=2) | captions(3, rank=1, ranks=2)):
+        assert {number for number, caption in other.items() if not caption} == dropped
+    assert {n for n, caption in captions(4, step=1).items() if not caption} >= {n for n in dropped if n >= 4}

@@ -8,7 +8,7 @@ import torch
 from cogvideo.data.tinyworld.canvas import Canvas
 from cogvideo.model.folder import ModelFolder, find_model
 from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
-from cogvideo.train import objectives
+from cogvideo.train import losses
 from scripts import on_gpu
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_loss_and_gradients_are_those_of_the_package(trainer, windowed):
     seen = trainer.learner.seen
     states = (seen, None) if learnt is base else (trainer.fixed, seen)
     loss = trainer.model.loss(*states, ids, *maps, layout, corners)
-    right, _ = objectives.token_loss(model, layout, ids, *maps, corners)
+    right, _ = losses.token_loss(model, layout, ids, *maps, corners)
     assert float(loss.detach()) == pytest.approx(float(right.detach()), abs=1e-5)
 
     loss.backward()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import train
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -24,7 +25,8 @@ from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import Codebook
-from cogvideo.train import checkpoint, loop, objectives, parallel, recipes
+from cogvideo.train import checkpoint, inputs, loop, objectives, parallel, recipes
+from cogvideo.train.run import check_memory
 
 STEPS = 6
 
@@ -59,7 +61,7 @@ def run(out: Path, phase: recipes.Phase, preset: str = "nano", **options) -> Non
     recipe = dataclasses.replace(recipes.find("tiny"), preset=preset, phases=(phase,))
     world = Noise() if phase.name == "tokenizer" else TinyWorld(sprites(8), seed=1)
     options = {"save_every": 3, "probe_every": 3, "probe": keep_state, "quiet": True, **options}
-    loop.train(recipe, out, world, presets.find(preset), [phase], **options)
+    train(recipe, out, world, presets.find(preset), [phase], **options)
 
 
 @dataclasses.dataclass
@@ -85,7 +87,7 @@ class Noise:
 def keep_state(folder, parts, phase, batch, out: Path) -> None:
     """A probe that keeps the checkpoint of its step, and finds parts that work by themselves."""
     assert not any(isinstance(p, DTensor) for part in parts.values() for p in part.parameters())
-    codes = objectives.encode_clips(parts["vqvae"], batch.frames[0])
+    codes = inputs.encode_clips(parts["vqvae"], batch.frames[0])
     assert codes.shape[:2] == batch.frames[0].shape[:2]
     shutil.copy(out.parent.parent / "state.pt", out.parent / f"{out.stem}.pt")
 
@@ -210,10 +212,10 @@ def test_memory_decides_on_shards(monkeypatch):
     whole = 12 * sum(shape.numel() for shape in spec.shapes("base").values())
     for free, shard in ((2.1 * whole, False), (1.9 * whole, True)):
         monkeypatch.setattr(loop, "free_memory", lambda device, free=free: free)
-        assert loop.check_memory([phase], spec, cpu, 2, False) is shard
+        assert check_memory([phase], spec, cpu, 2, False) is shard
     monkeypatch.setattr(loop, "free_memory", lambda device: 0.9 * whole)
     with pytest.raises(ValueError, match="image needs"):
-        loop.check_memory([phase], spec, cpu, 2, False)
+        check_memory([phase], spec, cpu, 2, False)
 
 
 def test_two_processes_take_the_steps_of_one_in_the_regression_family(nano, tmp_path):
@@ -279,7 +281,7 @@ def _compare_gradients(nano: Path) -> None:
         parts = {name: folder.load(name) for name in ("vqvae", "base", "stage1")}
         for name in ("base", "stage1"):
             parts[name].requires_grad_(True).train()
-        model = parallel.Step(parts, partial(phase.objective, parts, folder.text(), phase))
+        model = parallel.Step(parts, partial(phase.objective.loss, parts, folder.text(), phase))
         parallel.place(model, one, "float32")
         for _ in range(2):  # the second time everything is in shards again
             model.zero_grad()
@@ -343,7 +345,7 @@ def test_recomputing_keeps_fewer_activations(nano):
     for recompute in (False, True):
         parts = {name: folder.load(name) for name in ("vqvae", "base", "stage1")}
         parts["stage1"].requires_grad_(True)
-        model = parallel.Step(parts, partial(phase.objective, parts, folder.text(), phase))
+        model = parallel.Step(parts, partial(phase.objective.loss, parts, folder.text(), phase))
         parallel.place(model, parallel.Machine(torch.device("cpu"), recompute=recompute), "float32")
         sizes: dict[int, int] = {}
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from conftest import train
 from safetensors.torch import load, save_file
 
 from cogvideo import CogVideo
@@ -24,8 +25,8 @@ from cogvideo.model.folder import ModelFolder
 from cogvideo.model.regression import RegressionConfig, RegressionTransformer
 from cogvideo.text import GPT2Tokenizer, train_text
 from cogvideo.train import inherit, loop, recipes
+from cogvideo.train.loop import write_preview as probe
 from cogvideo.train.losses import LossWeights
-from cogvideo.train.preview import probe
 from cogvideo.video import Clip
 
 NANO = presets.find("direct-nano")
@@ -52,7 +53,7 @@ def nano_phase(name: str, **changes) -> recipes.Phase:
 
 def run(out, world, *phases, **options) -> ModelFolder:
     recipe = dataclasses.replace(recipes.find("direct-tiny"), preset="direct-nano", pieces=500, phases=phases)
-    return loop.train(recipe, out, world, NANO, list(phases), quiet=True, **options)
+    return train(recipe, out, world, NANO, list(phases), quiet=True, **options)
 
 
 @dataclasses.dataclass
@@ -207,12 +208,12 @@ def test_a_narrow_reference_model_learns(world):
     phase = dataclasses.replace(recipes.find("direct").phase("high"), steps=1)
     spec = dataclasses.replace(presets.find("direct"), regression=config)
     model = inherit.new_part(spec, "regression", 0)
-    step = objectives.regression({"regression": model}, GPT2Tokenizer(), phase)
+    loss_of = objectives.REGRESSION.loss({"regression": model}, GPT2Tokenizer(), phase)
     batch, losses = next(batches(world, phase.cut, 1, seed=0)), []
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for number in range(3):
         optimizer.zero_grad()
-        loss, numbers = step(batch, number, torch.Generator().manual_seed(0))
+        loss, numbers = loss_of(batch, number)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -250,12 +251,12 @@ def test_a_finished_phase_is_left_alone(tmp_path, world):
     folder = run(tmp_path, world, image, low)
     made, recipe = folder.file("regression").read_bytes(), recipes.find("direct-tiny")
     recipe = dataclasses.replace(recipe, preset="direct-nano", phases=(image, low))
-    loop.train(recipe, tmp_path, world, NANO, [image], quiet=True)
+    train(recipe, tmp_path, world, NANO, [image], quiet=True)
     assert folder.file("regression").read_bytes() == made
     with pytest.raises(ValueError, match=r"image cannot go on, for low has gone on from it; delete .*low to"):
-        loop.train(recipe, tmp_path, world, NANO, [dataclasses.replace(image, steps=4)], quiet=True)
+        train(recipe, tmp_path, world, NANO, [dataclasses.replace(image, steps=4)], quiet=True)
     shutil.rmtree(tmp_path / "low")  # trained again, it begins with what `image` made, not with itself
-    loop.train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
+    train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
     again, before = folder.load("regression").state_dict(), load(made)
     assert all(torch.equal(again[key], before[key]) for key in before)
 
@@ -268,8 +269,8 @@ def test_a_phase_does_not_go_on_from_one_that_was_stopped(tmp_path, world):
     folder.write_config(config)
     recipe = dataclasses.replace(recipes.find("direct-tiny"), preset="direct-nano", phases=(image, low))
     with pytest.raises(ValueError, match="low would go on from image, which was stopped before its end"):
-        loop.train(recipe, tmp_path, world, NANO, [low], quiet=True)
-    loop.train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
+        train(recipe, tmp_path, world, NANO, [low], quiet=True)
+    train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
     assert {name: row["steps"] for name, row in folder.config["trained"].items()} == {"image": 4, "low": 2}
 
 
@@ -374,7 +375,7 @@ def test_a_run_that_has_begun_does_not_begin_otherwise(trained, tmp_path, world)
         run(tmp_path, world, nano_phase("low", steps=3), init=ModelFolder(tmp_path / "model"))
     recipe = dataclasses.replace(recipes.find("tiny"), phases=())
     with pytest.raises(ValueError, match="another model, direct-nano, than the recipe tiny trains, tiny"):
-        loop.train(recipe, tmp_path, world, presets.find("tiny"), [])
+        train(recipe, tmp_path, world, presets.find("tiny"), [])
     with pytest.raises(ValueError, match="low cuts frames of 48 pixels, but the model's are of 16"):
         run(tmp_path / "sizes", world, recipes.find("direct-tiny").phase("low"))
     with pytest.raises(ValueError, match="unknown feature network 'vgg61'; choose one of"):
@@ -394,7 +395,7 @@ def test_what_cannot_fit_is_refused_before_it_is_built(tmp_path, world, monkeypa
     recipe = dataclasses.replace(recipes.find("direct"), pieces=500)
     low = dataclasses.replace(recipe.phase("low"), steps=1, epochs=0)
     with pytest.raises(ValueError, match=r"low needs 96\.\d GB .* 24\.0 GB are free; choose"):
-        loop.train(recipe, tmp_path, world, presets.find("direct"), [low])
+        train(recipe, tmp_path, world, presets.find("direct"), [low])
     assert not list(tmp_path.iterdir())
 
 
@@ -409,7 +410,7 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
     table = torch.randn(50257, 8)
     save_file({"transformer.wte.weight": table}, tmp_path / "gpt2.safetensors")
     recipe = dataclasses.replace(recipes.find("direct"), phases=())
-    folder = loop.train(
+    folder = train(
         recipe,
         tmp_path / "run",
         world,
@@ -421,7 +422,7 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
     assert torch.equal(folder.load("regression").embed.weight[:50257], table)
     assert isinstance(folder.text(), GPT2Tokenizer)
     both = (
-        loop.train(
+        train(
             recipe,
             tmp_path / "both",
             world,
@@ -443,7 +444,7 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
         ("missing", "cannot read an embedding"),
     ):
         with pytest.raises(ValueError, match=message):
-            loop.train(
+            train(
                 recipe,
                 tmp_path / name,
                 world,
@@ -452,7 +453,7 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
                 init_embedding=str(tmp_path / f"{name}.safetensors"),
             )
     with pytest.raises(ValueError, match="the recipe direct-tiny has words of its own"):
-        loop.train(recipes.find("direct-tiny"), tmp_path / "three", world, NANO, [], init_embedding="x")
+        train(recipes.find("direct-tiny"), tmp_path / "three", world, NANO, [], init_embedding="x")
 
 
 # -- the face

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from conftest import train
 
 from cogvideo.data.cut import Cut, cut
 from cogvideo.data.loader import batches
@@ -21,7 +22,8 @@ from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
 from cogvideo.model import presets
 from cogvideo.text import GPT2Tokenizer
-from cogvideo.train import loop, recipes
+from cogvideo.train import recipes
+from cogvideo.train.run import warn_of_long_captions
 from cogvideo.video import Clip
 
 RNG = np.random.default_rng(0)
@@ -301,7 +303,7 @@ def test_training_from_files_equals_training_from_memory(kitchen, tmp_path, caps
     recipe = replace(recipes.find("direct-tiny"), preset="direct-nano", pieces=290, phases=(phase,))
     losses = []
     for name, source in (("files", open_source(kitchen)), ("memory", Memory())):
-        loop.train(recipe, tmp_path / name, source, presets.find("direct-nano"), [phase], log_every=1)
+        train(recipe, tmp_path / name, source, presets.find("direct-nano"), [phase], log_every=1)
         log = (tmp_path / name / "low" / "log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in log])
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=3e-3)  # wrong times: 7e-3
@@ -316,9 +318,9 @@ def test_captions_that_are_cut_are_counted(capsys):
     text, spec = GPT2Tokenizer(), presets.find("direct")
     config = replace(spec.regression, text_len=7)  # "scene 1 of aaa" is as long as "scene 1 of bbb", or not
     long = sum(len(text.encode(Memory().caption(i, RNG))) > 4 for i in range(6))
-    loop.warn_of_long_captions(text, Memory(), replace(spec, regression=replace(config, text_len=4)))
+    warn_of_long_captions(text, Memory(), replace(spec, regression=replace(config, text_len=4)))
     assert f"{long} of 6 captions are longer than 4 tokens" in capsys.readouterr().out and long > 0
-    loop.warn_of_long_captions(text, Memory(), replace(spec, regression=config))
+    warn_of_long_captions(text, Memory(), replace(spec, regression=config))
     assert capsys.readouterr().out == ""
 
 

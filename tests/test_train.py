@@ -9,20 +9,20 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import loosen
+from conftest import loosen, train
 from data.goldens import DATA
 
 from cogvideo import CogVideo
-from cogvideo.data.loader import Batch
+from cogvideo.data.loader import Batch, batches
 from cogvideo.layout import Layout
 from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.superres import SuperResConfig
 from cogvideo.model.transformer import DualChannelTransformer
-from cogvideo.train import inherit, loop, objectives, recipes
+from cogvideo.train import inherit, inputs, losses, objectives, recipes
+from cogvideo.train.loop import write_preview as probe
 from cogvideo.train.losses import LossWeights
 from cogvideo.train.optim import learning_rate, optimizers
-from cogvideo.train.preview import probe
 from cogvideo.train.report import Report, draw_curve
 
 PHASES = ["tokenizer", "image", "stage1", "stage2", "decoder", "mistakes"]
@@ -41,7 +41,7 @@ def nano_phase(name: str, **changes) -> recipes.Phase:
 
 def run(out, world, *phases, **options) -> ModelFolder:
     recipe = dataclasses.replace(recipes.find("tiny"), preset="nano", pieces=500, phases=phases)
-    return loop.train(recipe, out, world, presets.find("nano"), list(phases), quiet=True, **options)
+    return train(recipe, out, world, presets.find("nano"), list(phases), quiet=True, **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,7 +134,7 @@ class Stop:
 
 def test_a_window_is_cut_out_of_a_frame():
     maps = torch.arange(2 * 3 * 25).view(2, 3, 25)
-    found = objectives.windows(maps, torch.tensor([[1, 2], [3, 0]]), 2).view(2, 3, 2, 2)
+    found = inputs.windows(maps, torch.tensor([[1, 2], [3, 0]]), 2).view(2, 3, 2, 2)
     assert torch.equal(found[0], maps.view(2, 3, 5, 5)[0, :, 1:3, 2:4])
     assert torch.equal(found[1], maps.view(2, 3, 5, 5)[1, :, 3:5, 0:2])
 
@@ -148,9 +148,9 @@ def test_a_window_holds_the_object():
     corners = []
     for number in range(0, 400, 4):
         batch = Batch([*range(number, number + 4)], [""] * 4, [1.0] * 4, (), cover)
-        corners.append(objectives.window_corners(batch, 3))
+        corners.append(inputs.window_corners(batch, 3))
         alone = Batch([number + 3], [""], [1.0], (), cover[3:])
-        assert torch.equal(objectives.window_corners(alone, 3)[0], corners[-1][3])
+        assert torch.equal(inputs.window_corners(alone, 3)[0], corners[-1][3])
     found = torch.stack(corners, 1)  # [4, 100, 2]
     seen = [{tuple(corner) for corner in rows.tolist()} for rows in found]
     assert seen[0] == {(3, 0), (3, 1)}
@@ -166,12 +166,11 @@ def test_windows_keep_the_tiles_of_the_temporal_channel():
     cover = torch.zeros(1, 5, 16, 16)
     cover[..., 5:9, 7:14] = 1.0
     corners = {
-        tuple(objectives.window_corners(Batch([n], [""], [1.0], (), cover), 8, 4)[0].tolist())
-        for n in range(50)
+        tuple(inputs.window_corners(Batch([n], [""], [1.0], (), cover), 8, 4)[0].tolist()) for n in range(50)
     }
     assert corners == {(0, 8), (4, 8)}
     for corner in corners:
-        inside = objectives.windows(torch.arange(256).view(1, 1, 256), torch.tensor([corner]), 8)[0, 0]
+        inside = inputs.windows(torch.arange(256).view(1, 1, 256), torch.tensor([corner]), 8)[0, 0]
         places = (torch.arange(5)[:, None] * 256 + inside).flatten()
         for shifted in (False, True):
             sees = whole.sees("temporal", 4, shifted)[places][:, places]
@@ -184,7 +183,7 @@ def test_windows_keep_the_tiles_of_the_temporal_channel():
 def test_a_share_of_clips_is_learnt_in_windows(share):
     """The same share of any clips that follow each other: each process has as many as the others."""
     for first in (0, 5, 1000):
-        assert sum(objectives.in_window(first + i, share) for i in range(8)) == 8 * share
+        assert sum(inputs.in_window(first + i, share) for i in range(8)) == 8 * share
 
 
 def test_a_window_is_read_where_it_was_cut_out(nano):
@@ -195,11 +194,11 @@ def test_a_window_is_read_where_it_was_cut_out(nano):
     layout, generator = c.layout("image"), torch.Generator().manual_seed(3)
     codes = torch.randint(c.codes, (2, 1, c.frame_len), generator=generator)
     text = torch.randint(c.codes, c.start, (2, c.text_len), generator=generator)
-    loss = partial(objectives.token_loss, model)
+    loss = partial(losses.token_loss, model)
     whole = loss(layout, text, codes)[0]
     assert torch.allclose(loss(layout, text, codes, corners=torch.zeros(2, 2).long())[0], whole)
     small, corners = dataclasses.replace(layout, grid=2), torch.tensor([[1, 2], [0, 1]])
-    cut = objectives.windows(codes, corners, 2)
+    cut = inputs.windows(codes, corners, 2)
     both = loss(small, text, cut, corners=corners)[0]
     alone = [loss(small, text[i:][:1], cut[i:][:1], corners=corners[i:][:1])[0] for i in range(2)]
     assert torch.allclose(both, sum(alone) / 2)
@@ -230,22 +229,22 @@ def test_a_few_clips_can_be_learnt_by_heart(trained, world, name):
     (optimizer,) = optimizers(model, "adamw", 0.0, (0.9, 0.95))
     for group in optimizer.param_groups:
         group["lr"] = phase.lr
-    step = phase.objective(parts, folder.text(), phase)
-    batch = next(loop.batches(world, phase.cut, 2, seed=0))
-    losses = []
+    loss_of = phase.objective.loss(parts, folder.text(), phase)
+    batch = next(batches(world, phase.cut, 2, seed=0))
+    curve = []
     for number in range(80):
-        loss, _ = step(batch, number, torch.Generator().manual_seed(0))
+        loss, _ = loss_of(batch, number)
         loss.backward()
         optimizer.step()
         model.zero_grad()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0] - 0.3  # nats a token; embeddings and head of a frozen base stay random
+        curve.append(float(loss.detach()))
+    assert curve[-1] < curve[0] - 0.3  # nats a token; embeddings and head of a frozen base stay random
 
 
 def test_a_share_of_captions_is_dropped_and_keeps_its_duration(trained, world):
     text = ModelFolder(trained / "model").text()
-    batch = next(loop.batches(world, nano_phase("image").cut, 200, seed=0))
-    rows = objectives.prepare_text(text, batch, 64, 0.25, torch.Generator().manual_seed(0)).tolist()
+    batch = next(batches(world, nano_phase("image").cut, 200, seed=0, drop=0.25))
+    rows = inputs.text_ids(text, batch.captions, batch.durations, 64).tolist()
     plain = [text.pad_left(text.prompt("", seconds), 64) for seconds in batch.durations]
     share = sum(row == empty for row, empty in zip(rows, plain)) / 200
     assert 0.15 < share < 0.35
@@ -291,15 +290,15 @@ def test_what_a_phase_cannot_do_is_known_before_the_first(tmp_path, world, monke
     recipe = recipes.find("tiny")
     short = dataclasses.replace(recipe.phase("tokenizer"), steps=objectives.UNQUANTISED)
     with pytest.raises(ValueError, match="tokenizer: there are no codes before step"):
-        loop.train(recipe, tmp_path, world, presets.find("tiny"), [short])
+        train(recipe, tmp_path, world, presets.find("tiny"), [short])
     again = dataclasses.replace(recipe.phase("tokenizer"), reuse=2)
     with pytest.raises(ValueError, match="tokenizer.reuse must be 1"):
-        loop.train(recipe, tmp_path, world, presets.find("tiny"), [again])
+        train(recipe, tmp_path, world, presets.find("tiny"), [again])
     with pytest.raises(ValueError, match="cannot be shared by 3 processes"):
-        loop.train(recipe, tmp_path, world, presets.find("tiny"), [recipe.phase("image")], processes=3)
+        train(recipe, tmp_path, world, presets.find("tiny"), [recipe.phase("image")], processes=3)
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match="'muon' needs torch 2.9 or later"):
-        loop.train(recipe, tmp_path, world, presets.find("tiny"), list(recipe.phases))
+        train(recipe, tmp_path, world, presets.find("tiny"), list(recipe.phases))
     assert not list(tmp_path.iterdir())
 
 

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 
-from cogvideo.data.cut import Cut, Source
-from cogvideo.data.loader import Batch, Cuts, Found
+from cogvideo.data.cut import Cut, Sample, Source
+from cogvideo.data.loader import RECAPTION, Batch, Cuts, is_dropped
 from cogvideo.model.vqvae import to_pictures
 
 
@@ -45,18 +46,22 @@ class Reuse:
 
 
 @lru_cache(64)
-def _block_order(seed: int, block: int, age: int, size: int) -> np.ndarray:
+def _block_order(seed: int, block: int, age: int, size: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng((seed, block, age, 4)).permutation(size)
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Encoded:
     """What is remembered of a clip."""
 
-    index: int  # of its recording
+    index: int  # of its video
     duration: float
     codes: torch.Tensor  # int32 [F, N]
     cover: torch.Tensor | None
+
+
+Encode = Callable[[torch.Tensor], torch.Tensor]  # clips [B, F, 3, size, size] to codes [B, F, N]
+Clips = list[tuple[int, int]]  # of a batch: block and number of each
 
 
 def recurring(
@@ -64,17 +69,18 @@ def recurring(
     how: Cut,
     batch: int,
     reuse: Reuse,
-    encode: Callable[[torch.Tensor], torch.Tensor],
+    encode: Encode,
     *,
     seed: int,
     step: int = 0,
     rank: int = 0,
     ranks: int = 1,
     workers: int = 0,
+    drop: float = 0.0,
 ) -> Iterator[Batch]:
-    """Like `batches`, with clips that recur, as codes: `encode` turns clips [B, F, 3, size, size] of the
-    first size into them [B, F, N], and is called for clips that are not remembered."""
-    planned: deque[tuple[int, list[tuple[int, int]]]] = deque()  # steps that the data loader works on
+    """Like `batches`, with clips that recur, as codes: those of the first size of the cut. `encode` is called
+    for clips that are not remembered."""
+    planned: deque[tuple[int, Clips]] = deque()  # steps that the data loader works on
 
     def missing() -> Iterator[list[int]]:
         asked: dict[int, set[int]] = {}
@@ -83,7 +89,7 @@ def recurring(
             places = range(rank * batch, (rank + 1) * batch)
             clips = [reuse.clip(seed, k, place, ranks * batch) for place in places]
             oldest = reuse.oldest(k, ranks * batch)
-            asked = {block: those for block, those in asked.items() if block >= oldest}
+            asked = {block: numbers for block, numbers in asked.items() if block >= oldest}
             new = [number for block, number in clips if number not in asked.setdefault(block, set())]
             for block, number in clips:
                 asked[block].add(number)
@@ -91,40 +97,42 @@ def recurring(
             yield new
             k += 1
 
-    kept: dict[int, dict[int, _Kept]] = {}
-    clips_of = DataLoader(
-        Cuts(source, how, seed), batch_sampler=missing(), num_workers=workers, collate_fn=list
-    )
-    for found in clips_of:
+    memory: dict[int, dict[int, _Encoded]] = {}
+    cuts = Cuts(source, how, seed)
+    for found in DataLoader(cuts, batch_sampler=missing(), num_workers=workers, collate_fn=list):
         k, clips = planned.popleft()
         oldest = reuse.oldest(k, ranks * batch)
-        kept = {block: those for block, those in kept.items() if block >= oldest}
+        memory = {block: those for block, those in memory.items() if block >= oldest}
         blocks = {number: block for block, number in clips}
         skipped: dict[str, str] = {}
-        for one, codes in zip(found, _encoded(found, encode)):
-            number, sample, passed, index = one
-            cover = None if sample.cover is None else torch.from_numpy(sample.cover)
-            kept.setdefault(blocks[number], {})[number] = _Kept(index, sample.duration, codes, cover)
+        for number, sample, passed, index in found:
+            memory.setdefault(blocks[number], {})[number] = _encoded(index, sample, encode)
             skipped |= passed
-        rows = [kept[block][number] for block, number in clips]
+
+        rows = [memory[block][number] for block, number in clips]
         numbers = [(k * ranks + rank) * batch + i for i in range(batch)]
-        captions = [
-            source.caption(row.index, np.random.default_rng((seed, number, 3)))
-            for row, number in zip(rows, numbers)
-        ]
+        captions = [_caption(source, row.index, seed, n, drop) for row, n in zip(rows, numbers)]
         covers = [row.cover for row in rows if row.cover is not None]
         yield Batch(
             numbers,
             captions,
-            [row.duration for row in rows],
-            (),
-            torch.stack(covers) if covers else None,
-            skipped,
-            torch.stack([row.codes for row in rows]).long(),
+            durations=[row.duration for row in rows],
+            frames=(),
+            cover=torch.stack(covers) if covers else None,
+            skipped=skipped,
+            codes=torch.stack([row.codes for row in rows]).long(),
         )
 
 
-def _encoded(found: list[Found], encode: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
-    """int32 codes [F, N] of new clips, one by one: so they do not depend on what else is new."""
-    for _, sample, _, _ in found:
-        yield encode(to_pictures(sample.frames[0])[None])[0].int()
+def _encoded(index: int, sample: Sample, encode: Encode) -> _Encoded:
+    """A new clip, encoded by itself: so its codes do not depend on what else is new."""
+    codes = encode(to_pictures(sample.frames[0])[None])[0].int()  # [F, N]
+    cover = None if sample.cover is None else torch.from_numpy(sample.cover)
+    return _Encoded(index, sample.duration, codes, cover)
+
+
+def _caption(source: Source, index: int, seed: int, number: int, drop: float) -> str:
+    """A caption of the sample's own for a video, or "" if it is dropped."""
+    if is_dropped(seed, number, drop):
+        return ""
+    return source.caption(index, np.random.default_rng((seed, number, RECAPTION)))

@@ -13,8 +13,9 @@ Shapes: B images, R resolution in pixels, N = grid * grid codes, C channels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -178,18 +179,39 @@ def decoder_of(config: VQVAEConfig) -> nn.Sequential:
     return _decoder(config, config.multipliers)
 
 
+class Peers(Protocol):
+    """The processes that train one codebook together."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that computes updates."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """[M, ...] of every process, in their order; all of them call this."""
+        ...
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors by those of the first process; all of them call this."""
+        ...
+
+
 class Codebook(nn.Module):
     """Nearest-neighbour quantiser whose codes are moving averages of the vectors that chose them.
 
     `decay` is that of the average. A code whose cluster size, averaged over batches, falls below `dead` is
     moved to a random vector of the batch. Until `init_codes` is called, vectors pass through unquantised
     (`filled` is False). Buffers keep the names that stored models have; `uses` is the cluster size.
+
+    With `peers`, the first process updates the codes by the vectors of all, and the others take the result,
+    so that all hold the same codes.
     """
 
     def __init__(self, codes: int, width: int, decay: float = 0.99, dead: float = 0.02):
         super().__init__()
         self.decay = decay
         self.dead = dead
+        self.peers: Peers | None = None
         self.vectors: Tensor
         self.uses: Tensor
         self.sums: Tensor
@@ -227,15 +249,34 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def init_codes(self, z: Tensor, generator: torch.Generator | None = None) -> None:
         """Set the codes to random vectors of z [M, C], each used once unless there are more codes than M."""
+        if self.peers is None:
+            self._init_codes(z, generator)
+            return
+        z = self.peers.gather(z)
+        if self.peers.first:
+            self._init_codes(z, generator)
+        self.peers.broadcast(self.buffers())
+
+    @torch.no_grad()
+    def update(self, z: Tensor, ids: Tensor, generator: torch.Generator | None = None) -> None:
+        """EMA update: move the codes towards the vectors z [M, C] that chose them; replace the dead ones."""
+        if self.peers is None:
+            self._update(z, ids, generator)
+            return
+        z = self.peers.gather(z)
+        ids = self.peers.gather(ids)
+        if self.peers.first:
+            self._update(z, ids, generator)
+        self.peers.broadcast(self.buffers())
+
+    def _init_codes(self, z: Tensor, generator: torch.Generator | None) -> None:
         vectors = z[_random_rows(len(z), len(self.vectors), generator)]
         self.vectors.copy_(vectors)
         self.sums.copy_(vectors)
         self.uses.fill_(1.0)
         self.filled.fill_(True)
 
-    @torch.no_grad()
-    def update(self, z: Tensor, ids: Tensor, generator: torch.Generator | None = None) -> None:
-        """EMA update: move the codes towards the vectors z [M, C] that chose them; replace the dead ones."""
+    def _update(self, z: Tensor, ids: Tensor, generator: torch.Generator | None) -> None:
         cluster_size = torch.bincount(ids, minlength=len(self.vectors)).to(z.dtype)
         self.uses.lerp_(cluster_size, 1 - self.decay)
         self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, ids, z), 1 - self.decay)

@@ -37,6 +37,14 @@ def new_part(spec: Spec, name: str, seed: int) -> Any:
     return part
 
 
+def copy_parent(part: nn.Module, parent: nn.Module) -> None:
+    """Start a part as a copy of its parent: all of it if the two are of one class, else what it inherits."""
+    if type(parent) is type(part):
+        part.load_state_dict(parent.state_dict())
+    else:
+        part.inherit(parent)  # type: ignore[operator]
+
+
 def shared_parts(spec: Spec, init: ModelFolder) -> list[str]:
     """The parts that both models have; ValueError if there are none."""
     there = init.spec().parts

@@ -1,4 +1,6 @@
-"""The hierarchical loss: pixels, features, motion.
+"""Losses: what the models minimise.
+
+Tokens are learnt by cross-entropy. Frames are learnt by the hierarchical loss, of pixels, features, motion:
 
     loss = L1(pixels) + a * perceptual(features) + b * L1(optical flow of consecutive frames)
 
@@ -6,6 +8,7 @@ Flow is pyramidal Lucas-Kanade in plain torch, differentiable, so that a model i
 even where each single frame looks right. Shapes: clips are float [B, F, 3, H, W] in [0, 1].
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +16,86 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.hardware import constant
+from cogvideo.layout import Layout
 from cogvideo.model.features import PictureFeatures, perceptual_distance, weighted
+from cogvideo.model.transformer import DualChannelTransformer
+from cogvideo.model.vqvae import VQVAE
+
+Result = tuple[Tensor, dict[str, float]]  # a loss, and numbers worth a line in the log
+
+
+def tokenizer_loss(
+    vqvae: VQVAE,
+    hierarchical: "HierarchicalLoss",
+    clips: Tensor,
+    generator: torch.Generator,
+    perturb: float = 0.0,
+    seeds: Sequence[int] = (),
+    weights: Tensor | None = None,
+) -> Result:
+    """Reconstruction of clips [B, F, 3, R, R] by the hierarchical loss, and commitment to the codes.
+
+    A share `perturb` of the codes is replaced by near ones, drawn from the clips' seeds. weights
+    [B, F, h, w]: how much each place of an image counts. The generator is for the codebook's updates.
+    """
+    count = clips.shape[1]
+    image_seeds = [count * seed + frame for seed in seeds for frame in range(count)]
+    images, commitment, ids = vqvae(clips.flatten(0, 1), generator, perturb, image_seeds)
+    loss, numbers = frames_loss(images.unflatten(0, (-1, count)), hierarchical, clips, weights)
+    if vqvae.codebook.filled:
+        shares = torch.bincount(ids, minlength=vqvae.config.codes).float() / len(ids)
+        numbers["perplexity"] = float(torch.exp(-(shares * shares.clamp_min(1e-9).log()).sum()))
+    return loss + 0.25 * commitment, numbers
+
+
+def token_loss(
+    model: DualChannelTransformer,
+    layout: Layout,
+    text: Tensor,
+    codes: Tensor,
+    context: Tensor | None = None,
+    weights: Tensor | None = None,
+    corners: Tensor | None = None,
+) -> Result:
+    """Cross-entropy of the frames that the layout trains (docs/reference.md, "Loss").
+
+    text [B, T]; codes [B, F, N] in time order; context [B, F, N]: codes to read instead, so that a model
+    learns to continue from wrong ones; weights [B, F, N]: how much a code counts among those of its clip;
+    corners [B, 2]: first row and column of what the codes are a window of, if they are not whole frames.
+
+    Logged: the unweighted mean of each frame, by its number in time. Given frames count only in the log.
+    """
+    laid = layout.lay(codes)
+    read = laid if context is None else layout.lay(context)
+    inputs = torch.cat((text, layout.inputs(read, model.config.start)), 1)
+    hidden = model.hidden(inputs, layout, corners=corners)  # [B, S, D]
+    first = int(layout.loss_mask().argmax())  # what is not trained comes first
+
+    def cost(positions: slice) -> Tensor:  # [B, S']
+        logits = model.head(hidden[:, positions])
+        target = laid.flatten(1)[:, positions]
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+
+    with torch.no_grad():
+        given = cost(slice(0, first))
+    learnt = cost(slice(first, None))
+
+    each = torch.cat((given, learnt.detach()), 1)
+    per_frame = each.view(len(codes), layout.frames, -1).mean((0, 2))
+    numbers = {f"frame{frame}": float(value) for frame, value in zip(layout.order, per_frame)}
+    if weights is None:
+        return learnt.mean(), numbers
+    counts = layout.lay(weights).flatten(1)[:, first:]
+    return ((learnt * counts).sum(1) / counts.sum(1)).mean(), numbers  # a clip does not depend on the others
+
+
+def frames_loss(
+    prediction: Tensor, hierarchical: "HierarchicalLoss", clips: Tensor, weights: Tensor | None = None
+) -> Result:
+    """Hierarchical loss of predicted clips against true ones, both [B, F, 3, H, W]; PSNR is logged."""
+    loss, numbers = hierarchical(prediction, clips, weights)
+    numbers["psnr"] = float(-10 * F.mse_loss(prediction.detach().clamp(0, 1), clips).log10())
+    return loss, numbers
 
 
 @dataclass(frozen=True)

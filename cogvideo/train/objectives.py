@@ -1,349 +1,342 @@
-"""What each model is trained for.
+"""What a phase is: one object for each kind, with its check, its loss, its cost and its preview.
 
-The first half are losses: pure functions of models and tensors. The second half are objectives, one a phase:
-given the parts of the model by name, each returns the step that turns a batch of clips into a loss and the
-numbers worth a line in the log.
+A loss takes a batch of clips and the number of the step, and returns a scalar and numbers worth a line in the
+log. It is built once, from the parts of the model.
 """
 
-from __future__ import annotations
-
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideo.data.loader import Batch
-from cogvideo.layout import SECONDS, Layout
+from cogvideo.layout import SECONDS
+from cogvideo.model.decoder import VideoDecoder
 from cogvideo.model.families import CogVideoSpec, RegressionSpec, Spec
-from cogvideo.model.transformer import DualChannelTransformer
-from cogvideo.model.vqvae import VQVAE, Codebook
-from cogvideo.text import PLAIN, TEMPLATE, TextTokenizer
-from cogvideo.train.discriminator import opinion
-from cogvideo.train.losses import HierarchicalLoss
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.refiner import Refiner, resize
+from cogvideo.model.regression import RegressionTransformer
+from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
+from cogvideo.model.vqvae import VQVAE
+from cogvideo.text import PLAIN, TextTokenizer
+from cogvideo.train import preview
+from cogvideo.train.cost import clip_flops
+from cogvideo.train.discriminator import Discriminator, opinion
+from cogvideo.train.inputs import (
+    Parts,
+    Resampler,
+    corrupt,
+    encode_clips,
+    in_window,
+    object_weights,
+    part,
+    seeded,
+    text_ids,
+    window_corners,
+    windows,
+)
+from cogvideo.train.losses import HierarchicalLoss, Result, frames_loss, token_loss, tokenizer_loss
+from cogvideo.video import Frames
 
 if TYPE_CHECKING:
     from cogvideo.train.phase import Phase
 
-Parts = dict[str, Any]  # modules by name
-Result = tuple[Tensor, dict[str, float]]
-Step = Callable[[Batch, int, torch.Generator], Result]  # batch, number of the step, randomness
+Loss = Callable[[Batch, int], Result]  # a batch and the number of the step
 
-UNQUANTISED = 200  # steps of the tokenizer before its codebook is filled
+UNQUANTISED = 200  # steps of the tokenizer before its codebook is initialised
 
 
-def tokenizer_loss(
-    vqvae: VQVAE,
-    hierarchical: HierarchicalLoss,
-    clips: Tensor,
-    generator: torch.Generator,
-    perturb: float = 0.0,
-    seeds: Sequence[int] = (),
-    weights: Tensor | None = None,
-) -> Result:
-    """Reconstruction of clips [B, F, 3, R, R] by the hierarchical loss, and commitment to the codes; a share
-    `perturb` of the codes is replaced by near ones, drawn from the clips' seeds. weights [B, F, h, w]: how
-    much a place counts."""
-    count = clips.shape[1]
-    each = [count * seed + frame for seed in seeds for frame in range(count)]
-    made, commitment, ids = vqvae(clips.flatten(0, 1), generator, perturb, each)
-    loss, numbers = frames_loss(made.unflatten(0, (-1, count)), hierarchical, clips, weights)
-    if vqvae.codebook.filled:
-        shares = torch.bincount(ids, minlength=vqvae.config.codes).float() / len(ids)
-        numbers["perplexity"] = float(torch.exp(-(shares * shares.clamp_min(1e-9).log()).sum()))
-    return loss + 0.25 * commitment, numbers
+class Objective(ABC):
+    """A kind of phase."""
 
+    learns_codes: ClassVar[bool] = False  # so clips may recur as codes, and windows of codes be learnt
+    has_adversary: ClassVar[bool] = False  # a discriminator may judge what it decodes
 
-def token_loss(
-    model: DualChannelTransformer,
-    layout: Layout,
-    text: Tensor,
-    codes: Tensor,
-    context: Tensor | None = None,
-    weights: Tensor | None = None,
-    corners: Tensor | None = None,
-) -> Result:
-    """Cross-entropy of the frames that the layout trains (docs/reference.md, "Loss"). text [B, T],
-    codes [B, F, N] in time order; context [B, F, N]: codes to be read instead, so
-    that a model learns to go on from wrong ones;
-    weights [B, F, N]: how much a code counts among those of its clip; corners [B, 2]: first row and column of
-    what the codes are a window of, if they are not whole frames.
-
-    Logged: the mean for each frame, by its place in time, unweighted; frames that are given count only in the
-    log.
-    """
-    laid, read = layout.lay(codes), layout.lay(codes if context is None else context)
-    inputs = torch.cat((text, layout.inputs(read, model.config.start)), 1)
-    hidden = model.hidden(inputs, layout, corners=corners)  # [B, S, D]
-    first = int(layout.loss_mask().argmax())  # what is not trained comes first
-
-    def cost(places: slice) -> Tensor:  # [B, S']
-        logits, right = model.head(hidden[:, places]), laid.flatten(1)[:, places]
-        return F.cross_entropy(logits.flatten(0, 1), right.flatten(), reduction="none").view_as(right)
-
-    with torch.no_grad():
-        given = cost(slice(0, first))
-    learnt = cost(slice(first, None))
-    each = torch.cat((given, learnt.detach()), 1)
-    per_frame = each.view(len(codes), layout.frames, -1).mean((0, 2))
-    numbers = {f"frame{frame}": float(value) for frame, value in zip(layout.order, per_frame)}
-    if weights is None:
-        return learnt.mean(), numbers
-    counts = layout.lay(weights).flatten(1)[:, first:]
-    return ((learnt * counts).sum(1) / counts.sum(1)).mean(), numbers  # a clip does not depend on the others
-
-
-def frames_loss(
-    made: Tensor, hierarchical: HierarchicalLoss, clips: Tensor, weights: Tensor | None = None
-) -> Result:
-    """Clips that a model made against the right ones, both [B, F, 3, H, W], by the hierarchical loss."""
-    loss, numbers = hierarchical(made, clips, weights)
-    numbers["psnr"] = float(-10 * F.mse_loss(made.detach().clamp(0, 1), clips).log10())
-    return loss, numbers
-
-
-def prepare_text(
-    tokenizer: TextTokenizer,
-    batch: Batch,
-    text_len: int,
-    drop: float,
-    generator: torch.Generator,
-    template: str = TEMPLATE,
-) -> Tensor:
-    """Ids [B, T]; a share `drop` of the captions is left out (their duration stays), for classifier-free
-    guidance."""
-    dropped = torch.rand(len(batch.captions), generator=generator) < drop
-    captions = ["" if gone else caption for gone, caption in zip(dropped.tolist(), batch.captions)]
-    rows = [tokenizer.prompt(c, d, template) for c, d in zip(captions, batch.durations)]
-    return torch.tensor([tokenizer.pad_left(row[:text_len], text_len) for row in rows])
-
-
-@torch.no_grad()
-def encode_clips(vqvae: VQVAE, clips: Tensor) -> Tensor:
-    """[B, F, 3, R, R] to codes [B, F, N]."""
-    return vqvae.encode(clips.flatten(0, 1)).unflatten(0, (len(clips), -1))
-
-
-def object_weights(batch: Batch, phase: Phase) -> Tensor | None:
-    """How much each cell of the clips counts [B, F, cells, cells]: 1, and more where the object is."""
-    if not phase.object_weight or batch.cover is None:
-        return None
-    return 1 + phase.object_weight * batch.cover.to(batch.device)
-
-
-def in_window(number: int, share: float) -> bool:
-    """Whether only a window of the clip of this number is learnt: a `share` of any that follow each other."""
-    return int((number + 1) * share) > int(number * share)
-
-
-def window_corners(batch: Batch, side: int, step: int = 1) -> Tensor:
-    """[B, 2] first row and column of a window of side x side codes for each clip, drawn from the clip's own
-    seed: it holds what the object covers in any frame, or as much as fits. Both are multiples of `step`,
-    which keeps the tiles of the temporal channel whole. ValueError if the clips do not say where their object
-    is."""
-    if batch.cover is None:
-        raise ValueError("the clips do not say where their object is")
-    found = []
-    for cover, seed in zip(batch.cover.amax(1).cpu(), batch.numbers):
-        last = torch.full((2,), cover.shape[-1] - side)  # corner
-        low, high = torch.zeros_like(last), last
-        if len(covered := (cover > 0.05).nonzero()):
-            ends = torch.stack((covered.amax(0) - side + 1, covered.amin(0)))  # it is held between these
-            low, high = ends.amin(0).clamp(0).minimum(last), ends.amax(0).clamp(0).minimum(last)
-        corner = low + (torch.rand(2, generator=seeded(seed)) * (high - low + 1)).long()
-        found.append((corner + step // 2) // step * step)
-    return torch.stack(found)
-
-
-def windows(maps: Tensor, corners: Tensor, side: int) -> Tensor:
-    """[B, F, N] to the window of each clip [B, F, side * side]."""
-    grid = math.isqrt(maps.shape[-1])
-    rows, columns = corners[:, :, None].add(torch.arange(side, device=maps.device)).unbind(1)  # [B, side]
-    places = (rows[:, :, None] * grid + columns[:, None]).flatten(1)  # [B, side * side]
-    return maps.gather(2, places[:, None].expand(-1, maps.shape[1], -1))
-
-
-def corrupt(codebook: Codebook, codes: Tensor, share: float, seeds: Sequence[int]) -> Tensor:
-    """Codes [B, F, N] with about `share` of them replaced by near ones, drawn from each clip's own seed."""
-    return codebook.perturb(codes.flatten(1), share, seeds).view_as(codes)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class Resampler:
-    """Replaces codes of clips by what the trained stages would sample there, given the true codes before."""
-
-    def __init__(self, parts: Parts):
-        c = parts["base"].config
-        models = {one: DualChannelTransformer(parts["base"], parts[one]) for one in ("stage1", "stage2")}
-        self.stages = [(c.layout(stage), model) for stage, model in models.items()]
-
-    @torch.no_grad()
-    def __call__(self, codes: Tensor, text: Tensor, batch: Batch, share: float) -> Tensor:
-        """codes [B, F, N], text [B, T]; windows that span the whole clip are key frames, others between."""
-        slow = torch.tensor([duration >= SECONDS for duration in batch.durations], device=codes.device)
-        found = codes.clone()
-        numbers = torch.stack([torch.rand(2, *codes.shape[1:], generator=seeded(n)) for n in batch.numbers])
-        chances, uniform = numbers.to(codes.device).unbind(1)  # each [B, F, N]
-        for (layout, model), mine in zip(self.stages, (slow, ~slow)):
-            if mine.any():
-                found[mine] = self._resample(layout, model, codes[mine], text[mine], uniform[mine])
-        return torch.where(chances < share, found, codes)
-
-    def _resample(
-        self, layout: Layout, model: DualChannelTransformer, codes: Tensor, text: Tensor, uniform: Tensor
-    ) -> Tensor:
-        laid = layout.lay(codes)
-        logits = model(torch.cat((text, layout.inputs(laid, model.config.start)), 1), layout)
-        shares = logits.softmax(-1).cumsum(-1)  # [B, F * N, V]
-        sampled = torch.searchsorted(shares, layout.lay(uniform).flatten(1)[..., None]).squeeze(-1)
-        return layout.unlay(sampled.clamp_max(shares.shape[-1] - 1).view_as(laid))
-
-
-# -- objectives
-# ---------------------------------------------------------------------------------------------------
-
-
-def check(phase: Phase, spec: Spec) -> None:
-    """ValueError if the objective of a phase can do nothing with its steps or its clips."""
-    if phase.objective is tokenizer and phase.steps <= UNQUANTISED:
-        raise ValueError(f"{phase.name}: there are no codes before step {UNQUANTISED}; give it more steps")
-    if phase.objective in (image, stage1, stage2) and isinstance(spec, CogVideoSpec):
-        grid, cover = spec.model.grid, phase.cut.cover
-        if cover not in (0, grid):
-            raise ValueError(f"{phase.name}: cut.cover is {cover}, but a frame has {grid} codes a side")
-        if phase.windowed and not cover:
-            raise ValueError(f"{phase.name}: windows over the object need a cut.cover of {grid}")
-    elif phase.windowed:
-        raise ValueError(f"{phase.name}.windowed must be 0: only models of codes learn windows of them")
-    if phase.adversary and phase.objective is not decoder:
-        raise ValueError(f"{phase.name}.adversary must be 0: only decoders of clips have a discriminator")
-    if phase.reuse > 1 and phase.objective not in (image, stage1, stage2):
-        raise ValueError(f"{phase.name}.reuse must be 1: clips recur as codes, and {phase.name} needs frames")
-    if phase.objective is regression and isinstance(spec, RegressionSpec):
-        (rate,) = phase.cut.rates
-        have, due = len(spec.regression.slots(rate)[: phase.cut.keep]), phase.cut.keep or phase.cut.frames
-        if have != due:
+    def check(self, phase: "Phase", spec: Spec) -> None:
+        """Raise ValueError if the phase can do nothing with its steps or its clips."""
+        if phase.windowed and not self.learns_codes:
+            raise ValueError(f"{phase.name}.windowed must be 0: only models of codes learn windows of them")
+        if phase.adversary and not self.has_adversary:
+            raise ValueError(f"{phase.name}.adversary must be 0: only decoders of clips have a discriminator")
+        if phase.reuse > 1 and not self.learns_codes:
             raise ValueError(
-                f"{phase.name} cuts {due} frames, but the model has {have} at {rate:g} frames a second"
+                f"{phase.name}.reuse must be 1: clips recur as codes, and {phase.name} needs frames"
             )
 
+    def prepare(self, module: nn.Module, phase: "Phase") -> None:  # noqa: B027
+        """Prepare a part that learns, before its optimizer is built; most need nothing."""
 
-def tokenizer(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    vqvae = parts["vqvae"]
-    hierarchical = HierarchicalLoss(phase.loss).to(next(vqvae.parameters()).device)
+    @abstractmethod
+    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+        """The loss of the phase for these parts."""
 
-    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        if number >= UNQUANTISED and not vqvae.codebook.filled:
-            with torch.no_grad():
-                z = vqvae.latents(batch.frames[0].flatten(0, 1)).float()
-            vqvae.codebook.init_codes(z.permute(0, 2, 3, 1).flatten(0, 2), generator)
-        clips, weights = batch.frames[0], object_weights(batch, phase)
-        return tokenizer_loss(vqvae, hierarchical, clips, generator, phase.perturb, batch.numbers, weights)
+    def flops(self, phase: "Phase", parts: Parts) -> float | None:
+        """Floating-point operations for one clip; None if they are not known."""
+        return None
 
-    return step
-
-
-def image(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    layout = parts["base"].config.layout("image")
-    return _tokens(parts, text, phase, DualChannelTransformer(parts["base"]), layout)
+    @abstractmethod
+    def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
+        """An image [H, W, 3] that shows how the phase is doing."""
 
 
-def stage1(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    layout = parts["base"].config.layout("stage1")
-    return _tokens(parts, text, phase, DualChannelTransformer(parts["base"], parts["stage1"]), layout)
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
 
 
-def stage2(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    layout = parts["base"].config.layout("stage2")
-    return _tokens(parts, text, phase, DualChannelTransformer(parts["base"], parts["stage2"]), layout)
+@dataclass(frozen=True)
+class TokenizerObjective(Objective):
+    """Frames to codes and back."""
+
+    def check(self, phase: "Phase", spec: Spec) -> None:
+        super().check(phase, spec)
+        if phase.steps <= UNQUANTISED:
+            raise ValueError(
+                f"{phase.name}: there are no codes before step {UNQUANTISED}; give it more steps"
+            )
+
+    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+        vqvae = part(parts, "vqvae", VQVAE)
+        hierarchical = HierarchicalLoss(phase.loss).to(device_of(vqvae))
+
+        def loss(batch: Batch, step: int) -> Result:
+            clips = batch.frames[0]
+            generator = seeded(batch.numbers[0])  # for the codes that are chosen at random
+            if step >= UNQUANTISED and not vqvae.codebook.filled:
+                with torch.no_grad():
+                    z = vqvae.latents(clips.flatten(0, 1)).float()
+                vqvae.codebook.init_codes(z.permute(0, 2, 3, 1).flatten(0, 2), generator)
+            weights = object_weights(batch, phase)
+            return tokenizer_loss(
+                vqvae, hierarchical, clips, generator, phase.perturb, batch.numbers, weights
+            )
+
+        return loss
+
+    def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
+        """The frames, and what is left of them."""
+        vqvae = part(parts, "vqvae", VQVAE)
+        clips = batch.frames[0][: preview.CLIPS]
+        images = clips.flatten(0, 1)
+        if vqvae.codebook.filled:
+            coded = vqvae.decode(vqvae.encode(images))
+        else:
+            coded = vqvae(images)[0]
+        return preview.rows(clips, coded.view_as(clips))
 
 
-def _tokens(
-    parts: Parts, text: TextTokenizer, phase: Phase, model: DualChannelTransformer, layout: Layout
-) -> Step:
-    side = layout.grid // 2  # of a window
-    small = replace(layout, grid=side)
+@dataclass(frozen=True)
+class TokenObjective(Objective):
+    """A caption to codes, by the model of a stage: "image", "stage1" or "stage2"."""
 
-    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        ids = prepare_text(text, batch, layout.text_len, phase.drop, generator).to(batch.device)
-        codes = encode_clips(parts["vqvae"], batch.frames[0]) if batch.codes is None else batch.codes
-        context, weights = codes, object_weights(batch, phase)
-        if phase.corrupt:
-            context = corrupt(parts["vqvae"].codebook, codes, phase.corrupt, batch.numbers)
-        weights = torch.ones_like(codes, dtype=torch.float32) if weights is None else weights.flatten(2)
+    stage: str
 
-        cut = torch.tensor([in_window(number, phase.windowed) for number in batch.numbers])
-        if not cut.any():
-            return token_loss(model, layout, ids, codes, context, weights)
-        corners = window_corners(batch, side, model.window or 1)[cut].to(codes.device)
-        learnt, read, counts = (windows(x[cut], corners, side) for x in (codes, context, weights))
-        loss, _ = token_loss(model, small, ids[cut], learnt, read, counts, corners)
-        numbers = {"window": float(loss.detach())}
-        if not cut.all():
-            share = float(cut.float().mean())
+    learns_codes: ClassVar[bool] = True
+
+    def check(self, phase: "Phase", spec: Spec) -> None:
+        super().check(phase, spec)
+        if not isinstance(spec, CogVideoSpec):
+            return
+        grid = spec.model.grid
+        if phase.cut.cover not in (0, grid):
+            raise ValueError(
+                f"{phase.name}: cut.cover is {phase.cut.cover}, but a frame has {grid} codes a side"
+            )
+        if phase.windowed and not phase.cut.cover:
+            raise ValueError(f"{phase.name}: windows over the object need a cut.cover of {grid}")
+
+    def model(self, parts: Parts) -> DualChannelTransformer:
+        """The model of the stage."""
+        temporal = None if self.stage == "image" else part(parts, self.stage, TemporalChannel)
+        return DualChannelTransformer(part(parts, "base", Base), temporal)
+
+    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+        vqvae = part(parts, "vqvae", VQVAE)
+        model = self.model(parts)
+        layout = model.config.layout(self.stage)
+        side = layout.grid // 2  # of a window
+        small = replace(layout, grid=side)
+
+        def loss(batch: Batch, step: int) -> Result:
+            ids = text_ids(text, batch.captions, batch.durations, layout.text_len).to(batch.device)
+            codes = encode_clips(vqvae, batch.frames[0]) if batch.codes is None else batch.codes
+            context = codes
+            if phase.corrupt:
+                context = corrupt(vqvae.codebook, codes, phase.corrupt, batch.numbers)
+            cells = object_weights(batch, phase)
+            weights = torch.ones_like(codes, dtype=torch.float32) if cells is None else cells.flatten(2)
+
+            cut = torch.tensor([in_window(number, phase.windowed) for number in batch.numbers])
+            if not cut.any():
+                return token_loss(model, layout, ids, codes, context, weights)
+            corners = window_corners(batch, side, model.window or 1)[cut].to(codes.device)
+            maps = [windows(one[cut], corners, side) for one in (codes, context, weights)]
+            windowed, _ = token_loss(model, small, ids[cut], *maps, corners)
+            numbers = {"window": float(windowed.detach())}
+            if cut.all():
+                return windowed, numbers
             whole, found = token_loss(model, layout, ids[~cut], codes[~cut], context[~cut], weights[~cut])
-            loss, numbers = share * loss + (1 - share) * whole, {**found, **numbers}
-        return loss, numbers
+            share = float(cut.float().mean())
+            return share * windowed + (1 - share) * whole, {**found, **numbers}
 
-    return step
+        return loss
+
+    def flops(self, phase: "Phase", parts: Parts) -> float | None:
+        return clip_flops(self.stage, phase, parts)
+
+    def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
+        """Samples for captions of the batch."""
+        return preview.samples(folder, parts, batch.captions)
 
 
-def decoder(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    """Codes of a clip to its frames. Some codes are wrong, as the decoder will meet them: replaced by near
-    ones (`corrupt`), or sampled by the stages from all codes before them (`resample`). With an `adversary`
-    the frames must pass a discriminator, too."""
-    vqvae, model = parts["vqvae"], parts["decoder"]
-    hierarchical = HierarchicalLoss(phase.loss).to(next(model.parameters()).device)
-    resampler = Resampler(parts) if phase.resample else None
+@dataclass(frozen=True)
+class DecoderObjective(Objective):
+    """Codes of a clip to its frames.
 
-    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        (clips,) = batch.frames
-        ids = prepare_text(text, batch, model.config.text_len, phase.drop, generator).to(clips.device)
+    Some codes are wrong, as the decoder will meet them: replaced by near ones (`Phase.corrupt`), or sampled
+    by the stages from all codes before them (`Phase.resample`). With an `adversary` the frames must pass a
+    discriminator, too.
+    """
+
+    has_adversary: ClassVar[bool] = True
+
+    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+        vqvae = part(parts, "vqvae", VQVAE)
+        model = part(parts, "decoder", VideoDecoder)
+        hierarchical = HierarchicalLoss(phase.loss).to(device_of(model))
+        resampler = Resampler(parts) if phase.resample else None
+
+        def loss(batch: Batch, step: int) -> Result:
+            (clips,) = batch.frames
+            ids = text_ids(text, batch.captions, batch.durations, model.config.text_len).to(clips.device)
+            codes = encode_clips(vqvae, clips)
+            if phase.corrupt:
+                codes = corrupt(vqvae.codebook, codes, phase.corrupt, batch.numbers)
+            if resampler is not None:
+                codes = resampler(codes, ids, batch, phase.resample)
+
+            decoded = model(code_vectors(vqvae, codes), ids)
+            weights = object_weights(batch, phase)
+            total, numbers = frames_loss(decoded, hierarchical, clips, weights)
+            if phase.adversary:
+                judge = part(parts, "discriminator", Discriminator)
+                found = opinion(judge, decoded, clips, batch.numbers, weights)
+                total = total + phase.adversary * found.decoder + found.own
+                numbers = {**numbers, **found.numbers}
+            return total, numbers
+
+        return loss
+
+    def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
+        """The frames, decoded one by one, and decoded together."""
+        vqvae = part(parts, "vqvae", VQVAE)
+        model = part(parts, "decoder", VideoDecoder)
+        clips = batch.frames[0][: preview.CLIPS]
+        ids = text_ids(
+            folder.text(),
+            batch.captions[: preview.CLIPS],
+            [SECONDS] * len(clips),
+            model.config.text_len,
+        ).to(clips.device)
         codes = encode_clips(vqvae, clips)
-        if phase.corrupt:
-            codes = corrupt(vqvae.codebook, codes, phase.corrupt, batch.numbers)
-        if resampler is not None:
-            codes = resampler(codes, ids, batch, phase.resample)
-        z = vqvae.vectors(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-        made, weights = model(z, ids), object_weights(batch, phase)
-        loss, numbers = frames_loss(made, hierarchical, clips, weights)
-        if phase.adversary:
-            found = opinion(parts["discriminator"], made, clips, batch.numbers, weights)
-            loss, numbers = loss + phase.adversary * found.decoder + found.own, {**numbers, **found.numbers}
-        return loss, numbers
-
-    return step
+        apart = vqvae.decode(codes.flatten(0, 1)).view_as(clips)
+        return preview.rows(clips, apart, model(code_vectors(vqvae, codes), ids))
 
 
-def refiner(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    """Small clips to large ones: what the tokenizer makes of them, or, without a tokenizer, as they are."""
-    hierarchical = HierarchicalLoss(phase.loss).to(next(parts["refiner"].parameters()).device)
-
-    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        low, high = batch.frames
-        if "vqvae" in parts:
-            codes = encode_clips(parts["vqvae"], low)
-            low = parts["vqvae"].decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-        return frames_loss(parts["refiner"](low), hierarchical, high)
-
-    return step
+def code_vectors(vqvae: VQVAE, codes: Tensor) -> Tensor:
+    """Codes [B, F, N] to the vectors of the codebook [B, F, C, grid, grid]."""
+    z = vqvae.vectors(codes.flatten(0, 1))
+    return z.view(*codes.shape[:2], *z.shape[1:])
 
 
-def regression(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    """Captions to frames at the one rate of the phase."""
-    model, (rate,) = parts["regression"], phase.cut.rates
-    slots = model.config.slots(rate)[: phase.cut.keep]
-    hierarchical = HierarchicalLoss(phase.loss).to(next(model.parameters()).device)
+@dataclass(frozen=True)
+class RefinerObjective(Objective):
+    """Small clips to large ones: those that the tokenizer decodes, or, without a tokenizer, the true ones."""
 
-    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        (clips,) = batch.frames
-        ids = prepare_text(text, batch, model.config.text_len, phase.drop, generator, PLAIN).to(clips.device)
-        return frames_loss(model(ids, rate, slots), hierarchical, clips)
+    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+        model = part(parts, "refiner", Refiner)
+        hierarchical = HierarchicalLoss(phase.loss).to(device_of(model))
 
-    return step
+        def loss(batch: Batch, step: int) -> Result:
+            low, high = batch.frames
+            return frames_loss(model(self._coded(low, parts)), hierarchical, high)
+
+        return loss
+
+    def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
+        """Resized, refined, true."""
+        model = part(parts, "refiner", Refiner)
+        low, high = (clips[: preview.CLIPS] for clips in batch.frames)
+        low = self._coded(low, parts)
+        return preview.rows(resize(low, model.config.scale), model(low), high)
+
+    def _coded(self, clips: Tensor, parts: Parts) -> Tensor:
+        if "vqvae" not in parts:
+            return clips
+        vqvae = part(parts, "vqvae", VQVAE)
+        return vqvae.decode(encode_clips(vqvae, clips).flatten(0, 1)).view_as(clips)
+
+
+@dataclass(frozen=True)
+class RegressionObjective(Objective):
+    """A caption to frames, at the one frame rate of the phase."""
+
+    def check(self, phase: "Phase", spec: Spec) -> None:
+        super().check(phase, spec)
+        if not isinstance(spec, RegressionSpec):
+            return
+        (fps,) = phase.cut.rates
+        frames = len(spec.regression.slots(fps)[: phase.cut.keep])
+        due = phase.cut.keep or phase.cut.frames
+        if frames != due:
+            raise ValueError(
+                f"{phase.name} cuts {due} frames, but the model has {frames} at {fps:g} frames a second"
+            )
+
+    def prepare(self, module: nn.Module, phase: "Phase") -> None:
+        """Let the model know which frames it learns."""
+        assert isinstance(module, RegressionTransformer)
+        (fps,) = phase.cut.rates
+        module.get_ready(fps, module.config.slots(fps)[: phase.cut.keep])
+
+    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+        model = part(parts, "regression", RegressionTransformer)
+        hierarchical = HierarchicalLoss(phase.loss).to(device_of(model))
+
+        def loss(batch: Batch, step: int) -> Result:
+            (clips,) = batch.frames
+            frames = self._frames(model, text, batch, phase)
+            return frames_loss(frames, hierarchical, clips)
+
+        return loss
+
+    def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
+        """The regressed frames above the true ones."""
+        model = part(parts, "regression", RegressionTransformer)
+        some = replace(
+            batch,
+            captions=batch.captions[: preview.CLIPS],
+            durations=batch.durations[: preview.CLIPS],
+            frames=(batch.frames[0][: preview.CLIPS],),
+        )
+        return preview.rows(self._frames(model, folder.text(), some, phase), some.frames[0])
+
+    def _frames(
+        self, model: RegressionTransformer, text: TextTokenizer, batch: Batch, phase: "Phase"
+    ) -> Tensor:
+        (fps,) = phase.cut.rates
+        slots = model.config.slots(fps)[: phase.cut.keep]
+        ids = text_ids(text, batch.captions, batch.durations, model.config.text_len, PLAIN)
+        frames: Tensor = model(ids.to(batch.device), fps, slots)
+        return frames
+
+
+TOKENIZER = TokenizerObjective()
+IMAGE = TokenObjective("image")
+STAGE1 = TokenObjective("stage1")
+STAGE2 = TokenObjective("stage2")
+DECODER = DecoderObjective()
+REFINER = RefinerObjective()
+REGRESSION = RegressionObjective()

@@ -42,7 +42,7 @@ def check_optimizer(name: str) -> None:
 def optimizers(
     model: nn.Module, name: str, weight_decay: float, betas: tuple[float, float]
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers of everything in `model` that requires gradients; the learning rate is set by `set_rate`.
+    """Optimizers of everything in `model` that requires gradients, without a learning rate yet.
 
     "adamw" updates all; "muon" gives hidden matrices to `torch.optim.Muon` (torch 2.9 or later), at a rate
     that matches AdamW's, and the rest to AdamW. Only matrices decay.
@@ -71,7 +71,7 @@ def optimizers(
     return found
 
 
-def set_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -7,11 +7,10 @@ out.
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,10 +18,13 @@ from cogvideo.data.cut import Source
 from cogvideo.data.loader import batches
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
-from cogvideo.train import inherit, loop, objectives, parallel
+from cogvideo.model.vqvae import VQVAE
+from cogvideo.train import inherit, loop, parallel
+from cogvideo.train.inputs import encode_clips, part
 from cogvideo.train.phase import Phase
 from cogvideo.train.recipes import Recipe
 from cogvideo.train.report import read_log
+from cogvideo.train.run import Options, Run, check_data
 
 CAPTIONS = 5_000  # that the text model is trained on
 
@@ -49,7 +51,7 @@ def measure(
     recipe: Recipe,
     source: Source,
     spec: Spec,
-    phases: list[Phase],
+    phases: Sequence[Phase],
     *,
     device: torch.device,
     processes: int,
@@ -61,24 +63,47 @@ def measure(
     for phase in phases:
         parallel.share(phase, processes)
         phase.check(spec)
-    loop.check_data(phases, source)
-    with tempfile.TemporaryDirectory() as place:
-        folder = ModelFolder(Path(place) / "model")
-        random_model(folder, recipe, spec, source)
+    check_data(phases, source)
+
+    never = 10**9
+    options = Options(
+        device,
+        processes,
+        workers,
+        save_every=never,
+        log_every=1,
+        probe_every=never,
+        quiet=True,
+    )
+    with tempfile.TemporaryDirectory() as out:
+        run = Run(recipe, Path(out), source, spec, options)
+        random_model(run.folder, recipe, spec, source)
         for phase in phases:
-            out = Path(place) / phase.name
-            short = replace(phase, steps=steps + 1, reuse=1)
-            _run(recipe, out.parent, source, spec, short, device, processes, workers)
-            rows = read_log(out / "log.jsonl")[1:]
-            middle = sorted(rows, key=lambda row: row["clips_per_second"])[len(rows) // 2]
-            new = step = phase.batch / middle["clips_per_second"]
-            if phase.reuse > 1:
-                drawn = _new_clips(folder, phase, source, device) * phase.batch / processes
-                step -= min(drawn, step) * (1 - 1 / phase.reuse)
-            yield Pace(phase, step, middle["mfu"] * new / step if "mfu" in middle else None)
+            yield _measure_phase(run, phase, steps)
 
 
-def random_model(folder: ModelFolder, recipe: Recipe, spec: Any, source: Source) -> None:
+def _measure_phase(run: Run, phase: Phase, steps: int) -> Pace:
+    """A short run of one phase, without the checks of a real one."""
+    processes = run.options.processes
+    short = replace(phase, steps=steps + 1, reuse=1)
+    alone = replace(run, recipe=replace(run.recipe, phases=(short,)))
+    work = partial(loop.train_phases, alone, [short])
+    with parallel.launch(processes, work) as member:
+        work(member)
+
+    rows = read_log(run.place(phase) / "log.jsonl")[1:]
+    rows.sort(key=lambda row: row["clips_per_second"])
+    middle = rows[len(rows) // 2]
+    new = phase.batch / middle["clips_per_second"]  # seconds of a step whose clips are all new
+    step = new
+    if phase.reuse > 1:
+        drawn = _new_clips(run, phase) * phase.batch / processes
+        step -= min(drawn, step) * (1 - 1 / phase.reuse)
+    mfu = middle["mfu"] * new / step if "mfu" in middle else None
+    return Pace(phase, step, mfu)
+
+
+def random_model(folder: ModelFolder, recipe: Recipe, spec: Spec, source: Source) -> None:
     """A model folder whose parts have random weights, and codes that are far from each other."""
     before, inherit.CAPTIONS = inherit.CAPTIONS, CAPTIONS
     try:
@@ -86,56 +111,26 @@ def random_model(folder: ModelFolder, recipe: Recipe, spec: Any, source: Source)
     finally:
         inherit.CAPTIONS = before
     for name in spec.parts:
-        part = inherit.new_part(spec, name, recipe.seed)
-        if name == "vqvae":
+        module = inherit.new_part(spec, name, recipe.seed)
+        if isinstance(module, VQVAE):
             generator = torch.Generator().manual_seed(recipe.seed)
-            part.codebook.init_codes(
-                torch.randn(len(part.codebook.vectors), part.config.code_width, generator=generator),
-                generator,
-            )
-        folder.save(name, part)
+            c = module.config
+            module.codebook.init_codes(torch.randn(c.codes, c.code_width, generator=generator), generator)
+        folder.save(name, module)
 
 
-def _run(
-    recipe: Recipe,
-    out: Path,
-    source: Source,
-    spec: Spec,
-    phase: Phase,
-    device: torch.device,
-    processes: int,
-    workers: int,
-) -> None:
-    """A short run without the checks of a real one."""
-    options: dict[str, Any] = dict(
-        device=device,
-        recompute=False,
-        compile=False,
-        shard=False,
-        quiet=True,
-        init=None,
-        init_embedding=None,
-        workers=workers,
-        save_every=10**9,
-        log_every=1,
-        probe_every=10**9,
-        probe=None,
-    )
-    recipe = replace(recipe, phases=(phase,))
-    work: Callable[[Any], None] = partial(loop.run, recipe, out, source, spec, [phase], **options)
-    with parallel.launch(processes, work) as member:
-        work(member)
-
-
-def _new_clips(folder: ModelFolder, phase: Phase, source: Source, device: torch.device) -> float:
+def _new_clips(run: Run, phase: Phase) -> float:
     """Seconds that it takes to draw and to encode one clip."""
-    vqvae, clips = folder.load("vqvae").to(device), batches(source, phase.cut, 4, seed=0)
-    machine, times = parallel.Machine(device), []
+    device = torch.device(run.options.device)
+    vqvae = part({"vqvae": run.folder.load("vqvae").to(device)}, "vqvae", VQVAE)
+    clips = batches(run.source, phase.cut, 4, seed=0)
+    machine = parallel.Machine(device)
+    times = []
     for _ in range(3):
         begin = time.perf_counter()
         frames = next(clips).frames[0].to(device)
         with machine.arithmetic(phase.precision):
-            objectives.encode_clips(vqvae, frames).cpu()
+            encode_clips(vqvae, frames).cpu()
         times.append(time.perf_counter() - begin)
     return min(times) / 4
 

@@ -17,10 +17,9 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from cogvideo.data.loader import Batch
 from cogvideo.hardware import find_device, idle_cores
 from cogvideo.model.transformer import Block
 from cogvideo.model.vqvae import Codebook
-from cogvideo.train.objectives import Result
-from cogvideo.train.objectives import Step as Objective
+from cogvideo.train.objectives import Loss, Result
 from cogvideo.train.phase import Phase
 
 BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -237,70 +235,87 @@ def _member(work: Callable[[Member], Any], member: Member, threads: int, parent:
 
 
 class Step(nn.Module):
-    """An objective and the parts that it uses, as one module: `forward` is a whole step up to the loss.
+    """The loss of a phase and the parts that it uses, as one module: `forward` is a step up to the loss.
 
-    The objective is made in the first forward, when all but the matrices is whole: models keep the tensors
-    that they find in their parts.
+    The loss is built in the first forward, when all but the matrices is whole: models keep the tensors that
+    they find in their parts.
     """
 
-    def __init__(self, parts: dict[str, nn.Module], make: Callable[[], Objective]):
+    def __init__(self, parts: dict[str, nn.Module], build: Callable[[], Loss]):
         super().__init__()
         self.parts = nn.ModuleDict(parts)
-        self.make = make
-        self.objective: Objective | None = None
+        self.build = build
+        self.loss: Loss | None = None
 
-    def forward(self, batch: Batch, number: int, generator: torch.Generator) -> Result:
-        self.objective = self.objective or self.make()
-        return self.objective(batch, number, generator)
+    def forward(self, batch: Batch, number: int) -> Result:
+        if self.loss is None:
+            self.loss = self.build()
+        return self.loss(batch, number)
 
 
 def place(step: Step, machine: Machine, precision: str) -> None:
-    """Bring all parts of a step to the machine: on its device, or in shards over its mesh.
+    """Bring all parts of a step to the machine: to its device, or in shards over its mesh.
 
     Recomputing goes inside compiling, compiling inside sharding. With bfloat16 on cuda the shards travel as
     bfloat16 and gradients are summed in float32; autocast decides what is computed in which, as ever.
     """
-    blocks: list[Any] = [m for m in step.modules() if isinstance(m, BLOCKS)]
-    for block in blocks:
-        if machine.recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore
-        if machine.compile:
-            block.forward = torch.compile(block.forward)  # type: ignore
+    if machine.recompute:
+        _recompute_blocks(step)
+    blocks = [module for module in step.modules() if isinstance(module, _wrapped(machine))]
+    if machine.compile:
+        for block in blocks:
+            block.compile()
     if machine.ranks > 1:
         for module in step.modules():
             if isinstance(module, Codebook):
-                _follow_together(module, machine)
+                module.peers = CodebookPeers(machine)
     if machine.mesh is None:
         step.to(machine.device)
         return
+
     half = torch.bfloat16 if machine.device.type == "cuda" and precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(half, half and torch.float32, cast_forward_inputs=False)
-    within = {m for block in blocks for m in block.modules()}
+    within = {module for block in blocks for module in block.modules()}
     matrices = [m for m in step.modules() if isinstance(m, nn.Linear) and m not in within]
     for module in blocks + matrices:
         fully_shard(module, mesh=machine.mesh, mp_policy=policy)
     fully_shard(step, mesh=machine.mesh, mp_policy=policy)
 
 
-def _follow_together(book: Codebook, machine: Machine) -> None:
-    """Let a codebook change by what all processes saw: the first one does so as if the whole batch were its
-    own, and hands the others the outcome. So all hold the same codes, and revive the same."""
+def _recompute_blocks(module: nn.Module) -> None:
+    """Put a wrapper around every block below a module that computes its activations again in the backward
+    pass. State dicts keep their names."""
+    for name, child in module.named_children():
+        if isinstance(child, BLOCKS):
+            module.register_module(name, checkpoint_wrapper(child))
+        else:
+            _recompute_blocks(child)
 
-    def gather(rows: Tensor) -> Tensor:  # [M, ...] of every process, in their order
+
+def _wrapped(machine: Machine) -> tuple[type[nn.Module], ...]:
+    """The classes of whole blocks as they stand in the tree now."""
+    return (CheckpointWrapper,) if machine.recompute else BLOCKS
+
+
+@dataclass(frozen=True)
+class CodebookPeers:
+    """The processes of a machine, as a codebook needs them."""
+
+    machine: Machine
+
+    @property
+    def first(self) -> bool:
+        return self.machine.first
+
+    def gather(self, rows: Tensor) -> Tensor:
         rows = rows.contiguous()
-        found = [torch.empty_like(rows) for _ in range(machine.ranks)]
+        found = [torch.empty_like(rows) for _ in range(self.machine.ranks)]
         dist.all_gather(found, rows)
         return torch.cat(found)
 
-    def together(change: Callable[..., None], *arguments: Any) -> None:
-        arguments = tuple(gather(a) if isinstance(a, Tensor) else a for a in arguments)
-        if machine.first:
-            change(*arguments)
-        for buffer in book.buffers():
-            dist.broadcast(buffer, 0)
-
-    book.update = partial(together, book.update)  # type: ignore[method-assign]
-    book.init_codes = partial(together, book.init_codes)  # type: ignore[method-assign]
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def whole(tensor: Tensor) -> Tensor:

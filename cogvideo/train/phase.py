@@ -1,12 +1,11 @@
 """A phase of training: which parts learn, from which clips, on which schedule."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from cogvideo.data.cut import Cut
 from cogvideo.model.families import Spec
-from cogvideo.train import objectives
 from cogvideo.train.losses import HierarchicalLoss, LossWeights
+from cogvideo.train.objectives import Objective
 from cogvideo.train.optim import OPTIMIZERS, SCHEDULES, check_optimizer
 
 PRECISIONS = ("float32", "bfloat16")
@@ -15,7 +14,7 @@ PRECISIONS = ("float32", "bfloat16")
 @dataclass(frozen=True)
 class Phase:
     name: str
-    objective: Callable[..., objectives.Step]
+    objective: Objective  # its kind
     trains: tuple[str, ...]  # parts that learn; all others stay as they are
     uses: tuple[str, ...]  # parts that must be there
     cut: Cut
@@ -95,4 +94,4 @@ class Phase:
             )
         HierarchicalLoss(self.loss)  # knows its network, and finds the file for it
         check_optimizer(self.optimizer)
-        objectives.check(self, spec)
+        self.objective.check(self, spec)

@@ -74,7 +74,7 @@ def regression(
     """A phase of the regression family; it goes on with what the phase before it made."""
     return Phase(
         name,
-        objectives.regression,
+        objectives.REGRESSION,
         trains=("regression",),
         uses=(),
         cut=cut,
@@ -100,7 +100,7 @@ RECIPES = {
         (
             Phase(
                 "crops",
-                objectives.tokenizer,
+                objectives.TOKENIZER,
                 trains=("vqvae",),
                 uses=(),
                 cut=Cut(1, (8,), sizes=(192,), crop=96, cover=48),
@@ -117,7 +117,7 @@ RECIPES = {
             ),
             Phase(
                 "tokenizer",
-                objectives.tokenizer,
+                objectives.TOKENIZER,
                 trains=("vqvae",),
                 uses=(),
                 cut=Cut(1, (8,), sizes=(192,), cover=48),
@@ -133,7 +133,7 @@ RECIPES = {
             ),
             Phase(
                 "image",
-                objectives.image,
+                objectives.IMAGE,
                 trains=("base",),
                 uses=("vqvae",),
                 cut=Cut(5, (1, 1, 2, 4, 8), keep=1, sizes=(192,), cover=16),
@@ -145,7 +145,7 @@ RECIPES = {
             ),
             Phase(
                 "stage1",
-                objectives.stage1,
+                objectives.STAGE1,
                 trains=("stage1",),
                 uses=("vqvae", "base"),
                 cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4), sizes=(192,), cover=16),
@@ -158,7 +158,7 @@ RECIPES = {
             ),
             Phase(
                 "stage2",
-                objectives.stage2,
+                objectives.STAGE2,
                 trains=("stage2",),
                 uses=("vqvae", "base"),
                 cut=Cut(5, (2, 2, 4, 8), sizes=(192,), cover=16),
@@ -171,7 +171,7 @@ RECIPES = {
             ),
             Phase(
                 "decoder",
-                objectives.decoder,
+                objectives.DECODER,
                 trains=("decoder",),
                 uses=("vqvae",),
                 cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), crop=96, cover=48),
@@ -189,7 +189,7 @@ RECIPES = {
             ),
             Phase(
                 "mistakes",
-                objectives.decoder,
+                objectives.DECODER,
                 trains=("decoder",),
                 uses=("vqvae", "base", "stage1", "stage2"),
                 cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), cover=48),
@@ -218,7 +218,7 @@ RECIPES = {
             regression("high", Cut(33, (8,)), steps=600, batch=4, lr=1e-3, optimizer="muon"),
             Phase(
                 "refiner",
-                objectives.refiner,
+                objectives.REFINER,
                 trains=("refiner",),
                 uses=(),
                 cut=Cut(3, (8,), sizes=(48, 192)),
