@@ -24,7 +24,8 @@ from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.regression import RegressionConfig, RegressionTransformer
 from cogvideo.text import GPT2Tokenizer, train_text
-from cogvideo.train import inherit, loop, recipes
+from cogvideo.train import inherit, recipes
+from cogvideo.train import run as training
 from cogvideo.train.loop import write_preview as probe
 from cogvideo.train.losses import LossWeights
 from cogvideo.video import Clip
@@ -253,7 +254,9 @@ def test_a_finished_phase_is_left_alone(tmp_path, world):
     recipe = dataclasses.replace(recipe, preset="direct-nano", phases=(image, low))
     train(recipe, tmp_path, world, NANO, [image], quiet=True)
     assert folder.file("regression").read_bytes() == made
-    with pytest.raises(ValueError, match=r"image cannot go on, for low has gone on from it; delete .*low to"):
+    with pytest.raises(
+        ValueError, match=r"cannot resume image: low was already trained from it; delete .*low to"
+    ):
         train(recipe, tmp_path, world, NANO, [dataclasses.replace(image, steps=4)], quiet=True)
     shutil.rmtree(tmp_path / "low")  # trained again, it begins with what `image` made, not with itself
     train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
@@ -268,7 +271,9 @@ def test_a_phase_does_not_go_on_from_one_that_was_stopped(tmp_path, world):
     del config["trained"]["image"]  # as if it had been killed at step 2
     folder.write_config(config)
     recipe = dataclasses.replace(recipes.find("direct-tiny"), preset="direct-nano", phases=(image, low))
-    with pytest.raises(ValueError, match="low would go on from image, which was stopped before its end"):
+    with pytest.raises(
+        ValueError, match="cannot train low: image, which it starts from, was stopped before its end"
+    ):
         train(recipe, tmp_path, world, NANO, [low], quiet=True)
     train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
     assert {name: row["steps"] for name, row in folder.config["trained"].items()} == {"image": 4, "low": 2}
@@ -391,7 +396,7 @@ def test_a_run_that_has_begun_does_not_begin_otherwise(trained, tmp_path, world)
 
 def test_what_cannot_fit_is_refused_before_it_is_built(tmp_path, world, monkeypatch):
     """6 billion weights, with gradients and two averages in float32: 96 GB."""
-    monkeypatch.setattr(loop, "free_memory", lambda device: 24e9)
+    monkeypatch.setattr(training, "free_memory", lambda device: 24e9)
     recipe = dataclasses.replace(recipes.find("direct"), pieces=500)
     low = dataclasses.replace(recipe.phase("low"), steps=1, epochs=0)
     with pytest.raises(ValueError, match=r"low needs 96\.\d GB .* 24\.0 GB are free; choose"):

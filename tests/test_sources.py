@@ -309,7 +309,7 @@ def test_training_from_files_equals_training_from_memory(kitchen, tmp_path, caps
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=3e-3)  # wrong times: 7e-3
     skipped = json.loads((tmp_path / "files" / "low" / "skipped.json").read_text())
     assert {Path(name).name: why for name, why in skipped.items()} == {"ccc.mp4": "the file does not exist"}
-    assert "low: 1 recordings were passed over" in capsys.readouterr().out
+    assert "low: 1 videos were skipped" in capsys.readouterr().out
     assert not (tmp_path / "memory" / "low" / "skipped.json").exists()
 
 
@@ -436,7 +436,7 @@ def test_unusable_videos_are_passed_over_and_counted(kitchen, tmp_path, films):
         assert torch.equal(one.frames[0], two.frames[0]) and one.skipped == two.skipped
     (folder / "a.txt").unlink()
     (folder / "c.txt").unlink()
-    with pytest.raises(ValueError, match=r"none of the 3 recordings can be used: .*mp4"):
+    with pytest.raises(ValueError, match=r"none of the 3 videos can be used: .*mp4"):
         next(batches(open_source(folder), how, 2, seed=1))
 
 

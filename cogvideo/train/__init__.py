@@ -2,8 +2,10 @@
 
 recipes        the curricula, as one table
 phase          one phase of a recipe
+run            what is finished, what comes next, and all checks before work starts
 loop           the training loop
-objectives     what each phase minimises
+objectives     what a phase is: its check, its loss, its cost, its preview
+inputs         what a loss reads of a batch
 losses         the hierarchical loss
 discriminator  the adversary of a video decoder
 optim          optimizers and learning rates

@@ -72,7 +72,7 @@ class Phase:
                 raise ValueError(f"{self.name}.{name} is a share and must be 1 or less, got {value}")
 
     def over(self, count: int | None) -> "Phase":
-        """With the steps that its epochs are, on `count` recordings; ValueError if there is no last one."""
+        """With the steps that its epochs are, on `count` videos; ValueError if there is no last one."""
         if not self.epochs:
             return self
         if count is None:

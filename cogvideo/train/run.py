@@ -213,8 +213,8 @@ class Run:
             previous = self.previous(phase)
             if previous is not None and previous.name not in done:
                 raise ValueError(
-                    f"{phase.name} begins where {previous.name} ends, which was stopped before; finish "
-                    f"that first, or delete {self.place(previous)}"
+                    f"cannot train {phase.name}: {previous.name}, which it starts from, was stopped before "
+                    f"its end; finish that first, or delete {self.place(previous)}"
                 )
 
     def warn_of_long_captions(self, text: TextTokenizer) -> None:
