@@ -35,6 +35,7 @@ from cogvideo.model.folder import ModelFolder
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.train import loop, objectives, recipes
 from cogvideo.train.phase import Phase
+from cogvideo.train.run import Options, Run
 
 Row = dict[str, float]
 
@@ -94,13 +95,15 @@ def train_for(minutes: float, phase: Phase, spec: CogVideoSpec, init: ModelFolde
     if not kept.exists():
         started = time.process_time()
         short = replace(phase, steps=MEASURED_STEPS)
-        loop.train(recipe, out / "speed", source, spec, [short], init=init, quiet=True)
+        loop.train(Run(recipe, out / "speed", source, spec, [short], Options(init=init, quiet=True)))
         seconds = (time.process_time() - started) / MEASURED_STEPS
         out.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(max(1, int(60 * minutes / seconds))))
     steps = json.loads(kept.read_text())
     phase = replace(phase, steps=steps, warmup=min(phase.warmup, steps // 10))
-    return loop.train(recipe, out / "run", source, spec, [phase], init=init, log_every=50, save_every=20)
+    return loop.train(
+        Run(recipe, out / "run", source, spec, [phase], Options(init=init, log_every=50, save_every=20))
+    )
 
 
 @torch.inference_mode()
@@ -110,7 +113,7 @@ def loss_of(folder: ModelFolder, count: int = 64) -> float:
     phase = recipes.find("tiny").phase("image")
     batch = next(batches(world, phase.cut, count, seed=9))
     c, text = folder.spec().model, folder.text()
-    ids = objectives.prepare_text(text, batch, c.text_len, 0.0, torch.Generator())
+    ids = objectives.prepare_text(text, batch, c.text_len)
     codes = objectives.encode_clips(folder.load("vqvae"), batch.frames[0])
     model = DualChannelTransformer(folder.load("base"))
     return float(objectives.token_loss(model, c.layout("image"), ids, codes)[0])

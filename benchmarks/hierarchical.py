@@ -24,6 +24,7 @@ from cogvideo.model.features import PictureFeatures
 from cogvideo.model.vqvae import to_pictures
 from cogvideo.train import loop, recipes
 from cogvideo.train.losses import LossWeights, temporal_distance
+from cogvideo.train.run import Options, Run
 
 WEIGHTS = LossWeights()
 ROWS = {
@@ -69,7 +70,9 @@ def main() -> None:
     for name, weights in ROWS.items():
         phase = replace(recipe.phase("tokenizer"), steps=arguments.steps, loss=weights)
         out = arguments.out / name.replace(", ", "-")
-        folder = loop.train(recipe, out, TinyWorld(names, recipe.seed), spec, [phase], log_every=100)
+        folder = loop.train(
+            Run(recipe, out, TinyWorld(names, recipe.seed), spec, [phase], Options(log_every=100))
+        )
         psnr, ssim, perceptual, flow, sprite, motion = measure(folder, scenes)
         print(f"| {name} | {psnr:.2f} | {ssim:.4f} | {perceptual:.4f} | {flow:.4f} ", end="")
         print(f"| {sprite:.1f} | {motion:.1f} |")

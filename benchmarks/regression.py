@@ -42,6 +42,7 @@ from cogvideo.model.vqvae import to_frames, to_pictures
 from cogvideo.text import PLAIN
 from cogvideo.train import loop, recipes
 from cogvideo.train.losses import temporal_distance
+from cogvideo.train.run import Options, Run
 
 RECIPE = recipes.find("direct-tiny")
 
@@ -53,7 +54,7 @@ def train(out: Path, phases: Sequence[recipes.Phase], begin: Path | None = None)
             shutil.copytree(begin / "model", copy)
     world = TinyWorld(sprites(RECIPE.sprites), RECIPE.seed, even=True)
     spec = presets.find(RECIPE.preset)
-    return loop.train(RECIPE, out, world, spec, list(phases), log_every=100, save_every=100)
+    return loop.train(Run(RECIPE, out, world, spec, list(phases), Options(log_every=100, save_every=100)))
 
 
 @torch.inference_mode()

@@ -38,7 +38,7 @@ from cogvideo.hardware import gemm_rate
 from cogvideo.model import attention, presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.train import loop, pace, parallel, recipes
-from cogvideo.train.cost import clip_flops
+from cogvideo.train.run import Options, Run
 
 WAYS = ("before", "now")
 KERNELS = {  # of the table of --profile
@@ -92,29 +92,10 @@ def take_steps(
     torch.set_num_threads(cores if way == "before" else 1)
     phase = replace(phase, steps=steps, warmup=0, reuse=1 if way == "before" else reuse)
     source = open_source("tinyworld", seed=1, sprites=recipe.sprites)
-    options: dict[str, Any] = dict(
-        recompute=False,
-        compile=False,
-        shard=False,
-        quiet=True,
-        init=None,
-        init_embedding=None,
-        workers=0,
-        save_every=10**9,
-        log_every=10**9,
-        probe_every=1,
-        probe=clock,
-    )
-    loop.run(
-        replace(recipe, phases=(phase,)),
-        model.parent,
-        source,
-        presets.find(recipe.preset),
-        [phase],
-        member,
-        device=torch.device("cpu"),
-        **options,
-    )
+    options = Options(quiet=True, save_every=10**9, log_every=10**9, probe_every=1, probe=clock)
+    short = replace(recipe, phases=(phase,))
+    run = Run(short, model.parent, source, presets.find(recipe.preset), [phase], options)
+    loop.run_phases(run, member)
 
 
 def one_round(
@@ -142,7 +123,7 @@ def compare(
         for name in names:
             phase = recipe.phase(name)
             parts = {part: ModelFolder(model).load(part) for part in ("base", name) if part != "image"}
-            flops = clip_flops(phase, parts)
+            flops = phase.objective.clip_flops(phase, parts)
             peak, spans = 0.0, {way: [] for way in WAYS}
             for _ in range(rounds):
                 for way in WAYS:
@@ -205,11 +186,11 @@ def show_kernels(recipe: recipes.Recipe, names: list[str]) -> None:
             for part in phase.trains:
                 parts[part].requires_grad_(True).train()
             machine = parallel.Machine(torch.device("cpu"))
-            step = phase.objective(parts, folder.text(), phase)
+            step = phase.objective.step(parts, folder.text(), phase)
             batch = next(loader.batches(source, phase.cut, max(1, phase.batch // 4), seed=0))
             for number in range(2):
                 with profile(activities=[ProfilerActivity.CPU]) as seen, machine.arithmetic(phase.precision):
-                    loss, _ = step(batch, number, torch.Generator().manual_seed(0))
+                    loss, _ = step(batch, number)
                     loss.backward()
             _print_kernels(name, seen)
 

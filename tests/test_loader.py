@@ -243,6 +243,30 @@ def test_recurring_clips_are_those_of_an_uninterrupted_run(source):
         assert [c for part in parts for c in part.captions] == batch.captions
 
 
+@pytest.mark.parametrize("take", [take, recur])
+def test_a_caption_is_dropped_by_its_sample(take):
+    """Alone, in a batch, on any rank, with other data workers: the same samples have no caption, and all
+    else stays."""
+    kept = take(12, batch=4)
+    whole = take(12, batch=4, drop=0.4)
+    captions = [caption for batch in whole for caption in batch.captions]
+    assert 0.2 < captions.count("") / len(captions) < 0.6
+    shared = [take(12, batch=2, drop=0.4, rank=rank, ranks=2) for rank in range(2)]
+    for batch, plain, *parts in zip(whole, kept, *shared):
+        assert [caption for part in parts for caption in part.captions] == batch.captions
+        assert all(mine in ("", theirs) for mine, theirs in zip(batch.captions, plain.captions))
+        assert batch.numbers == plain.numbers and batch.durations == plain.durations
+    later = take(5, batch=4, drop=0.4, step=7)
+    assert [batch.captions for batch in later] == [batch.captions for batch in whole[7:]]
+
+
+def test_a_sample_alone_is_the_same_in_a_batch():
+    whole = take(2, batch=4, drop=0.4)
+    alone = take(8, batch=1, drop=0.4)
+    assert [one.captions[0] for one in alone] == [caption for batch in whole for caption in batch.captions]
+    assert all(torch.equal(alone[i].frames[0][0], whole[i // 4].frames[0][i % 4]) for i in range(8))
+
+
 def test_ranks_encode_a_clip_once_together():
     encoded = []
     for rank in range(2):

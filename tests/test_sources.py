@@ -22,6 +22,7 @@ from cogvideo.data.tinyworld import TinyWorld, render, sprites
 from cogvideo.model import presets
 from cogvideo.text import GPT2Tokenizer
 from cogvideo.train import loop, recipes
+from cogvideo.train.run import Options, Run
 from cogvideo.video import Clip
 
 RNG = np.random.default_rng(0)
@@ -301,13 +302,15 @@ def test_training_from_files_equals_training_from_memory(kitchen, tmp_path, caps
     recipe = replace(recipes.find("direct-tiny"), preset="direct-nano", pieces=290, phases=(phase,))
     losses = []
     for name, source in (("files", open_source(kitchen)), ("memory", Memory())):
-        loop.train(recipe, tmp_path / name, source, presets.find("direct-nano"), [phase], log_every=1)
+        loop.train(
+            Run(recipe, tmp_path / name, source, presets.find("direct-nano"), [phase], Options(log_every=1))
+        )
         log = (tmp_path / name / "low" / "log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in log])
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=3e-3)  # wrong times: 7e-3
     skipped = json.loads((tmp_path / "files" / "low" / "skipped.json").read_text())
     assert {Path(name).name: why for name, why in skipped.items()} == {"ccc.mp4": "it is not there"}
-    assert "low: 1 recordings were passed over" in capsys.readouterr().out
+    assert "low: 1 videos skipped" in capsys.readouterr().out
     assert not (tmp_path / "memory" / "low" / "skipped.json").exists()
 
 

@@ -24,6 +24,7 @@ from cogvideo.train.losses import LossWeights
 from cogvideo.train.optim import learning_rate, optimizers
 from cogvideo.train.preview import probe
 from cogvideo.train.report import Report, draw_curve
+from cogvideo.train.run import Options, Run
 
 PHASES = ["tokenizer", "image", "stage1", "stage2", "decoder", "mistakes"]
 
@@ -41,7 +42,9 @@ def nano_phase(name: str, **changes) -> recipes.Phase:
 
 def run(out, world, *phases, **options) -> ModelFolder:
     recipe = dataclasses.replace(recipes.find("tiny"), preset="nano", pieces=500, phases=phases)
-    return loop.train(recipe, out, world, presets.find("nano"), list(phases), quiet=True, **options)
+    return loop.train(
+        Run(recipe, out, world, presets.find("nano"), list(phases), Options(quiet=True, **options))
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -230,11 +233,11 @@ def test_a_few_clips_can_be_learnt_by_heart(trained, world, name):
     (optimizer,) = optimizers(model, "adamw", 0.0, (0.9, 0.95))
     for group in optimizer.param_groups:
         group["lr"] = phase.lr
-    step = phase.objective(parts, folder.text(), phase)
+    step = phase.objective.step(parts, folder.text(), phase)
     batch = next(loop.batches(world, phase.cut, 2, seed=0))
     losses = []
     for number in range(80):
-        loss, _ = step(batch, number, torch.Generator().manual_seed(0))
+        loss, _ = step(batch, number)
         loss.backward()
         optimizer.step()
         model.zero_grad()
@@ -244,8 +247,8 @@ def test_a_few_clips_can_be_learnt_by_heart(trained, world, name):
 
 def test_a_share_of_captions_is_dropped_and_keeps_its_duration(trained, world):
     text = ModelFolder(trained / "model").text()
-    batch = next(loop.batches(world, nano_phase("image").cut, 200, seed=0))
-    rows = objectives.prepare_text(text, batch, 64, 0.25, torch.Generator().manual_seed(0)).tolist()
+    batch = next(loop.batches(world, nano_phase("image").cut, 200, seed=0, drop=0.25))
+    rows = objectives.prepare_text(text, batch, 64).tolist()
     plain = [text.pad_left(text.prompt("", seconds), 64) for seconds in batch.durations]
     share = sum(row == empty for row, empty in zip(rows, plain)) / 200
     assert 0.15 < share < 0.35
@@ -291,15 +294,17 @@ def test_what_a_phase_cannot_do_is_known_before_the_first(tmp_path, world, monke
     recipe = recipes.find("tiny")
     short = dataclasses.replace(recipe.phase("tokenizer"), steps=objectives.UNQUANTISED)
     with pytest.raises(ValueError, match="tokenizer: there are no codes before step"):
-        loop.train(recipe, tmp_path, world, presets.find("tiny"), [short])
+        loop.train(Run(recipe, tmp_path, world, presets.find("tiny"), [short]))
     again = dataclasses.replace(recipe.phase("tokenizer"), reuse=2)
     with pytest.raises(ValueError, match="tokenizer.reuse must be 1"):
-        loop.train(recipe, tmp_path, world, presets.find("tiny"), [again])
+        loop.train(Run(recipe, tmp_path, world, presets.find("tiny"), [again]))
     with pytest.raises(ValueError, match="cannot be shared by 3 processes"):
-        loop.train(recipe, tmp_path, world, presets.find("tiny"), [recipe.phase("image")], processes=3)
+        loop.train(
+            Run(recipe, tmp_path, world, presets.find("tiny"), [recipe.phase("image")], Options(processes=3))
+        )
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match="'muon' needs torch 2.9 or later"):
-        loop.train(recipe, tmp_path, world, presets.find("tiny"), list(recipe.phases))
+        loop.train(Run(recipe, tmp_path, world, presets.find("tiny"), list(recipe.phases)))
     assert not list(tmp_path.iterdir())
 
 

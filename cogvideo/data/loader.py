@@ -2,13 +2,17 @@
 number.
 
 Sample k of a run is a function of (seed, k) alone, so the state of the loader is the step it has reached. Its
-random numbers are of a stream of their own, since a source may have drawn recording k from (seed, k). A
-recording that cannot be used (missing, damaged, too short) is passed over and told of; the next one of the
+random numbers have streams of their own, since a source may have drawn recording k from (seed, k):
+    (seed, k, 1)    the clip
+    (seed, k, 2)    captions without clips, for the text model
+    (seed, k, 3)    the caption of a clip that recurs
+    (seed, k, 4)    whether the caption is dropped, for classifier-free guidance
+A recording that cannot be used (missing, damaged, too short) is skipped and reported; the next one of the
 epoch's order takes its place.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -22,40 +26,55 @@ from cogvideo.model.vqvae import to_pictures
 @dataclass(frozen=True)
 class Batch:
     numbers: list[int]  # of the samples, counted from the start of the run
-    captions: list[str]
+    captions: list[str]  # "" where it was dropped
     durations: list[float]
     frames: tuple[torch.Tensor, ...]  # for each size: float [B, F, 3, size, size] in [0, 1]
     cover: torch.Tensor | None = None  # [B, F, cells, cells] share of each that the object covers
-    skipped: dict[str, str] = field(default_factory=dict)  # recordings that were passed over, and why
-    codes: torch.Tensor | None = None  # [B, F, N], of clips that recur, which come without frames
+    skipped: dict[str, str] = field(default_factory=dict)  # videos skipped, and why
+    codes: torch.Tensor | None = None  # [B, F, N], of clips that recur; they have no frames
 
     @property
     def device(self) -> torch.device:
         return self.frames[0].device if self.codes is None else self.codes.device
 
 
-class Cuts(Dataset):
-    """Clip k of an endless run."""
+Found = tuple[int, Sample, dict[str, str], int]  # number, clip, videos skipped, index of the recording
 
-    def __init__(self, source: Source, how: Cut, seed: int):
-        self.source, self.how, self.seed = source, how, seed
 
-    def __getitem__(self, k: int) -> "Found":
-        rng, skipped = np.random.default_rng((self.seed, k, 1)), dict[str, str]()
+class Cuts(Dataset[Found]):
+    """Clip k of an endless run; a share `drop` of them has an empty caption."""
+
+    def __init__(self, source: Source, how: Cut, seed: int, drop: float = 0.0):
+        self.source = source
+        self.how = how
+        self.seed = seed
+        self.drop = drop
+
+    def __getitem__(self, k: int) -> Found:
+        rng = np.random.default_rng((self.seed, k, 1))
         if self.source.count is None:
-            return k, cut(self.source[k], self.how, rng), {}, k
-        epoch, place = divmod(k, self.source.count)  # each epoch is an order of its own
-        order = _order(self.seed, epoch, self.source.count)
-        for index in (int(order[(place + i) % len(order)]) for i in range(len(order))):
+            return k, self._sample(k, k, rng), {}, k
+
+        epoch, position = divmod(k, self.source.count)
+        order = _order(self.seed, epoch, self.source.count)  # each epoch has its own
+        skipped: dict[str, str] = {}
+        for i in range(len(order)):
+            index = int(order[(position + i) % len(order)])
             try:
-                return k, cut(self.source[index], self.how, rng), skipped, index
+                return k, self._sample(k, index, rng), skipped, index
             except ValueError as error:
                 skipped[self.source.name(index)] = str(error)
         why = "\n".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"none of the {self.source.count} recordings can be used: {why}")
 
+    def _sample(self, k: int, index: int, rng: np.random.Generator) -> Sample:
+        sample = cut(self.source[index], self.how, rng)
+        return replace(sample, caption="") if is_dropped(self.seed, k, self.drop) else sample
 
-Found = tuple[int, Sample, dict[str, str], int]  # number, clip, what was passed over, index of the recording
+
+def is_dropped(seed: int, k: int, share: float) -> bool:
+    """Whether sample k of a run loses its caption; a share of all samples does."""
+    return bool(np.random.default_rng((seed, k, 4)).random() < share)
 
 
 @lru_cache(2)
@@ -73,8 +92,10 @@ def batches(
     rank: int = 0,
     ranks: int = 1,
     workers: int = 0,
+    drop: float = 0.0,
 ) -> Iterator[Batch]:
-    """Batches of `batch` clips for this rank, from `step` on; `ranks` ranks together see each sample once."""
+    """Batches of `batch` clips for this rank, starting at `step`; `ranks` ranks together see each sample
+    once. A share `drop` of the captions is empty. ValueError if no recording can be used."""
 
     def mine() -> Iterator[list[int]]:
         k = step
@@ -83,9 +104,8 @@ def batches(
             yield list(range(first, first + batch))
             k += 1
 
-    return iter(
-        DataLoader(Cuts(source, how, seed), batch_sampler=mine(), num_workers=workers, collate_fn=_collate)
-    )
+    clips = Cuts(source, how, seed, drop)
+    return iter(DataLoader(clips, batch_sampler=mine(), num_workers=workers, collate_fn=_collate))
 
 
 def _collate(found: list[Found]) -> Batch:
@@ -93,7 +113,8 @@ def _collate(found: list[Found]) -> Batch:
     frames = tuple(to_pictures(np.stack(same_size)) for same_size in zip(*(s.frames for s in samples)))
     covers = [s.cover for s in samples if s.cover is not None]
     cover = torch.from_numpy(np.stack(covers)) if covers else None
-    captions, durations = [s.caption for s in samples], [s.duration for s in samples]
+    captions = [s.caption for s in samples]
+    durations = [s.duration for s in samples]
     skipped = {name: why for one in skips for name, why in one.items()}
     return Batch(list(numbers), captions, durations, frames, cover, skipped)
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from cogvideo.data.cut import Cut, Source
-from cogvideo.data.loader import Batch, Cuts, Found
+from cogvideo.data.loader import Batch, Cuts, Found, is_dropped
 from cogvideo.model.vqvae import to_pictures
 
 
@@ -50,13 +50,47 @@ def _block_order(seed: int, block: int, age: int, size: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Clip:
     """What is remembered of a clip."""
 
     index: int  # of its recording
     duration: float
     codes: torch.Tensor  # int32 [F, N]
     cover: torch.Tensor | None
+
+
+class _Plan:
+    """The clips of each step of one rank, and which of them are new. It runs ahead of the training, since the
+    data loader does."""
+
+    def __init__(self, reuse: Reuse, seed: int, step: int, batch: int, rank: int, ranks: int):
+        self.reuse = reuse
+        self.seed = seed
+        self.step = step
+        self.all = batch * ranks
+        self.positions = range(rank * batch, (rank + 1) * batch)  # in the batch of all ranks
+        self.planned: deque[tuple[int, list[tuple[int, int]]]] = (
+            deque()
+        )  # step, block and number of its clips
+
+    def missing(self) -> Iterator[list[int]]:
+        """The numbers of each step's new clips."""
+        asked: dict[int, set[int]] = {}
+        k = self.step
+        while True:
+            clips = [self.reuse.clip(self.seed, k, position, self.all) for position in self.positions]
+            oldest = self.reuse.oldest(k, self.all)
+            asked = {block: those for block, those in asked.items() if block >= oldest}
+            new = [number for block, number in clips if number not in asked.setdefault(block, set())]
+            for block, number in clips:
+                asked[block].add(number)
+            self.planned.append((k, clips))
+            yield new
+            k += 1
+
+    def next(self) -> tuple[int, list[tuple[int, int]]]:
+        """The next step, and the block and number of each of its clips."""
+        return self.planned.popleft()
 
 
 def recurring(
@@ -71,47 +105,30 @@ def recurring(
     rank: int = 0,
     ranks: int = 1,
     workers: int = 0,
+    drop: float = 0.0,
 ) -> Iterator[Batch]:
-    """Like `batches`, with clips that recur, as codes: `encode` turns clips [B, F, 3, size, size] of the
-    first size into them [B, F, N], and is called for clips that are not remembered."""
-    planned: deque[tuple[int, list[tuple[int, int]]]] = deque()  # steps that the data loader works on
-
-    def missing() -> Iterator[list[int]]:
-        asked: dict[int, set[int]] = {}
-        k = step
-        while True:
-            places = range(rank * batch, (rank + 1) * batch)
-            clips = [reuse.clip(seed, k, place, ranks * batch) for place in places]
-            oldest = reuse.oldest(k, ranks * batch)
-            asked = {block: those for block, those in asked.items() if block >= oldest}
-            new = [number for block, number in clips if number not in asked.setdefault(block, set())]
-            for block, number in clips:
-                asked[block].add(number)
-            planned.append((k, clips))
-            yield new
-            k += 1
-
-    kept: dict[int, dict[int, _Kept]] = {}
-    clips_of = DataLoader(
-        Cuts(source, how, seed), batch_sampler=missing(), num_workers=workers, collate_fn=list
+    """Like `batches`, with clips that recur, as codes. `encode` turns clips [B, F, 3, size, size] of the
+    first size into codes [B, F, N]; it is called for clips that are not remembered."""
+    plan = _Plan(reuse, seed, step, batch, rank, ranks)
+    loader = DataLoader(
+        Cuts(source, how, seed), batch_sampler=plan.missing(), num_workers=workers, collate_fn=list
     )
-    for found in clips_of:
-        k, clips = planned.popleft()
+    known: dict[int, dict[int, _Clip]] = {}  # by block, then by number
+    for found in loader:
+        k, clips = plan.next()
         oldest = reuse.oldest(k, ranks * batch)
-        kept = {block: those for block, those in kept.items() if block >= oldest}
+        known = {block: those for block, those in known.items() if block >= oldest}
         blocks = {number: block for block, number in clips}
         skipped: dict[str, str] = {}
         for one, codes in zip(found, _encoded(found, encode)):
             number, sample, passed, index = one
             cover = None if sample.cover is None else torch.from_numpy(sample.cover)
-            kept.setdefault(blocks[number], {})[number] = _Kept(index, sample.duration, codes, cover)
+            known.setdefault(blocks[number], {})[number] = _Clip(index, sample.duration, codes, cover)
             skipped |= passed
-        rows = [kept[block][number] for block, number in clips]
+
+        rows = [known[block][number] for block, number in clips]
         numbers = [(k * ranks + rank) * batch + i for i in range(batch)]
-        captions = [
-            source.caption(row.index, np.random.default_rng((seed, number, 3)))
-            for row, number in zip(rows, numbers)
-        ]
+        captions = [_caption(source, row.index, seed, n, drop) for row, n in zip(rows, numbers)]
         covers = [row.cover for row in rows if row.cover is not None]
         yield Batch(
             numbers,
@@ -122,6 +139,13 @@ def recurring(
             skipped,
             torch.stack([row.codes for row in rows]).long(),
         )
+
+
+def _caption(source: Source, index: int, seed: int, k: int, drop: float) -> str:
+    """A caption of a recording for sample k: each use of a clip has its own, or none."""
+    if is_dropped(seed, k, drop):
+        return ""
+    return source.caption(index, np.random.default_rng((seed, k, 3)))
 
 
 def _encoded(found: list[Found], encode: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -2,8 +2,9 @@
 
 recipes        the curricula, as one table
 phase          one phase of a recipe
+run            a run: its options, what is finished, where a phase begins, whether it can work
 loop           the training loop
-objectives     what each phase minimises
+objectives     the kinds of phases: check, step, preview, cost
 losses         the hierarchical loss
 discriminator  the adversary of a video decoder
 optim          optimizers and learning rates
@@ -11,7 +12,7 @@ parallel       several processes or devices, applied from outside
 inherit        what a new run begins with
 checkpoint     save and resume
 report         log, loss curve
-preview        sample strips
+preview        pictures of progress
 cost           floating-point operations of a step
 pace           how fast a recipe trains here
 """

@@ -42,8 +42,9 @@ class Discriminator(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         x = F.pixel_unshuffle(2 * clips.flatten(0, 1) - 1, 2)  # [B * F, 12, H / 2, W / 2]
-        x = x.unflatten(0, clips.shape[:2]).transpose(1, 2)  # [B, 12, F, H / 2, W / 2]
-        return self.layers(x).squeeze(1).float()
+        x = x.view(*clips.shape[:2], *x.shape[1:]).transpose(1, 2)  # [B, 12, F, H / 2, W / 2]
+        scores: Tensor = self.layers(x)
+        return scores.squeeze(1).float()
 
 
 def new_discriminator(seed: int) -> Discriminator:

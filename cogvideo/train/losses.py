@@ -71,7 +71,7 @@ def temporal_distance(prediction: Tensor, target: Tensor) -> Tensor:
         luma = constant((0.299, 0.587, 0.114), clip).view(3, 1, 1)
         gray = (clip * luma).sum(2, keepdim=True)  # [B, F, 1, H, W]
         flow = optical_flow(gray[:, :-1].flatten(0, 1), gray[:, 1:].flatten(0, 1))
-        flows.append(flow.unflatten(0, (len(clip), -1)))
+        flows.append(flow.view(len(clip), -1, *flow.shape[1:]))
     return (flows[0] - flows[1]).abs().mean((1, 2, 3, 4))
 
 

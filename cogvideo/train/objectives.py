@@ -1,38 +1,44 @@
 """What each model is trained for.
 
-The first half are losses: pure functions of models and tensors. The second half are objectives, one a phase:
-given the parts of the model by name, each returns the step that turns a batch of clips into a loss and the
-numbers worth a line in the log.
+The first half are losses: pure functions of models and tensors. The second half are objectives, one object
+for each kind of phase: its check, its step (a batch of clips to a loss and the numbers for the log), its
+preview, its cost.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogvideo.data.loader import Batch
 from cogvideo.layout import SECONDS, Layout
 from cogvideo.model.families import CogVideoSpec, RegressionSpec, Spec
+from cogvideo.model.folder import ModelFolder
+from cogvideo.model.refiner import enlarge
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.model.vqvae import VQVAE, Codebook
 from cogvideo.text import PLAIN, TEMPLATE, TextTokenizer
-from cogvideo.train.discriminator import opinion
+from cogvideo.train.cost import token_flops
+from cogvideo.train.discriminator import new_discriminator, opinion
 from cogvideo.train.losses import HierarchicalLoss
+from cogvideo.train.preview import PREVIEW_CLIPS, preview_text, rows_of, samples, shown_clips
 
 if TYPE_CHECKING:
     from cogvideo.train.phase import Phase
 
 Parts = dict[str, Any]  # modules by name
 Result = tuple[Tensor, dict[str, float]]
-Step = Callable[[Batch, int, torch.Generator], Result]  # batch, number of the step, randomness
+Step = Callable[[Batch, int], Result]  # of a batch and the number of the step
 
-UNQUANTISED = 200  # steps of the tokenizer before its codebook is filled
+UNQUANTISED = 200  # steps of the tokenizer before its codebook starts
 
 
 def tokenizer_loss(
@@ -67,7 +73,7 @@ def token_loss(
     corners: Tensor | None = None,
 ) -> Result:
     """Cross-entropy of the frames that the layout trains (SPEC B.3). text [B, T], codes [B, F, N] in time
-    order; context [B, F, N]: codes to be read instead, so that a model learns to go on from wrong ones;
+    order; context [B, F, N]: codes to be read instead, so that a model learns to continue from wrong ones;
     weights [B, F, N]: how much a code counts among those of its clip; corners [B, 2]: first row and column of
     what the codes are a window of, if they are not whole frames.
 
@@ -98,32 +104,24 @@ def token_loss(
 def frames_loss(
     made: Tensor, hierarchical: HierarchicalLoss, clips: Tensor, weights: Tensor | None = None
 ) -> Result:
-    """Clips that a model made against the right ones, both [B, F, 3, H, W], by the hierarchical loss."""
+    """The hierarchical loss of a model's clips against the true ones, both [B, F, 3, H, W]."""
     loss, numbers = hierarchical(made, clips, weights)
     numbers["psnr"] = float(-10 * F.mse_loss(made.detach().clamp(0, 1), clips).log10())
     return loss, numbers
 
 
-def prepare_text(
-    tokenizer: TextTokenizer,
-    batch: Batch,
-    text_len: int,
-    drop: float,
-    generator: torch.Generator,
-    template: str = TEMPLATE,
-) -> Tensor:
-    """Ids [B, T]; a share `drop` of the captions is left out (their duration stays), for classifier-free
-    guidance."""
-    dropped = torch.rand(len(batch.captions), generator=generator) < drop
-    captions = ["" if gone else caption for gone, caption in zip(dropped.tolist(), batch.captions)]
-    rows = [tokenizer.prompt(c, d, template) for c, d in zip(captions, batch.durations)]
+def prepare_text(tokenizer: TextTokenizer, batch: Batch, text_len: int, template: str = TEMPLATE) -> Tensor:
+    """Ids [B, text_len] of the captions of a batch. A caption that was dropped is empty and keeps its
+    duration."""
+    rows = [tokenizer.prompt(c, d, template) for c, d in zip(batch.captions, batch.durations)]
     return torch.tensor([tokenizer.pad_left(row[:text_len], text_len) for row in rows])
 
 
 @torch.no_grad()
 def encode_clips(vqvae: VQVAE, clips: Tensor) -> Tensor:
     """[B, F, 3, R, R] to codes [B, F, N]."""
-    return vqvae.encode(clips.flatten(0, 1)).unflatten(0, (len(clips), -1))
+    codes = vqvae.encode(clips.flatten(0, 1))  # [B * F, N]
+    return codes.view(len(clips), -1, codes.shape[-1])
 
 
 def object_weights(batch: Batch, phase: Phase) -> Tensor | None:
@@ -204,145 +202,277 @@ class Resampler:
         return layout.unlay(sampled.clamp_max(shares.shape[-1] - 1).view_as(laid))
 
 
-# -- objectives
+# -- objectives: one kind of phase each
 # ---------------------------------------------------------------------------------------------------
 
 
-def check(phase: Phase, spec: Spec) -> None:
-    """ValueError if the objective of a phase can do nothing with its steps or its clips."""
-    if phase.objective is tokenizer and phase.steps <= UNQUANTISED:
-        raise ValueError(f"{phase.name}: there are no codes before step {UNQUANTISED}; give it more steps")
-    if phase.objective in (image, stage1, stage2) and isinstance(spec, CogVideoSpec):
-        grid, cover = spec.model.grid, phase.cut.cover
+class Objective(ABC):
+    """A kind of phase: what it checks, what it minimises, how it shows its progress and what a step costs.
+
+    An objective has no state: all that a run sets is in the `Phase`.
+    """
+
+    recurs = False  # whether clips may recur as codes
+    has_windows = False  # whether windows of clips may be learnt
+    has_adversary = False  # whether a discriminator may judge the output
+
+    def check(self, phase: Phase, spec: Spec) -> None:
+        """Raise ValueError if this objective cannot use the steps, the clips or the fields of a phase."""
+        if phase.windowed and not self.has_windows:
+            raise ValueError(f"{phase.name}.windowed must be 0: only models of codes learn windows of them")
+        if phase.adversary and not self.has_adversary:
+            raise ValueError(f"{phase.name}.adversary must be 0: only decoders of clips have a discriminator")
+        if phase.reuse > 1 and not self.recurs:
+            raise ValueError(
+                f"{phase.name}.reuse must be 1: clips recur as codes, and {phase.name} needs frames"
+            )
+
+    def prepare(self, part: nn.Module, phase: Phase) -> None:
+        """Change a part that is about to learn, before its first step."""
+        return None
+
+    def extra_parts(self, phase: Phase, seed: int) -> dict[str, nn.Module]:
+        """Modules that learn next to the parts, and that the checkpoint keeps but the model folder does
+        not."""
+        return {}
+
+    @abstractmethod
+    def step(self, parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+        """The function that turns a batch and its number into a loss and the numbers for the log."""
+
+    @abstractmethod
+    def preview(self, folder: ModelFolder, parts: Parts, phase: Phase, batch: Batch) -> np.ndarray:
+        """A picture of the model's progress on a batch: uint8 [H, W, 3]."""
+
+    def clip_flops(self, phase: Phase, parts: Parts) -> float | None:
+        """Floating-point operations for one clip, forward and backward; None if they are not known."""
+        return None
+
+
+class TokenizerObjective(Objective):
+    """Frames to codes and back."""
+
+    def check(self, phase: Phase, spec: Spec) -> None:
+        super().check(phase, spec)
+        if phase.steps <= UNQUANTISED:
+            raise ValueError(
+                f"{phase.name}: there are no codes before step {UNQUANTISED}; give it more steps"
+            )
+
+    def step(self, parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+        vqvae = parts["vqvae"]
+        hierarchical = HierarchicalLoss(phase.loss).to(next(vqvae.parameters()).device)
+
+        def step(batch: Batch, number: int) -> Result:
+            (clips,) = batch.frames
+            generator = seeded(batch.numbers[0])  # of the codebook, which the first process changes for all
+            if number >= UNQUANTISED and not vqvae.codebook.filled:
+                with torch.no_grad():
+                    z = vqvae.latents(clips.flatten(0, 1)).float()
+                vqvae.codebook.fill(z.permute(0, 2, 3, 1).flatten(0, 2), generator)
+            weights = object_weights(batch, phase)
+            return tokenizer_loss(
+                vqvae, hierarchical, clips, generator, phase.perturb, batch.numbers, weights
+            )
+
+        return step
+
+    def preview(self, folder: ModelFolder, parts: Parts, phase: Phase, batch: Batch) -> np.ndarray:
+        """The frames, and their reconstruction below them."""
+        vqvae = parts["vqvae"]
+        clips = shown_clips(batch)
+        flat = clips.flatten(0, 1)
+        if vqvae.codebook.filled:
+            rebuilt = vqvae.decode(vqvae.encode(flat))
+        else:
+            rebuilt, _, _ = vqvae(flat)
+        return rows_of(clips, rebuilt.unflatten(0, clips.shape[:2]))
+
+
+@dataclass(frozen=True)
+class TokenObjective(Objective):
+    """Text and codes to the next codes: the stage "image" trains the base, "stage1" and "stage2" their
+    temporal channels."""
+
+    stage: str
+    recurs = True
+    has_windows = True
+
+    def check(self, phase: Phase, spec: Spec) -> None:
+        super().check(phase, spec)
+        if not isinstance(spec, CogVideoSpec):
+            raise ValueError(f"{phase.name} trains a model of codes, but this model has none")
+        grid = spec.model.grid
+        cover = phase.cut.cover
         if cover not in (0, grid):
             raise ValueError(f"{phase.name}: cut.cover is {cover}, but a frame has {grid} codes a side")
         if phase.windowed and not cover:
             raise ValueError(f"{phase.name}: windows over the object need a cut.cover of {grid}")
-    elif phase.windowed:
-        raise ValueError(f"{phase.name}.windowed must be 0: only models of codes learn windows of them")
-    if phase.adversary and phase.objective is not decoder:
-        raise ValueError(f"{phase.name}.adversary must be 0: only decoders of clips have a discriminator")
-    if phase.reuse > 1 and phase.objective not in (image, stage1, stage2):
-        raise ValueError(f"{phase.name}.reuse must be 1: clips recur as codes, and {phase.name} needs frames")
-    if phase.objective is regression and isinstance(spec, RegressionSpec):
-        (rate,) = phase.cut.rates
-        have, due = len(spec.regression.slots(rate)[: phase.cut.keep]), phase.cut.keep or phase.cut.frames
-        if have != due:
-            raise ValueError(
-                f"{phase.name} cuts {due} frames, but the model has {have} at {rate:g} frames a second"
-            )
 
+    def step(self, parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+        model = DualChannelTransformer(parts["base"], parts.get(self.stage))
+        layout = parts["base"].config.layout(self.stage)
+        side = layout.grid // 2  # of a window
+        small = replace(layout, grid=side)
 
-def tokenizer(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    vqvae = parts["vqvae"]
-    hierarchical = HierarchicalLoss(phase.loss).to(next(vqvae.parameters()).device)
+        def step(batch: Batch, number: int) -> Result:
+            ids = prepare_text(text, batch, layout.text_len).to(batch.device)
+            codes = encode_clips(parts["vqvae"], batch.frames[0]) if batch.codes is None else batch.codes
+            context = codes
+            if phase.corrupt:
+                context = corrupt(parts["vqvae"].codebook, codes, phase.corrupt, batch.numbers)
+            weights = object_weights(batch, phase)
+            weights = torch.ones_like(codes, dtype=torch.float32) if weights is None else weights.flatten(2)
 
-    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        if number >= UNQUANTISED and not vqvae.codebook.filled:
-            with torch.no_grad():
-                z = vqvae.latents(batch.frames[0].flatten(0, 1)).float()
-            vqvae.codebook.fill(z.permute(0, 2, 3, 1).flatten(0, 2), generator)
-        clips, weights = batch.frames[0], object_weights(batch, phase)
-        return tokenizer_loss(vqvae, hierarchical, clips, generator, phase.perturb, batch.numbers, weights)
+            cut = torch.tensor([in_window(number, phase.windowed) for number in batch.numbers])
+            if not cut.any():
+                return token_loss(model, layout, ids, codes, context, weights)
 
-    return step
+            corners = window_corners(batch, side, model.window or 1)[cut].to(codes.device)
+            learnt, read, counts = (windows(x[cut], corners, side) for x in (codes, context, weights))
+            loss, _ = token_loss(model, small, ids[cut], learnt, read, counts, corners)
+            numbers = {"window": float(loss.detach())}
+            if cut.all():
+                return loss, numbers
 
-
-def image(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    layout = parts["base"].config.layout("image")
-    return _tokens(parts, text, phase, DualChannelTransformer(parts["base"]), layout)
-
-
-def stage1(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    layout = parts["base"].config.layout("stage1")
-    return _tokens(parts, text, phase, DualChannelTransformer(parts["base"], parts["stage1"]), layout)
-
-
-def stage2(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    layout = parts["base"].config.layout("stage2")
-    return _tokens(parts, text, phase, DualChannelTransformer(parts["base"], parts["stage2"]), layout)
-
-
-def _tokens(
-    parts: Parts, text: TextTokenizer, phase: Phase, model: DualChannelTransformer, layout: Layout
-) -> Step:
-    side = layout.grid // 2  # of a window
-    small = replace(layout, grid=side)
-
-    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        ids = prepare_text(text, batch, layout.text_len, phase.drop, generator).to(batch.device)
-        codes = encode_clips(parts["vqvae"], batch.frames[0]) if batch.codes is None else batch.codes
-        context, weights = codes, object_weights(batch, phase)
-        if phase.corrupt:
-            context = corrupt(parts["vqvae"].codebook, codes, phase.corrupt, batch.numbers)
-        weights = torch.ones_like(codes, dtype=torch.float32) if weights is None else weights.flatten(2)
-
-        cut = torch.tensor([in_window(number, phase.windowed) for number in batch.numbers])
-        if not cut.any():
-            return token_loss(model, layout, ids, codes, context, weights)
-        corners = window_corners(batch, side, model.window or 1)[cut].to(codes.device)
-        learnt, read, counts = (windows(x[cut], corners, side) for x in (codes, context, weights))
-        loss, _ = token_loss(model, small, ids[cut], learnt, read, counts, corners)
-        numbers = {"window": float(loss.detach())}
-        if not cut.all():
             share = float(cut.float().mean())
             whole, found = token_loss(model, layout, ids[~cut], codes[~cut], context[~cut], weights[~cut])
-            loss, numbers = share * loss + (1 - share) * whole, {**found, **numbers}
-        return loss, numbers
+            return share * loss + (1 - share) * whole, {**found, **numbers}
 
-    return step
+        return step
 
+    def preview(self, folder: ModelFolder, parts: Parts, phase: Phase, batch: Batch) -> np.ndarray:
+        """Samples for the captions of the batch, generated with the present weights."""
+        return samples(folder, parts, batch.captions[:PREVIEW_CLIPS])
 
-def decoder(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    """Codes of a clip to its frames. Some codes are wrong, as the decoder will meet them: replaced by near
-    ones (`corrupt`), or sampled by the stages from all codes before them (`resample`). With an `adversary`
-    the frames must pass a discriminator, too."""
-    vqvae, model = parts["vqvae"], parts["decoder"]
-    hierarchical = HierarchicalLoss(phase.loss).to(next(model.parameters()).device)
-    resampler = Resampler(parts) if phase.resample else None
-
-    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        (clips,) = batch.frames
-        ids = prepare_text(text, batch, model.config.text_len, phase.drop, generator).to(clips.device)
-        codes = encode_clips(vqvae, clips)
-        if phase.corrupt:
-            codes = corrupt(vqvae.codebook, codes, phase.corrupt, batch.numbers)
-        if resampler is not None:
-            codes = resampler(codes, ids, batch, phase.resample)
-        z = vqvae.vectors(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-        made, weights = model(z, ids), object_weights(batch, phase)
-        loss, numbers = frames_loss(made, hierarchical, clips, weights)
-        if phase.adversary:
-            found = opinion(parts["discriminator"], made, clips, batch.numbers, weights)
-            loss, numbers = loss + phase.adversary * found.decoder + found.own, {**numbers, **found.numbers}
-        return loss, numbers
-
-    return step
+    def clip_flops(self, phase: Phase, parts: Parts) -> float | None:
+        """The average over whole clips and windows."""
+        layout = parts["base"].config.layout(self.stage)
+        whole = token_flops(layout, self.stage, phase.trains, parts)
+        if not phase.windowed:
+            return whole
+        small = token_flops(replace(layout, grid=layout.grid // 2), self.stage, phase.trains, parts)
+        return (1 - phase.windowed) * whole + phase.windowed * small
 
 
-def refiner(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    """Small clips to large ones: what the tokenizer makes of them, or, without a tokenizer, as they are."""
-    hierarchical = HierarchicalLoss(phase.loss).to(next(parts["refiner"].parameters()).device)
+class DecoderObjective(Objective):
+    """Codes of a clip to its frames.
 
-    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        low, high = batch.frames
-        if "vqvae" in parts:
-            codes = encode_clips(parts["vqvae"], low)
-            low = parts["vqvae"].decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-        return frames_loss(parts["refiner"](low), hierarchical, high)
+    Some codes are wrong, as in use: replaced by near ones (`corrupt`), or sampled by the stages from all
+    previous codes (`resample`). With an `adversary` the frames must also convince a discriminator.
+    """
 
-    return step
+    has_adversary = True
+
+    def extra_parts(self, phase: Phase, seed: int) -> dict[str, nn.Module]:
+        return {"discriminator": new_discriminator(seed)} if phase.adversary else {}
+
+    def step(self, parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+        vqvae = parts["vqvae"]
+        model = parts["decoder"]
+        hierarchical = HierarchicalLoss(phase.loss).to(next(model.parameters()).device)
+        resampler = Resampler(parts) if phase.resample else None
+
+        def step(batch: Batch, number: int) -> Result:
+            (clips,) = batch.frames
+            ids = prepare_text(text, batch, model.config.text_len).to(clips.device)
+            codes = encode_clips(vqvae, clips)
+            if phase.corrupt:
+                codes = corrupt(vqvae.codebook, codes, phase.corrupt, batch.numbers)
+            if resampler is not None:
+                codes = resampler(codes, ids, batch, phase.resample)
+
+            z = vqvae.vectors(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+            decoded = model(z, ids)
+            weights = object_weights(batch, phase)
+            loss, numbers = frames_loss(decoded, hierarchical, clips, weights)
+            if phase.adversary:
+                found = opinion(parts["discriminator"], decoded, clips, batch.numbers, weights)
+                loss = loss + phase.adversary * found.decoder + found.own
+                numbers |= found.numbers
+            return loss, numbers
+
+        return step
+
+    def preview(self, folder: ModelFolder, parts: Parts, phase: Phase, batch: Batch) -> np.ndarray:
+        """The frames, the tokenizer's reconstruction, and the decoder's."""
+        vqvae = parts["vqvae"]
+        decoder = parts["decoder"]
+        clips = shown_clips(batch)
+        ids = preview_text(folder.text(), batch, decoder.config.text_len, SECONDS, TEMPLATE)
+        codes = vqvae.encode(clips.flatten(0, 1))
+        apart = vqvae.decode(codes).unflatten(0, clips.shape[:2])
+        z = vqvae.vectors(codes).unflatten(0, clips.shape[:2])
+        return rows_of(clips, apart, decoder(z, ids.to(clips.device)))
 
 
-def regression(parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
-    """Captions to frames at the one rate of the phase."""
-    model, (rate,) = parts["regression"], phase.cut.rates
-    slots = model.config.slots(rate)[: phase.cut.keep]
-    hierarchical = HierarchicalLoss(phase.loss).to(next(model.parameters()).device)
+class RefinerObjective(Objective):
+    """Small clips to large ones: the tokenizer's output for them or, without a tokenizer, the clips
+    themselves."""
 
-    def step(batch: Batch, number: int, generator: torch.Generator) -> Result:
-        (clips,) = batch.frames
-        ids = prepare_text(text, batch, model.config.text_len, phase.drop, generator, PLAIN).to(clips.device)
-        return frames_loss(model(ids, rate, slots), hierarchical, clips)
+    def step(self, parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+        refiner = parts["refiner"]
+        hierarchical = HierarchicalLoss(phase.loss).to(next(refiner.parameters()).device)
 
-    return step
+        def step(batch: Batch, number: int) -> Result:
+            low, high = batch.frames
+            return frames_loss(refiner(self._decoded(parts, low)), hierarchical, high)
+
+        return step
+
+    def preview(self, folder: ModelFolder, parts: Parts, phase: Phase, batch: Batch) -> np.ndarray:
+        """The small frames resized, refined, and the true large ones."""
+        refiner = parts["refiner"]
+        low = self._decoded(parts, shown_clips(batch))
+        return rows_of(enlarge(low, refiner.config.scale), refiner(low), batch.frames[1][:PREVIEW_CLIPS])
+
+    def _decoded(self, parts: Parts, clips: Tensor) -> Tensor:
+        if "vqvae" not in parts:
+            return clips
+        codes = encode_clips(parts["vqvae"], clips)
+        decoded: Tensor = parts["vqvae"].decode(codes.flatten(0, 1))
+        return decoded.view(*codes.shape[:2], *decoded.shape[1:])
+
+
+class RegressionObjective(Objective):
+    """Captions to frames, at the one frame rate of the phase."""
+
+    def check(self, phase: Phase, spec: Spec) -> None:
+        super().check(phase, spec)
+        if not isinstance(spec, RegressionSpec):
+            raise ValueError(f"{phase.name} trains a regression model, and this is another")
+        (fps,) = phase.cut.rates
+        have = len(spec.regression.slots(fps)[: phase.cut.keep])
+        due = phase.cut.keep or phase.cut.frames
+        if have != due:
+            raise ValueError(
+                f"{phase.name} cuts {due} frames, but the model has {have} at {fps:g} frames a second"
+            )
+
+    def prepare(self, part: nn.Module, phase: Phase) -> None:
+        """Mark the frames of the phase as trained, and start new ones from those that were."""
+        model: Any = part
+        (fps,) = phase.cut.rates
+        model.get_ready(fps, model.config.slots(fps)[: phase.cut.keep])
+
+    def step(self, parts: Parts, text: TextTokenizer, phase: Phase) -> Step:
+        model = parts["regression"]
+        (fps,) = phase.cut.rates
+        slots = model.config.slots(fps)[: phase.cut.keep]
+        hierarchical = HierarchicalLoss(phase.loss).to(next(model.parameters()).device)
+
+        def step(batch: Batch, number: int) -> Result:
+            (clips,) = batch.frames
+            ids = prepare_text(text, batch, model.config.text_len, PLAIN).to(clips.device)
+            return frames_loss(model(ids, fps, slots), hierarchical, clips)
+
+        return step
+
+    def preview(self, folder: ModelFolder, parts: Parts, phase: Phase, batch: Batch) -> np.ndarray:
+        """The model's frames for the captions, and the true ones."""
+        model = parts["regression"]
+        clips = shown_clips(batch)
+        (fps,) = phase.cut.rates
+        ids = preview_text(folder.text(), batch, model.config.text_len, 0.0, PLAIN)
+        generated = model(ids.to(clips.device), fps, model.config.slots(fps)[: phase.cut.keep])
+        return rows_of(generated, clips)

@@ -46,8 +46,8 @@ BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def share(phase: Phase, ranks: int, shard: bool = False) -> int:
-    """Clips of a batch that fall to each of `ranks` processes; ValueError if it cannot be shared. With shards
-    every process must put the model together equally often, for windows and for whole frames."""
+    """Clips of a batch for each of `ranks` processes; ValueError if the batch cannot be divided. With shards
+    every process must gather the model equally often, for windows and for whole frames."""
     if phase.batch % ranks:
         raise ValueError(
             f"a batch of {phase.batch} clips cannot be shared by {ranks} processes; choose a multiple of "
@@ -249,9 +249,9 @@ class Step(nn.Module):
         self.make = make
         self.objective: Objective | None = None
 
-    def forward(self, batch: Batch, number: int, generator: torch.Generator) -> Result:
+    def forward(self, batch: Batch, number: int) -> Result:
         self.objective = self.objective or self.make()
-        return self.objective(batch, number, generator)
+        return self.objective(batch, number)
 
 
 def place(step: Step, machine: Machine, precision: str) -> None:

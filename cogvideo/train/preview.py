@@ -1,7 +1,9 @@
-"""How a training phase is doing, as one picture: what goes in above what comes out."""
+"""How a training phase is doing, as one picture: the input above the output."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,80 +15,62 @@ from cogvideo.files import replacing
 from cogvideo.generate.cogvideo import CogVideo
 from cogvideo.layout import SECONDS
 from cogvideo.model.folder import ModelFolder
-from cogvideo.model.refiner import enlarge
 from cogvideo.model.transformer import DualChannelTransformer
-from cogvideo.text import PLAIN
-from cogvideo.train.objectives import decoder, tokenizer
-from cogvideo.train.phase import Phase
+from cogvideo.text import TextTokenizer
 
-SHOWN = 6  # clips
+if TYPE_CHECKING:
+    from cogvideo.train.phase import Phase
+
+PREVIEW_CLIPS = 6  # of a batch
 
 
 @torch.inference_mode()
 def probe(folder: ModelFolder, parts: dict[str, Any], phase: Phase, batch: Batch, out: Path) -> None:
-    """Write the strip of a phase. tokenizer, refiner: the batch and what becomes of it, row by row. Token
-    models: samples for the captions of the batch, made with the weights as they are now."""
-    clips = batch.frames[0][:SHOWN] if batch.frames else torch.empty(0)  # clips that recur are codes
-    if "regression" in parts:
-        text, c = folder.text(), parts["regression"].config
-        ids = [
-            text.pad_left(text.prompt(one, 0.0, PLAIN)[: c.text_len], c.text_len)
-            for one in batch.captions[:SHOWN]
-        ]
-        (rate,), keep = phase.cut.rates, phase.cut.keep
-        made = parts["regression"](torch.tensor(ids, device=clips.device), rate, c.slots(rate)[:keep])
-        rows = _rows(made, clips)
-    elif phase.objective is tokenizer:
-        vqvae = parts["vqvae"]
-        flat = clips.flatten(0, 1)
-        rows = _rows(
-            clips,
-            (vqvae(flat)[0] if not vqvae.codebook.filled else vqvae.decode(vqvae.encode(flat))).unflatten(
-                0, clips.shape[:2]
-            ),
-        )
-    elif phase.objective is decoder:
-        vqvae, size = parts["vqvae"], parts["decoder"].config.text_len
-        text = folder.text()
-        ids = [text.pad_left(text.prompt(one, SECONDS)[:size], size) for one in batch.captions[:SHOWN]]
-        codes = vqvae.encode(clips.flatten(0, 1))
-        apart = vqvae.decode(codes).unflatten(0, clips.shape[:2])
-        z = vqvae.vectors(codes).unflatten(0, clips.shape[:2])
-        rows = _rows(clips, apart, parts["decoder"](z, torch.tensor(ids, device=clips.device)))
-    elif phase.name == "refiner":
-        low = clips
-        if "vqvae" in parts:
-            codes = parts["vqvae"].encode(clips.flatten(0, 1))
-            low = parts["vqvae"].decode(codes).unflatten(0, clips.shape[:2])
-        rows = _rows(
-            enlarge(low, parts["refiner"].config.scale), parts["refiner"](low), batch.frames[1][:SHOWN]
-        )
-    else:
-        rows = _samples(folder, parts, batch.captions[:SHOWN])
+    """Write the preview of a phase, with its parts in their present state, to the picture `out`."""
+    picture = phase.objective.preview(folder, parts, phase, batch)
     with replacing(out) as file:
-        Image.fromarray(rows).save(file)
+        Image.fromarray(picture).save(file)
 
 
-def _samples(folder: ModelFolder, parts: dict[str, Any], prompts: list[str]) -> np.ndarray:
+def shown_clips(batch: Batch) -> Tensor:
+    """The clips of a preview [B, F, 3, H, W], at their first size."""
+    return batch.frames[0][:PREVIEW_CLIPS]
+
+
+def preview_text(
+    tokenizer: TextTokenizer, batch: Batch, text_len: int, seconds: float, template: str
+) -> Tensor:
+    """Ids [B, text_len] of the captions of a preview, all with the same duration."""
+    rows = [tokenizer.prompt(caption, seconds, template) for caption in batch.captions[:PREVIEW_CLIPS]]
+    return torch.tensor([tokenizer.pad_left(row[:text_len], text_len) for row in rows])
+
+
+def samples(folder: ModelFolder, parts: dict[str, Any], prompts: list[str]) -> np.ndarray:
+    """Clips that the token models generate now: a row for each, uint8 [H, W, 3]; or their first frames in one
+    row, if there is no stage 1."""
     pipe = CogVideo(folder, next(parts["base"].parameters()).device, dtype="float32")
-    pipe.parts.base, pipe.parts.vqvae = parts["base"], parts["vqvae"]  # as they are at this step
+    pipe.parts.base = parts["base"]
+    pipe.parts.vqvae = parts["vqvae"]
     for stage in ("stage1", "stage2"):
         if stage in parts:
             setattr(pipe.parts, stage, DualChannelTransformer(parts["base"], parts[stage]))
+
     prompts = [one for one in prompts if len(pipe.text.prompt(one, SECONDS)) <= pipe.spec.model.text_len]
     seeds = list(range(len(prompts)))
     if "stage1" not in parts and not folder.has("stage1"):
         frames = [clip.frames for clip in pipe.decode(pipe.first_frames(prompts, seeds))]
         return np.concatenate([np.concatenate(list(f), 1) for f in frames], 1)
+
     draft = pipe.keyframes(prompts, seeds)
     if "stage2" in parts:
         draft = pipe.interpolate(draft)
     return np.concatenate([np.concatenate(list(clip.frames), 1) for clip in pipe.decode(draft)])
 
 
-def _rows(*versions: Tensor) -> np.ndarray:
-    """Versions [B, F, 3, H, W] of the same clips: a row for each clip and version."""
-    rows = torch.stack([v.clamp(0, 1).float().cpu() for v in versions], 1).flatten(
-        0, 1
-    )  # [B * versions, F, 3, H, W]
-    return (rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2) * 255).round().byte().numpy()
+def rows_of(*versions: Tensor) -> np.ndarray:
+    """Versions [B, F, 3, H, W] of the same clips as one picture, uint8 [rows, columns, 3]: a row for each
+    clip and version."""
+    stacked = torch.stack([version.clamp(0, 1).float().cpu() for version in versions], 1)
+    rows = stacked.flatten(0, 1)  # [B * versions, F, 3, H, W]
+    picture = rows.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # [rows, columns, 3]
+    return (picture * 255).round().byte().numpy()

@@ -1,5 +1,4 @@
-"""What a run tells about itself: a line at a time on the terminal, a JSONL log, the loss curve as a
-picture."""
+"""The report of a run: lines on the terminal, a JSONL log, the loss curve as a picture."""
 
 import json
 import time
@@ -80,18 +79,18 @@ class Report:
         self.began = now
 
     def skip(self, skipped: dict[str, str]) -> None:
-        """Recordings that were passed over, and why, into one file for the whole phase."""
+        """Note the videos that were skipped, and why, in one file for the whole phase."""
         if skipped.keys() - self.skipped.keys():
             self.skipped |= skipped
             with replacing(self.log.with_name("skipped.json")) as file:
                 file.write_text(json.dumps(self.skipped, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def end(self) -> None:
-        """Say what was passed over."""
+        """Print how many videos were skipped."""
         if self.skipped and not self.quiet:
             name, why = next(iter(self.skipped.items()))
             print(
-                f"{self.phase}: {len(self.skipped)} recordings were passed over, all in "
+                f"{self.phase}: {len(self.skipped)} videos skipped, listed in "
                 f"{self.log.with_name('skipped.json')}; the first is {name}: {why}",
                 flush=True,
             )

@@ -1,0 +1,273 @@
+"""A training run: what is finished, where a phase begins, and whether the run can work at all.
+
+A run is a folder:
+    model/          the model folder so far: each phase reads what it needs there and writes what it trained
+    <phase>/        state.pt to resume from, log.jsonl, loss.png, strips/
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogvideo.data.cut import Source
+from cogvideo.data.loader import Batch, batches
+from cogvideo.hardware import find_device, free_memory, idle_cores
+from cogvideo.model.families import Spec
+from cogvideo.model.folder import ModelFolder
+from cogvideo.train import checkpoint, inherit, parallel
+from cogvideo.train.phase import Phase
+from cogvideo.train.recipes import Recipe
+
+# writes a preview: (model folder, parts, phase, batch, picture to write)
+Probe = Callable[[ModelFolder, dict[str, Any], Phase, Batch, Path], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run works; no option changes a result but by rounding, except what the run begins with.
+
+    None stands for what suits the machine; `settled` finds it.
+    """
+
+    device: torch.device | str = "cpu"
+    processes: int | None = 1  # which share each batch; torchrun's number counts where it started them
+    shard: bool = False  # cut the weights into shards, one a process
+    recompute: bool = False  # activations in the backward pass: less memory, more time
+    compile: bool = False  # the blocks of the transformer: a slow start
+    workers: int | None = 0  # processes that read clips ahead, for each process
+    threads: int | None = None  # CPU threads of each process; None in a run leaves torch's
+    save_every: int = 250  # steps
+    log_every: int = 25  # steps
+    probe_every: int = 1000  # steps
+    probe: Probe | None = None
+    quiet: bool = False
+    init: ModelFolder | None = None  # a model whose parts a new run begins with
+    init_embedding: str | None = None  # a file with GPT-2's embedding, for a new run to begin with
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "threads", "save_every", "log_every", "probe_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"--workers must be 0 or more, got {self.workers}")
+
+    def settled(self, phases: Sequence[Phase]) -> Options:
+        """With all that suits this machine and these phases in place of None. Threads stay None where the
+        environment sets them."""
+        device = find_device(self.device)
+        processes = self.processes or parallel.fitting_processes([*phases], device)
+        threads = self.threads
+        if threads is None and "OMP_NUM_THREADS" not in os.environ:
+            threads = max(1, idle_cores() // processes)
+        workers = self.workers
+        if workers is None:
+            workers = 0 if device.type == "cpu" else (os.cpu_count() or 1) // processes
+        return replace(self, device=device, processes=processes, threads=threads, workers=workers)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`phases` of a recipe, trained on a source, in the folder `out`."""
+
+    recipe: Recipe
+    out: Path
+    source: Source
+    spec: Spec
+    phases: Sequence[Phase]
+    options: Options = field(default_factory=Options)
+
+    @property
+    def folder(self) -> ModelFolder:
+        return ModelFolder(self.out / "model")
+
+    @property
+    def by_torchrun(self) -> bool:
+        """Whether torchrun started this process, and so all others."""
+        return "RANK" in os.environ
+
+    @property
+    def ranks(self) -> int:
+        """Processes that share each batch."""
+        return int(os.environ["WORLD_SIZE"]) if self.by_torchrun else self.options.processes or 1
+
+    def seed(self, phase: Phase) -> int:
+        return self.recipe.seed + 1000 * self._names.index(phase.name)
+
+    # -- what is there
+
+    @property
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The phases that reached their last step, with their steps."""
+        if not (self.folder.path / "config.json").exists():
+            return {}
+        config = self.folder.config
+        trained: dict[str, dict[str, Any]] = config.get("trained", {})
+        return trained
+
+    def previous(self, phase: Phase) -> Path | None:
+        """The state of the last phase before this one that trains the same part."""
+        earlier = self.recipe.phases[: self._names.index(phase.name)]
+        return next(self._states(earlier[::-1], phase), None)
+
+    def later(self, phase: Phase) -> Path | None:
+        """The state of the first phase after this one that trains the same part."""
+        return next(self._states(self.recipe.phases[self._names.index(phase.name) + 1 :], phase), None)
+
+    def state(self, phase: Phase) -> Path:
+        """Where a phase saves its steps."""
+        return self.out / phase.name / "state.pt"
+
+    def new_part(self, phase: Phase, name: str) -> nn.Module:
+        """A part that `phase` trains, before its first step: the previous phase's weights, else the
+        folder's, else a copy of the part that the phase inherits, else new ones."""
+        previous = self.previous(phase)
+        part: Any
+        if previous is not None:
+            part = inherit.new_part(self.spec, name, self.seed(phase))
+            part.load_state_dict(checkpoint.read(previous)["parts"][name])
+        elif self.folder.has(name):
+            part = self.folder.load(name)
+        else:
+            part = inherit.new_part(self.spec, name, self.seed(phase))
+            if phase.inherits:
+                inherit.copy(part, self.folder.load(phase.inherits))
+        phase.objective.prepare(part, phase)
+        learnt: nn.Module = part
+        return learnt
+
+    @property
+    def _names(self) -> list[str]:
+        return [phase.name for phase in self.recipe.phases]
+
+    def _states(self, phases: Sequence[Phase], phase: Phase) -> Iterator[Path]:
+        """The states of those phases that train a part that `phase` trains."""
+        for other in phases:
+            if {*other.trains} & {*phase.trains} and self.state(other).exists():
+                yield self.state(other)
+
+    # -- whether it can work
+
+    def preflight(self) -> Run:
+        """The run that remains. Raise ValueError for whatever can be known to fail before work starts."""
+        run = replace(self, options=replace(self.options, device=find_device(self.options.device)))
+        run.check_devices()
+        run = run.with_steps()
+        run = run.without_finished()
+        run.check_phases()
+        run.check_parts()
+        run.check_previous()
+        run = run.with_shards()
+        run.check_sharing()
+        run.check_init()
+        run.check_data()
+        return run
+
+    def check_devices(self) -> None:
+        """There is a device for each process."""
+        if torch.device(self.options.device).type != "cuda" or self.by_torchrun:
+            return
+        count = torch.cuda.device_count()
+        if self.ranks > count:
+            raise ValueError(f"{self.ranks} processes need a device each, and there are {count}")
+
+    def with_steps(self) -> Run:
+        """With the steps that the epochs of each phase are, on this source."""
+        return replace(self, phases=[phase.over(self.source.count) for phase in self.phases])
+
+    def without_finished(self) -> Run:
+        """Without the phases that have reached their last step. A phase whose result a later one has already
+        used cannot resume: that would discard the later one."""
+        finished = self.finished
+        remaining = []
+        for phase in self.phases:
+            steps = finished.get(phase.name, {}).get("steps", 0)
+            if steps >= phase.steps and self.state(phase).exists():
+                continue
+            later = self.later(phase)
+            if later is not None:
+                raise ValueError(
+                    f"cannot resume {phase.name}: {later.parent.name} was already trained from it; "
+                    f"delete {later} to train it again after {phase.name}"
+                )
+            remaining.append(phase)
+        return replace(self, phases=remaining)
+
+    def check_phases(self) -> None:
+        """The processes can share each batch; the clips, the loss and the optimizer suit the model."""
+        for phase in self.phases:
+            parallel.share(phase, self.ranks)
+            phase.check(self.spec)
+
+    def check_parts(self) -> None:
+        """Each part that a phase uses is in the folder, or an earlier phase or `init` provides it."""
+        init = self.options.init
+        provided = {part for part in init.spec().parts if init.has(part)} if init else set()
+        for phase in self.phases:
+            needed = list(phase.uses)
+            if phase.inherits and not self.folder.has(phase.trains[0]):
+                needed.append(phase.inherits)
+            for part in needed:
+                if part not in provided and part not in phase.trains and not self.folder.has(part):
+                    raise ValueError(
+                        f"the phase {phase.name} needs the part {part}, which is not in "
+                        f"{self.folder.path}; first train the phase that trains it"
+                    )
+            provided |= set(phase.trains)
+
+    def check_previous(self) -> None:
+        """No phase starts from one that was stopped before its end."""
+        finished = {*self.finished, *(phase.name for phase in self.phases)}
+        for phase in self.phases:
+            previous = self.previous(phase)
+            if previous is not None and previous.parent.name not in finished:
+                raise ValueError(
+                    f"{phase.name} starts from {previous.parent.name}, which was stopped before its end; "
+                    f"finish that first, or delete {previous.parent}"
+                )
+
+    def with_shards(self) -> Run:
+        """With the weights cut into shards where whole weights, gradients and averages of the optimizer do
+        not fit in each process. ValueError where not even the shards of those fit."""
+        device = torch.device(self.options.device)
+        free = free_memory(device)
+        if free is None:
+            return self
+        shard = self.options.shard
+        for phase in self.phases:
+            numbers = sum(shape.numel() for part in phase.trains for shape in self.spec.shapes(part).values())
+            copies = self.ranks if device.type == "cpu" else 1  # which share the memory
+            due = 4 * numbers * (4 if phase.optimizer == "adamw" else 3) * copies
+            if due > free:
+                shard = self.ranks > 1
+            if due / self.ranks > free:
+                raise ValueError(
+                    f"{phase.name} needs {due / self.ranks / 1e9:.1f} GB for weights, gradients "
+                    f"and averages alone, and {free / 1e9:.1f} GB are free; choose a smaller "
+                    f"preset, or more devices"
+                )
+        return replace(self, options=replace(self.options, shard=shard))
+
+    def check_sharing(self) -> None:
+        """With shards, each process has a whole number of windows."""
+        for phase in self.phases:
+            parallel.share(phase, self.ranks, self.options.shard)
+
+    def check_init(self) -> None:
+        """The run can begin with what the options ask for, and has not begun otherwise."""
+        inherit.check(self.folder, self.recipe, self.spec, self.options.init, self.options.init_embedding)
+
+    def check_data(self) -> None:
+        """Each phase finds a clip to train on."""
+        for phase in self.phases:
+            try:
+                next(batches(self.source, phase.cut, 1, seed=0))
+            except ValueError as error:
+                raise ValueError(f"{phase.name} finds no clip to train on: {error}") from None
