@@ -27,7 +27,7 @@ RECIPES = {name: few(recipe) for name, recipe in RECIPES.items()}
 }
 NANO = FEW | {
     "train/recipes.py": FEW["train/recipes.py"].replace("few(recipe)", "few(recipe, 16)"),
-    "presets.py": """
+    "model/presets.py": """
 from scripts.stand_ins import nano
 PRESETS = nano(PRESETS)
 """,

@@ -253,7 +253,7 @@ def test_a_finished_phase_is_left_alone(tmp_path, world):
     loop.train(Run(recipe, tmp_path, world, NANO, [image], Options(quiet=True)))
     assert folder.file("regression").read_bytes() == made
     with pytest.raises(
-        ValueError, match=r"cannot resume image: low was already trained from it; delete .*low"
+        ValueError, match=r"cannot resume image: low was already trained from it; delete .*low to"
     ):
         loop.train(
             Run(recipe, tmp_path, world, NANO, [dataclasses.replace(image, steps=4)], Options(quiet=True))

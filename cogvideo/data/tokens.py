@@ -1,7 +1,7 @@
 """Batches of codes from clips that recur, each encoded once.
 
-Sample k of a run is a use of a clip that other samples use as well, with a caption of its own. Which clip it
-is depends on (seed, k) alone; codes are only remembered.
+Sample k of a run uses a clip that other samples use as well, with a caption of its own. Which clip it is
+depends on (seed, k) alone; remembered codes only save time.
 """
 
 from collections import deque

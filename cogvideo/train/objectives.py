@@ -55,8 +55,8 @@ def tokenizer_loss(
     much a place counts."""
     count = clips.shape[1]
     each = [count * seed + frame for seed in seeds for frame in range(count)]
-    made, commitment, ids = vqvae(clips.flatten(0, 1), generator, perturb, each)
-    loss, numbers = frames_loss(made.unflatten(0, (-1, count)), hierarchical, clips, weights)
+    rebuilt, commitment, ids = vqvae(clips.flatten(0, 1), generator, perturb, each)
+    loss, numbers = frames_loss(rebuilt.unflatten(0, (-1, count)), hierarchical, clips, weights)
     if vqvae.codebook.filled:
         shares = torch.bincount(ids, minlength=vqvae.config.codes).float() / len(ids)
         numbers["perplexity"] = float(torch.exp(-(shares * shares.clamp_min(1e-9).log()).sum()))
@@ -80,13 +80,15 @@ def token_loss(
     Logged: the mean for each frame, by its place in time, unweighted; frames that are given count only in the
     log.
     """
-    laid, read = layout.lay(codes), layout.lay(codes if context is None else context)
+    laid = layout.lay(codes)
+    read = layout.lay(codes if context is None else context)
     inputs = torch.cat((text, layout.inputs(read, model.config.start)), 1)
     hidden = model.body(inputs, layout, corners=corners)  # [B, S, D]
     first = int(layout.loss_mask().argmax())  # what is not trained comes first
 
     def cost(places: slice) -> Tensor:  # [B, S']
-        logits, right = model.head(hidden[:, places]), laid.flatten(1)[:, places]
+        logits = model.head(hidden[:, places])
+        right = laid.flatten(1)[:, places]
         return F.cross_entropy(logits.flatten(0, 1), right.flatten(), reduction="none").view_as(right)
 
     with torch.no_grad():
@@ -102,11 +104,11 @@ def token_loss(
 
 
 def frames_loss(
-    made: Tensor, hierarchical: HierarchicalLoss, clips: Tensor, weights: Tensor | None = None
+    generated: Tensor, hierarchical: HierarchicalLoss, clips: Tensor, weights: Tensor | None = None
 ) -> Result:
     """The hierarchical loss of a model's clips against the true ones, both [B, F, 3, H, W]."""
-    loss, numbers = hierarchical(made, clips, weights)
-    numbers["psnr"] = float(-10 * F.mse_loss(made.detach().clamp(0, 1), clips).log10())
+    loss, numbers = hierarchical(generated, clips, weights)
+    numbers["psnr"] = float(-10 * F.mse_loss(generated.detach().clamp(0, 1), clips).log10())
     return loss, numbers
 
 
@@ -125,14 +127,14 @@ def encode_clips(vqvae: VQVAE, clips: Tensor) -> Tensor:
 
 
 def object_weights(batch: Batch, phase: Phase) -> Tensor | None:
-    """How much each cell of the clips counts [B, F, cells, cells]: 1, and more where the object is."""
+    """How much each cell of the clips counts, [B, F, cells, cells]: 1, and more where the object is."""
     if not phase.object_weight or batch.cover is None:
         return None
     return 1 + phase.object_weight * batch.cover.to(batch.device)
 
 
 def in_window(number: int, share: float) -> bool:
-    """Whether only a window of the clip of this number is learnt: a `share` of any that follow each other."""
+    """Whether only a window of the clip of this number is learnt; of consecutive clips, a `share` is."""
     return int((number + 1) * share) > int(number * share)
 
 
@@ -164,7 +166,7 @@ def windows(maps: Tensor, corners: Tensor, side: int) -> Tensor:
 
 
 def corrupt(codebook: Codebook, codes: Tensor, share: float, seeds: Sequence[int]) -> Tensor:
-    """Codes [B, F, N] with about `share` of them replaced by near ones, drawn from each clip's own seed."""
+    """Codes [B, F, N] with about `share` of them replaced by near ones, chosen by each clip's own seed."""
     return codebook.perturbed(codes.flatten(1), share, seeds).view_as(codes)
 
 
@@ -173,7 +175,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 class Resampler:
-    """Replaces codes of clips by what the trained stages would sample there, given the true codes before."""
+    """Replaces codes of clips by what the trained stages would sample there, given all previous codes."""
 
     def __init__(self, parts: Parts):
         c = parts["base"].config

@@ -48,7 +48,9 @@ def optimizers(
     """
     check_optimizer(name)
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    hidden, decayed, plain = [], [], []
+    hidden = []
+    decayed = []
+    plain = []
     for p in model.parameters():
         if not p.requires_grad:
             continue

@@ -60,8 +60,8 @@ class Options:
             raise ValueError(f"--workers must be 0 or more, got {self.workers}")
 
     def settled(self, phases: Sequence[Phase]) -> Options:
-        """With all that suits this machine and these phases in place of None. Threads stay None where the
-        environment sets them."""
+        """With what suits this machine and these phases in place of None. Threads stay None if the
+        environment sets their number."""
         device = find_device(self.device)
         processes = self.processes or parallel.fitting_processes([*phases], device)
         threads = self.threads
@@ -171,7 +171,7 @@ class Run:
         return run
 
     def check_devices(self) -> None:
-        """There is a device for each process."""
+        """Raise ValueError unless there is a device for each process."""
         if torch.device(self.options.device).type != "cuda" or self.by_torchrun:
             return
         count = torch.cuda.device_count()
@@ -183,8 +183,8 @@ class Run:
         return replace(self, phases=[phase.over(self.source.count) for phase in self.phases])
 
     def without_finished(self) -> Run:
-        """Without the phases that have reached their last step. A phase whose result a later one has already
-        used cannot resume: that would discard the later one."""
+        """Without the phases that have reached their last step. ValueError if resuming a phase would discard
+        a later one that was trained from it."""
         finished = self.finished
         remaining = []
         for phase in self.phases:
@@ -195,19 +195,20 @@ class Run:
             if later is not None:
                 raise ValueError(
                     f"cannot resume {phase.name}: {later.parent.name} was already trained from it; "
-                    f"delete {later} to train it again after {phase.name}"
+                    f"delete {later.parent} to train it again after {phase.name}"
                 )
             remaining.append(phase)
         return replace(self, phases=remaining)
 
     def check_phases(self) -> None:
-        """The processes can share each batch; the clips, the loss and the optimizer suit the model."""
+        """Raise ValueError unless the processes can share each batch, and each phase suits the model."""
         for phase in self.phases:
             parallel.share(phase, self.ranks)
             phase.check(self.spec)
 
     def check_parts(self) -> None:
-        """Each part that a phase uses is in the folder, or an earlier phase or `init` provides it."""
+        """Raise ValueError unless each part that a phase uses is in the folder, in `init`, or trained by an
+        earlier phase."""
         init = self.options.init
         provided = {part for part in init.spec().parts if init.has(part)} if init else set()
         for phase in self.phases:
@@ -223,7 +224,7 @@ class Run:
             provided |= set(phase.trains)
 
     def check_previous(self) -> None:
-        """No phase starts from one that was stopped before its end."""
+        """Raise ValueError if a phase would start from one that was stopped before its end."""
         finished = {*self.finished, *(phase.name for phase in self.phases)}
         for phase in self.phases:
             previous = self.previous(phase)
@@ -256,16 +257,16 @@ class Run:
         return replace(self, options=replace(self.options, shard=shard))
 
     def check_sharing(self) -> None:
-        """With shards, each process has a whole number of windows."""
+        """Raise ValueError unless, with shards, each process has a whole number of windows."""
         for phase in self.phases:
             parallel.share(phase, self.ranks, self.options.shard)
 
     def check_init(self) -> None:
-        """The run can begin with what the options ask for, and has not begun otherwise."""
+        """Raise ValueError if the initialisation is invalid or differs from the run's."""
         inherit.check(self.folder, self.recipe, self.spec, self.options.init, self.options.init_embedding)
 
     def check_data(self) -> None:
-        """Each phase finds a clip to train on."""
+        """Raise ValueError unless each phase finds a clip to train on."""
         for phase in self.phases:
             try:
                 next(batches(self.source, phase.cut, 1, seed=0))
