@@ -254,6 +254,13 @@ def test_a_share_of_captions_is_dropped_and_keeps_its_duration(trained, world):
     assert 0.15 < share < 0.35
 
 
+def test_a_preview_needs_no_caption(trained, tmp_path, world):
+    """Where all were dropped, it shows what the model generates without one."""
+    shutil.copytree(trained / "model", tmp_path / "model")
+    run(tmp_path, world, nano_phase("stage1", steps=1, drop=1.0), probe=probe)
+    assert (tmp_path / "stage1" / "strips" / "0000001.png").exists()
+
+
 def test_the_learning_rate_of_the_released_models():
     golden = json.loads((DATA / "lr_schedule.json").read_text())["lr"]
     rates = {i: learning_rate(int(i) - 1, 500_000, 2e-4, 500, 0.0, "cosine") for i in golden}
