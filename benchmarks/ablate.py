@@ -95,14 +95,15 @@ def train_for(minutes: float, phase: Phase, spec: CogVideoSpec, init: ModelFolde
     if not kept.exists():
         started = time.process_time()
         short = replace(phase, steps=MEASURED_STEPS)
-        loop.train(Run(recipe, out / "speed", source, spec, Options(init=init, quiet=True)), [short])
+        loop.train(Run(recipe, out / "speed", source, spec, [short], Options(init=init, quiet=True)))
         seconds = (time.process_time() - started) / MEASURED_STEPS
         out.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(max(1, int(60 * minutes / seconds))))
     steps = json.loads(kept.read_text())
     phase = replace(phase, steps=steps, warmup=min(phase.warmup, steps // 10))
-    options = Options(init=init, log_every=50, save_every=20)
-    return loop.train(Run(recipe, out / "run", source, spec, options), [phase])
+    return loop.train(
+        Run(recipe, out / "run", source, spec, [phase], Options(init=init, log_every=50, save_every=20))
+    )
 
 
 @torch.inference_mode()
@@ -112,7 +113,7 @@ def loss_of(folder: ModelFolder, count: int = 64) -> float:
     phase = recipes.find("tiny").phase("image")
     batch = next(batches(world, phase.cut, count, seed=9))
     c, text = folder.spec().model, folder.text()
-    ids = inputs.text_ids(text, batch.captions, batch.durations, c.text_len)
+    ids = inputs.prepare_text(text, batch, c.text_len)
     codes = inputs.encode_clips(folder.load("vqvae"), batch.frames[0])
     model = DualChannelTransformer(folder.load("base"))
     return float(losses.token_loss(model, c.layout("image"), ids, codes)[0])

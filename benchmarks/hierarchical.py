@@ -70,8 +70,9 @@ def main() -> None:
     for name, weights in ROWS.items():
         phase = replace(recipe.phase("tokenizer"), steps=arguments.steps, loss=weights)
         out = arguments.out / name.replace(", ", "-")
-        run = Run(recipe, out, TinyWorld(names, recipe.seed), spec, Options(log_every=100))
-        folder = loop.train(run, [phase])
+        folder = loop.train(
+            Run(recipe, out, TinyWorld(names, recipe.seed), spec, [phase], Options(log_every=100))
+        )
         psnr, ssim, perceptual, flow, sprite, motion = measure(folder, scenes)
         print(f"| {name} | {psnr:.2f} | {ssim:.4f} | {perceptual:.4f} | {flow:.4f} ", end="")
         print(f"| {sprite:.1f} | {motion:.1f} |")

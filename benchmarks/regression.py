@@ -54,8 +54,7 @@ def train(out: Path, phases: Sequence[recipes.Phase], begin: Path | None = None)
             shutil.copytree(begin / "model", copy)
     world = TinyWorld(sprites(RECIPE.sprites), RECIPE.seed, even=True)
     spec = presets.find(RECIPE.preset)
-    options = Options(log_every=100, save_every=100)
-    return loop.train(Run(RECIPE, out, world, spec, options), phases)
+    return loop.train(Run(RECIPE, out, world, spec, list(phases), Options(log_every=100, save_every=100)))
 
 
 @torch.inference_mode()

@@ -92,11 +92,10 @@ def take_steps(
     torch.set_num_threads(cores if way == "before" else 1)
     phase = replace(phase, steps=steps, warmup=0, reuse=1 if way == "before" else reuse)
     source = open_source("tinyworld", seed=1, sprites=recipe.sprites)
-    never = 10**9
-    options = Options(save_every=never, log_every=never, probe_every=1, probe=clock, quiet=True)
-    alone = replace(recipe, phases=(phase,))
-    run = Run(alone, model.parent, source, presets.find(recipe.preset), options)
-    loop.train_phases(run, [phase], member)
+    options = Options(quiet=True, save_every=10**9, log_every=10**9, probe_every=1, probe=clock)
+    short = replace(recipe, phases=(phase,))
+    run = Run(short, model.parent, source, presets.find(recipe.preset), [phase], options)
+    loop.run_phases(run, member)
 
 
 def one_round(
@@ -124,7 +123,7 @@ def compare(
         for name in names:
             phase = recipe.phase(name)
             parts = {part: ModelFolder(model).load(part) for part in ("base", name) if part != "image"}
-            flops = phase.objective.flops(phase, parts)
+            flops = phase.objective.clip_flops(phase, parts)
             peak, spans = 0.0, {way: [] for way in WAYS}
             for _ in range(rounds):
                 for way in WAYS:
@@ -187,11 +186,11 @@ def show_kernels(recipe: recipes.Recipe, names: list[str]) -> None:
             for part in phase.trains:
                 parts[part].requires_grad_(True).train()
             machine = parallel.Machine(torch.device("cpu"))
-            step = phase.objective(parts, folder.text(), phase)
+            step = phase.objective.step(parts, folder.text(), phase)
             batch = next(loader.batches(source, phase.cut, max(1, phase.batch // 4), seed=0))
             for number in range(2):
                 with profile(activities=[ProfilerActivity.CPU]) as seen, machine.arithmetic(phase.precision):
-                    loss, _ = step(batch, number, torch.Generator().manual_seed(0))
+                    loss, _ = step(batch, number)
                     loss.backward()
             _print_kernels(name, seen)
 

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -155,7 +156,7 @@ def train(
     probe_every: int = 1000,
     fields: Suppress[Fixed[dict[str, str] | None]] = None,
 ) -> None:
-    """Train a model by a recipe, phase after phase; goes on where it stopped.
+    """Train a model by a recipe, phase after phase; an interrupted run resumes.
 
     A field of a phase is set by --PHASE.FIELD VALUE, as in --image.steps 20000 --stage1.batch 16.
     On a CPU, several processes with a thread each share every batch of a phase; their number must divide
@@ -167,16 +168,16 @@ def train(
             webdataset shards.
         subset: Of YouCook2. Default: training.
         out: The folder of the run. Default: runs/RECIPE.
-        init: A shipped model, a model folder, or a hub id, to begin with what it has of this model's parts.
-        init_embedding: GPT-2's weights (a safetensors file or a hub id), to begin with its embedding.
+        init: A shipped model, a model folder, or a hub id whose parts a new run begins with.
+        init_embedding: GPT-2's weights (a safetensors file or a hub id), for their embedding.
         phases: Only these phases, in the order of the recipe. Default: all.
         device: Where to compute: cpu, cuda, mps; auto is cuda if there is one, else cpu.
         processes: Processes that share the work. Default: one an idle core on a CPU, else one.
-        shard: Cut the weights into shards, one a process, instead of holding all in each. So it is also where
-            they would not fit.
-        recompute: Compute activations of the transformer again in the backward pass, to save memory.
+        shard: Cut the weights into shards, one a process, instead of keeping all in each. Default where they
+            would not fit otherwise.
+        recompute: Compute the transformer's activations again in the backward pass, to save memory.
         compile: Compile the transformer's blocks.
-        workers: Processes that read and draw clips ahead, for each process. Default: 0 on a CPU, else the
+        workers: Processes that read or render clips ahead, for each process. Default: 0 on a CPU, else the
             cores, shared out.
         threads: CPU threads of each process. Default: the idle cores, shared out.
         save_every: Steps between saves to resume from.
@@ -185,54 +186,36 @@ def train(
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve each other
 
-    import torch
-
     from cogvideo.data.sources import open_source
-    from cogvideo.hardware import find_device, idle_cores
     from cogvideo.model import presets
     from cogvideo.model.folder import ModelFolder, find_model
-    from cogvideo.train import loop, parallel, recipes
+    from cogvideo.train import loop, recipes
+    from cogvideo.train.preview import probe
     from cogvideo.train.run import Options, Run
 
     chosen = recipes.find(recipe).changed(fields or {})
     for name in phases:
         chosen.phase(name)
-    for option, value in {
-        "processes": processes,
-        "threads": threads,
-        "save-every": save_every,
-        "log-every": log_every,
-        "probe-every": probe_every,
-    }.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{option} must be 1 or more, got {value}")
-    if workers is not None and workers < 0:
-        raise ValueError(f"--workers must be 0 or more, got {workers}")
-    where = find_device(device)
     some = [phase for phase in chosen.phases if not phases or phase.name in phases]
-    processes = processes or parallel.fitting_processes(some, where)
-    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads or max(1, idle_cores() // processes))
-    if workers is None:
-        workers = 0 if where.type == "cpu" else (os.cpu_count() or 1) // processes
-    source = open_source(data, seed=chosen.seed, sprites=chosen.sprites, subset=subset)
     options = Options(
-        where,
-        processes,
-        workers,
+        device=device,
+        processes=processes,
         shard=shard,
         recompute=recompute,
         compile=compile,
+        workers=workers,
+        threads=threads,
         save_every=save_every,
         log_every=log_every,
         probe_every=probe_every,
-        probe=loop.write_preview,
-        init=ModelFolder(find_model(init)) if init else None,
+        probe=probe,
         init_embedding=init_embedding,
-    )
-    spec = presets.find(chosen.preset)
-    run = Run(chosen, out or Path("runs") / chosen.name, source, spec, options)
-    folder = loop.train(run, some)
+    ).settled(some)
+    source = open_source(data, seed=chosen.seed, sprites=chosen.sprites, subset=subset)
+    if init:
+        options = replace(options, init=ModelFolder(find_model(init)))
+    where = out or Path("runs") / chosen.name
+    folder = loop.train(Run(chosen, where, source, presets.find(chosen.preset), some, options))
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
         print(f"model folder: {folder.path}")
 
@@ -284,32 +267,28 @@ def _estimate_training(recipe: str, device: str, processes: int | None, fields: 
     import torch
 
     from cogvideo.data.sources import open_source
-    from cogvideo.hardware import find_device, idle_cores
+    from cogvideo.hardware import idle_cores
     from cogvideo.model import presets
-    from cogvideo.train import pace, parallel, recipes
+    from cogvideo.train import pace, recipes
+    from cogvideo.train.run import Options
 
-    chosen, where = recipes.find(recipe).changed(fields), find_device(device)
-    processes = processes or parallel.fitting_processes([*chosen.phases], where)
-    torch.set_num_threads(max(1, idle_cores() // processes))
-    workers = 0 if where.type == "cpu" else (os.cpu_count() or 1) // processes
-    source = open_source("tinyworld", seed=chosen.seed, sprites=chosen.sprites)
-    print(f"measured by a few steps of each phase, {processes} processes on {where}")
+    chosen = recipes.find(recipe).changed(fields)
     phases = [*chosen.phases]
-    print(
-        pace.table(
-            [
-                *pace.measure(
-                    chosen,
-                    source,
-                    presets.find(chosen.preset),
-                    phases,
-                    device=where,
-                    processes=processes,
-                    workers=workers,
-                )
-            ]
-        )
+    options = Options(device=device, processes=processes, workers=None).settled(phases)
+    count = options.processes or 1
+    torch.set_num_threads(max(1, idle_cores() // count))
+    source = open_source("tinyworld", seed=chosen.seed, sprites=chosen.sprites)
+    print(f"measured by a few steps of each phase, {count} processes on {options.device}")
+    found = pace.measure(
+        chosen,
+        source,
+        presets.find(chosen.preset),
+        phases,
+        device=torch.device(options.device),
+        processes=count,
+        workers=options.workers or 0,
     )
+    print(pace.table([*found]))
 
 
 def models(model: Positional[str | None] = None, /) -> None:

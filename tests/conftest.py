@@ -15,8 +15,6 @@ from cogvideo.model.superres import SuperResChannel, SuperResConfig
 from cogvideo.model.transformer import Base, TemporalChannel
 from cogvideo.model.vqvae import VQVAE, HierarchicalVQVAE
 from cogvideo.text import split_words, train_text
-from cogvideo.train import loop
-from cogvideo.train.run import Options, Run
 
 torch.set_num_threads(1)
 
@@ -69,8 +67,3 @@ def loosen(module: torch.nn.Module, generator: torch.Generator, by: float = 0.1)
     with torch.no_grad():
         for p in module.parameters():
             p.add_(by * torch.randn(p.shape, generator=generator))
-
-
-def train(recipe, out, source, spec, phases, **options):
-    """A training run, of the same arguments in one line."""
-    return loop.train(Run(recipe, out, source, spec, Options(**options)), phases)

@@ -243,31 +243,32 @@ def test_recurring_clips_are_those_of_an_uninterrupted_run(source):
         assert [c for part in parts for c in part.captions] == batch.captions
 
 
+@pytest.mark.parametrize("take", [take, recur])
+def test_a_caption_is_dropped_by_its_sample(take):
+    """Alone, in a batch, on any rank, with other data workers: the same samples have no caption, and all
+    else stays."""
+    kept = take(12, batch=4)
+    whole = take(12, batch=4, drop=0.4)
+    captions = [caption for batch in whole for caption in batch.captions]
+    assert 0.2 < captions.count("") / len(captions) < 0.6
+    shared = [take(12, batch=2, drop=0.4, rank=rank, ranks=2) for rank in range(2)]
+    for batch, plain, *parts in zip(whole, kept, *shared):
+        assert [caption for part in parts for caption in part.captions] == batch.captions
+        assert all(mine in ("", theirs) for mine, theirs in zip(batch.captions, plain.captions))
+        assert batch.numbers == plain.numbers and batch.durations == plain.durations
+    later = take(5, batch=4, drop=0.4, step=7)
+    assert [batch.captions for batch in later] == [batch.captions for batch in whole[7:]]
+
+
+def test_a_sample_alone_is_the_same_in_a_batch():
+    whole = take(2, batch=4, drop=0.4)
+    alone = take(8, batch=1, drop=0.4)
+    assert [one.captions[0] for one in alone] == [caption for batch in whole for caption in batch.captions]
+    assert all(torch.equal(alone[i].frames[0][0], whole[i // 4].frames[0][i % 4]) for i in range(8))
+
+
 def test_ranks_encode_a_clip_once_together():
     encoded = []
     for rank in range(2):
         recur(90, batch=2, rank=rank, ranks=2, encode=lambda clips: encoded.append(1) or encode_clock(clips))
     assert len(encoded) < 1.15 * 90 * 4 / 3
-
-
-@pytest.mark.parametrize("reuse", [False, True])
-def test_which_captions_are_dropped_depends_on_the_sample_alone(reuse):
-    """Alone, in a batch, on any rank and after a resume."""
-    how = Cut(1, (8,), sizes=(16,))
-    source = Clocks(None)
-
-    def captions(batch: int, step: int = 0, rank: int = 0, ranks: int = 1) -> dict[int, str]:
-        options = {"seed": 5, "step": step, "rank": rank, "ranks": ranks, "drop": 0.4}
-        if reuse:
-            loader = recurring(source, how, batch, Reuse(2), lambda x: torch.zeros(1, 1, 1), **options)
-        else:
-            loader = batches(source, how, batch, **options)
-        found = [next(loader) for _ in range(12 // (batch * ranks))]
-        return {n: c for one in found for n, c in zip(one.numbers, one.captions)}
-
-    whole = captions(12)
-    dropped = {number for number, caption in whole.items() if not caption}
-    assert 0 < len(dropped) < 12
-    for other in (captions(1), captions(4), captions(3, rank=0, ranks=2) | captions(3, rank=1, ranks=2)):
-        assert {number for number, caption in other.items() if not caption} == dropped
-    assert {n for n, caption in captions(4, step=1).items() if not caption} >= {n for n in dropped if n >= 4}

@@ -30,17 +30,17 @@ def test_operations_are_those_of_the_kernels(nano, world, name):
         parts[part].requires_grad_(True)
     batch = next(batches(world, phase.cut, 2, seed=0))
     batch = dataclasses.replace(batch, codes=inputs.encode_clips(parts["vqvae"], batch.frames[0]))
-    loss_of = phase.objective.loss(parts, folder.text(), phase)
+    step = phase.objective.step(parts, folder.text(), phase)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss, _ = loss_of(batch, 0)
+        loss, _ = step(batch, 0)
         loss.backward()
     counts = {str(op): count / 2 for op, count in counter.get_flop_counts()["Global"].items()}  # a clip
     attention = sum(count for op, count in counts.items() if "bmm" in op)
     base = parts["base"]
     blind = copy.copy(base)  # its matrices, and no layers that attend
     blind.config = dataclasses.replace(base.config, layers=0)
-    products = phase.objective.flops(phase, parts | {"base": blind})
-    needed = phase.objective.flops(phase, parts)
+    products = phase.objective.clip_flops(phase, parts | {"base": blind})
+    needed = phase.objective.clip_flops(phase, parts)
     # the way out of a temporal channel has no text, which is nearly half of what `nano` reads
     assert products == pytest.approx(sum(counts.values()) - attention, rel=0.08)
     assert 0.4 * attention < needed - products < attention

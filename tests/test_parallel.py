@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import train
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -25,9 +24,8 @@ from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import Codebook
-from cogvideo.train import checkpoint, inputs, objectives, parallel, recipes
-from cogvideo.train import run as training
-from cogvideo.train.run import check_memory
+from cogvideo.train import checkpoint, inputs, loop, objectives, parallel, recipes
+from cogvideo.train.run import Options, Run
 
 STEPS = 6
 
@@ -62,7 +60,7 @@ def run(out: Path, phase: recipes.Phase, preset: str = "nano", **options) -> Non
     recipe = dataclasses.replace(recipes.find("tiny"), preset=preset, phases=(phase,))
     world = Noise() if phase.name == "tokenizer" else TinyWorld(sprites(8), seed=1)
     options = {"save_every": 3, "probe_every": 3, "probe": keep_state, "quiet": True, **options}
-    train(recipe, out, world, presets.find(preset), [phase], **options)
+    loop.train(Run(recipe, out, world, presets.find(preset), [phase], Options(**options)))
 
 
 @dataclasses.dataclass
@@ -209,14 +207,15 @@ def test_processes_end_with_the_first(tmp_path):
 
 
 def test_memory_decides_on_shards(monkeypatch):
-    spec, phase, cpu = presets.find("nano"), nano_phase("image", optimizer="muon"), torch.device("cpu")
+    spec, phase = presets.find("nano"), nano_phase("image", optimizer="muon")
+    two = Run(recipes.find("tiny"), Path("run"), Noise(), spec, [phase], Options(processes=2))
     whole = 12 * sum(shape.numel() for shape in spec.shapes("base").values())
     for free, shard in ((2.1 * whole, False), (1.9 * whole, True)):
-        monkeypatch.setattr(training, "free_memory", lambda device, free=free: free)
-        assert check_memory([phase], spec, cpu, 2, False) is shard
-    monkeypatch.setattr(training, "free_memory", lambda device: 0.9 * whole)
+        monkeypatch.setattr("cogvideo.train.run.free_memory", lambda device, free=free: free)
+        assert two.with_shards().options.shard is shard
+    monkeypatch.setattr("cogvideo.train.run.free_memory", lambda device: 0.9 * whole)
     with pytest.raises(ValueError, match="image needs"):
-        check_memory([phase], spec, cpu, 2, False)
+        two.with_shards()
 
 
 def test_two_processes_take_the_steps_of_one_in_the_regression_family(nano, tmp_path):
@@ -282,7 +281,7 @@ def _compare_gradients(nano: Path) -> None:
         parts = {name: folder.load(name) for name in ("vqvae", "base", "stage1")}
         for name in ("base", "stage1"):
             parts[name].requires_grad_(True).train()
-        model = parallel.Step(parts, partial(phase.objective.loss, parts, folder.text(), phase))
+        model = parallel.Step(parts, partial(phase.objective.step, parts, folder.text(), phase))
         parallel.place(model, one, "float32")
         for _ in range(2):  # the second time everything is in shards again
             model.zero_grad()
@@ -292,7 +291,11 @@ def _compare_gradients(nano: Path) -> None:
             weight = parts["base"].blocks[0].up.weight
             assert isinstance(weight, DTensor) and weight.to_local().shape[0] == weight.shape[0] // 2
             assert all(isinstance(p, DTensor) for p in model.parameters())
-        found.append({k: parallel.whole(p.grad) for k, p in model.named_parameters() if p.grad is not None})
+        gradients = {}
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                gradients[name.replace("_checkpoint_wrapped_module.", "")] = parallel.whole(p.grad)
+        found.append(gradients)
     plain, sharded, recomputed = found
     assert plain.keys() == sharded.keys(), plain.keys() ^ sharded.keys()
     assert len(plain) > 40
@@ -346,7 +349,7 @@ def test_recomputing_keeps_fewer_activations(nano):
     for recompute in (False, True):
         parts = {name: folder.load(name) for name in ("vqvae", "base", "stage1")}
         parts["stage1"].requires_grad_(True)
-        model = parallel.Step(parts, partial(phase.objective.loss, parts, folder.text(), phase))
+        model = parallel.Step(parts, partial(phase.objective.step, parts, folder.text(), phase))
         parallel.place(model, parallel.Machine(torch.device("cpu"), recompute=recompute), "float32")
         sizes: dict[int, int] = {}
 

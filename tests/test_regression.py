@@ -13,7 +13,6 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import train
 from safetensors.torch import load, save_file
 
 from cogvideo import CogVideo
@@ -24,10 +23,10 @@ from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.regression import RegressionConfig, RegressionTransformer
 from cogvideo.text import GPT2Tokenizer, train_text
-from cogvideo.train import inherit, recipes
-from cogvideo.train import run as training
-from cogvideo.train.loop import write_preview as probe
+from cogvideo.train import inherit, loop, recipes
 from cogvideo.train.losses import LossWeights
+from cogvideo.train.preview import probe
+from cogvideo.train.run import Options, Run
 from cogvideo.video import Clip
 
 NANO = presets.find("direct-nano")
@@ -54,7 +53,7 @@ def nano_phase(name: str, **changes) -> recipes.Phase:
 
 def run(out, world, *phases, **options) -> ModelFolder:
     recipe = dataclasses.replace(recipes.find("direct-tiny"), preset="direct-nano", pieces=500, phases=phases)
-    return train(recipe, out, world, NANO, list(phases), quiet=True, **options)
+    return loop.train(Run(recipe, out, world, NANO, list(phases), Options(quiet=True, **options)))
 
 
 @dataclasses.dataclass
@@ -203,18 +202,17 @@ def test_a_narrow_reference_model_learns(world):
     """Steps of the reference recipe's `high` phase, narrow, on GPT-2's words: every weight learns, those of
     the refinement layer too as soon as its last one has left zero."""
     from cogvideo.data.loader import batches
-    from cogvideo.train import objectives
 
     config = dataclasses.replace(presets.find("direct").regression, width=32, layers=1, heads=2)
     phase = dataclasses.replace(recipes.find("direct").phase("high"), steps=1)
     spec = dataclasses.replace(presets.find("direct"), regression=config)
     model = inherit.new_part(spec, "regression", 0)
-    loss_of = objectives.REGRESSION.loss({"regression": model}, GPT2Tokenizer(), phase)
+    step = phase.objective.step({"regression": model}, GPT2Tokenizer(), phase)
     batch, losses = next(batches(world, phase.cut, 1, seed=0)), []
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for number in range(3):
         optimizer.zero_grad()
-        loss, numbers = loss_of(batch, number)
+        loss, numbers = step(batch, number)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -252,14 +250,16 @@ def test_a_finished_phase_is_left_alone(tmp_path, world):
     folder = run(tmp_path, world, image, low)
     made, recipe = folder.file("regression").read_bytes(), recipes.find("direct-tiny")
     recipe = dataclasses.replace(recipe, preset="direct-nano", phases=(image, low))
-    train(recipe, tmp_path, world, NANO, [image], quiet=True)
+    loop.train(Run(recipe, tmp_path, world, NANO, [image], Options(quiet=True)))
     assert folder.file("regression").read_bytes() == made
     with pytest.raises(
         ValueError, match=r"cannot resume image: low was already trained from it; delete .*low to"
     ):
-        train(recipe, tmp_path, world, NANO, [dataclasses.replace(image, steps=4)], quiet=True)
+        loop.train(
+            Run(recipe, tmp_path, world, NANO, [dataclasses.replace(image, steps=4)], Options(quiet=True))
+        )
     shutil.rmtree(tmp_path / "low")  # trained again, it begins with what `image` made, not with itself
-    train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
+    loop.train(Run(recipe, tmp_path, world, NANO, [image, low], Options(quiet=True)))
     again, before = folder.load("regression").state_dict(), load(made)
     assert all(torch.equal(again[key], before[key]) for key in before)
 
@@ -271,11 +271,9 @@ def test_a_phase_does_not_go_on_from_one_that_was_stopped(tmp_path, world):
     del config["trained"]["image"]  # as if it had been killed at step 2
     folder.write_config(config)
     recipe = dataclasses.replace(recipes.find("direct-tiny"), preset="direct-nano", phases=(image, low))
-    with pytest.raises(
-        ValueError, match="cannot train low: image, which it starts from, was stopped before its end"
-    ):
-        train(recipe, tmp_path, world, NANO, [low], quiet=True)
-    train(recipe, tmp_path, world, NANO, [image, low], quiet=True)
+    with pytest.raises(ValueError, match="low starts from image, which was stopped before its end"):
+        loop.train(Run(recipe, tmp_path, world, NANO, [low], Options(quiet=True)))
+    loop.train(Run(recipe, tmp_path, world, NANO, [image, low], Options(quiet=True)))
     assert {name: row["steps"] for name, row in folder.config["trained"].items()} == {"image": 4, "low": 2}
 
 
@@ -380,7 +378,7 @@ def test_a_run_that_has_begun_does_not_begin_otherwise(trained, tmp_path, world)
         run(tmp_path, world, nano_phase("low", steps=3), init=ModelFolder(tmp_path / "model"))
     recipe = dataclasses.replace(recipes.find("tiny"), phases=())
     with pytest.raises(ValueError, match="another model, direct-nano, than the recipe tiny trains, tiny"):
-        train(recipe, tmp_path, world, presets.find("tiny"), [])
+        loop.train(Run(recipe, tmp_path, world, presets.find("tiny"), []))
     with pytest.raises(ValueError, match="low cuts frames of 48 pixels, but the model's are of 16"):
         run(tmp_path / "sizes", world, recipes.find("direct-tiny").phase("low"))
     with pytest.raises(ValueError, match="unknown feature network 'vgg61'; choose one of"):
@@ -396,11 +394,11 @@ def test_a_run_that_has_begun_does_not_begin_otherwise(trained, tmp_path, world)
 
 def test_what_cannot_fit_is_refused_before_it_is_built(tmp_path, world, monkeypatch):
     """6 billion weights, with gradients and two averages in float32: 96 GB."""
-    monkeypatch.setattr(training, "free_memory", lambda device: 24e9)
+    monkeypatch.setattr("cogvideo.train.run.free_memory", lambda device: 24e9)
     recipe = dataclasses.replace(recipes.find("direct"), pieces=500)
     low = dataclasses.replace(recipe.phase("low"), steps=1, epochs=0)
     with pytest.raises(ValueError, match=r"low needs 96\.\d GB .* 24\.0 GB are free; choose"):
-        train(recipe, tmp_path, world, presets.find("direct"), [low])
+        loop.train(Run(recipe, tmp_path, world, presets.find("direct"), [low]))
     assert not list(tmp_path.iterdir())
 
 
@@ -415,27 +413,28 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
     table = torch.randn(50257, 8)
     save_file({"transformer.wte.weight": table}, tmp_path / "gpt2.safetensors")
     recipe = dataclasses.replace(recipes.find("direct"), phases=())
-    folder = train(
-        recipe,
-        tmp_path / "run",
-        world,
-        spec,
-        [],
-        quiet=True,
-        init_embedding=str(tmp_path / "gpt2.safetensors"),
+    folder = loop.train(
+        Run(
+            recipe,
+            tmp_path / "run",
+            world,
+            spec,
+            [],
+            Options(quiet=True, init_embedding=str(tmp_path / "gpt2.safetensors")),
+        )
     )
     assert torch.equal(folder.load("regression").embed.weight[:50257], table)
     assert isinstance(folder.text(), GPT2Tokenizer)
     both = (
-        train(
-            recipe,
-            tmp_path / "both",
-            world,
-            spec,
-            [],
-            quiet=True,
-            init=folder,
-            init_embedding=str(tmp_path / "gpt2.safetensors"),
+        loop.train(
+            Run(
+                recipe,
+                tmp_path / "both",
+                world,
+                spec,
+                [],
+                Options(quiet=True, init=folder, init_embedding=str(tmp_path / "gpt2.safetensors")),
+            )
         )
         .load("regression")
         .state_dict()
@@ -449,16 +448,20 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
         ("missing", "cannot read an embedding"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(
-                recipe,
-                tmp_path / name,
-                world,
-                spec,
-                [],
-                init_embedding=str(tmp_path / f"{name}.safetensors"),
+            loop.train(
+                Run(
+                    recipe,
+                    tmp_path / name,
+                    world,
+                    spec,
+                    [],
+                    Options(init_embedding=str(tmp_path / f"{name}.safetensors")),
+                )
             )
     with pytest.raises(ValueError, match="the recipe direct-tiny has words of its own"):
-        train(recipes.find("direct-tiny"), tmp_path / "three", world, NANO, [], init_embedding="x")
+        loop.train(
+            Run(recipes.find("direct-tiny"), tmp_path / "three", world, NANO, [], Options(init_embedding="x"))
+        )
 
 
 # -- the face

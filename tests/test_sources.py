@@ -14,7 +14,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import train
 
 from cogvideo.data.cut import Cut, cut
 from cogvideo.data.loader import batches
@@ -22,8 +21,8 @@ from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
 from cogvideo.model import presets
 from cogvideo.text import GPT2Tokenizer
-from cogvideo.train import recipes
-from cogvideo.train.run import warn_of_long_captions
+from cogvideo.train import loop, recipes
+from cogvideo.train.run import Options, Run
 from cogvideo.video import Clip
 
 RNG = np.random.default_rng(0)
@@ -303,13 +302,14 @@ def test_training_from_files_equals_training_from_memory(kitchen, tmp_path, caps
     recipe = replace(recipes.find("direct-tiny"), preset="direct-nano", pieces=290, phases=(phase,))
     losses = []
     for name, source in (("files", open_source(kitchen)), ("memory", Memory())):
-        train(recipe, tmp_path / name, source, presets.find("direct-nano"), [phase], log_every=1)
+        options = Options(log_every=1)
+        loop.train(Run(recipe, tmp_path / name, source, presets.find("direct-nano"), [phase], options))
         log = (tmp_path / name / "low" / "log.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in log])
     assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=3e-3)  # wrong times: 7e-3
     skipped = json.loads((tmp_path / "files" / "low" / "skipped.json").read_text())
     assert {Path(name).name: why for name, why in skipped.items()} == {"ccc.mp4": "the file does not exist"}
-    assert "low: 1 videos were skipped" in capsys.readouterr().out
+    assert "low: 1 videos skipped" in capsys.readouterr().out
     assert not (tmp_path / "memory" / "low" / "skipped.json").exists()
 
 
@@ -318,9 +318,9 @@ def test_captions_that_are_cut_are_counted(capsys):
     text, spec = GPT2Tokenizer(), presets.find("direct")
     config = replace(spec.regression, text_len=7)  # "scene 1 of aaa" is as long as "scene 1 of bbb", or not
     long = sum(len(text.encode(Memory().caption(i, RNG))) > 4 for i in range(6))
-    warn_of_long_captions(text, Memory(), replace(spec, regression=replace(config, text_len=4)))
+    loop.warn_of_long_captions(text, Memory(), replace(spec, regression=replace(config, text_len=4)))
     assert f"{long} of 6 captions are longer than 4 tokens" in capsys.readouterr().out and long > 0
-    warn_of_long_captions(text, Memory(), replace(spec, regression=config))
+    loop.warn_of_long_captions(text, Memory(), replace(spec, regression=config))
     assert capsys.readouterr().out == ""
 
 

@@ -9,21 +9,22 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import loosen, train
+from conftest import loosen
 from data.goldens import DATA
 
 from cogvideo import CogVideo
-from cogvideo.data.loader import Batch, batches
+from cogvideo.data.loader import Batch
 from cogvideo.layout import Layout
 from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.superres import SuperResConfig
 from cogvideo.model.transformer import DualChannelTransformer
-from cogvideo.train import inherit, inputs, losses, objectives, recipes
-from cogvideo.train.loop import write_preview as probe
+from cogvideo.train import inherit, inputs, loop, losses, objectives, recipes
 from cogvideo.train.losses import LossWeights
 from cogvideo.train.optim import learning_rate, optimizers
+from cogvideo.train.preview import probe
 from cogvideo.train.report import Report, draw_curve
+from cogvideo.train.run import Options, Run
 
 PHASES = ["tokenizer", "image", "stage1", "stage2", "decoder", "mistakes"]
 
@@ -41,7 +42,9 @@ def nano_phase(name: str, **changes) -> recipes.Phase:
 
 def run(out, world, *phases, **options) -> ModelFolder:
     recipe = dataclasses.replace(recipes.find("tiny"), preset="nano", pieces=500, phases=phases)
-    return train(recipe, out, world, presets.find("nano"), list(phases), quiet=True, **options)
+    return loop.train(
+        Run(recipe, out, world, presets.find("nano"), list(phases), Options(quiet=True, **options))
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -229,11 +232,11 @@ def test_a_few_clips_can_be_learnt_by_heart(trained, world, name):
     (optimizer,) = optimizers(model, "adamw", 0.0, (0.9, 0.95))
     for group in optimizer.param_groups:
         group["lr"] = phase.lr
-    loss_of = phase.objective.loss(parts, folder.text(), phase)
-    batch = next(batches(world, phase.cut, 2, seed=0))
+    step = phase.objective.step(parts, folder.text(), phase)
+    batch = next(loop.batches(world, phase.cut, 2, seed=0))
     curve = []
     for number in range(80):
-        loss, _ = loss_of(batch, number)
+        loss, _ = step(batch, number)
         loss.backward()
         optimizer.step()
         model.zero_grad()
@@ -243,11 +246,18 @@ def test_a_few_clips_can_be_learnt_by_heart(trained, world, name):
 
 def test_a_share_of_captions_is_dropped_and_keeps_its_duration(trained, world):
     text = ModelFolder(trained / "model").text()
-    batch = next(batches(world, nano_phase("image").cut, 200, seed=0, drop=0.25))
-    rows = inputs.text_ids(text, batch.captions, batch.durations, 64).tolist()
+    batch = next(loop.batches(world, nano_phase("image").cut, 200, seed=0, drop=0.25))
+    rows = inputs.prepare_text(text, batch, 64).tolist()
     plain = [text.pad_left(text.prompt("", seconds), 64) for seconds in batch.durations]
     share = sum(row == empty for row, empty in zip(rows, plain)) / 200
     assert 0.15 < share < 0.35
+
+
+def test_a_preview_needs_no_caption(trained, tmp_path, world):
+    """Where all were dropped, it shows what the model generates without one."""
+    shutil.copytree(trained / "model", tmp_path / "model")
+    run(tmp_path, world, nano_phase("stage1", steps=1, drop=1.0), probe=probe)
+    assert (tmp_path / "stage1" / "strips" / "0000001.png").exists()
 
 
 def test_the_learning_rate_of_the_released_models():
@@ -290,15 +300,17 @@ def test_what_a_phase_cannot_do_is_known_before_the_first(tmp_path, world, monke
     recipe = recipes.find("tiny")
     short = dataclasses.replace(recipe.phase("tokenizer"), steps=objectives.UNQUANTISED)
     with pytest.raises(ValueError, match="tokenizer: there are no codes before step"):
-        train(recipe, tmp_path, world, presets.find("tiny"), [short])
+        loop.train(Run(recipe, tmp_path, world, presets.find("tiny"), [short]))
     again = dataclasses.replace(recipe.phase("tokenizer"), reuse=2)
     with pytest.raises(ValueError, match="tokenizer.reuse must be 1"):
-        train(recipe, tmp_path, world, presets.find("tiny"), [again])
+        loop.train(Run(recipe, tmp_path, world, presets.find("tiny"), [again]))
     with pytest.raises(ValueError, match="cannot be shared by 3 processes"):
-        train(recipe, tmp_path, world, presets.find("tiny"), [recipe.phase("image")], processes=3)
+        loop.train(
+            Run(recipe, tmp_path, world, presets.find("tiny"), [recipe.phase("image")], Options(processes=3))
+        )
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match="'muon' needs torch 2.9 or later"):
-        train(recipe, tmp_path, world, presets.find("tiny"), list(recipe.phases))
+        loop.train(Run(recipe, tmp_path, world, presets.find("tiny"), list(recipe.phases)))
     assert not list(tmp_path.iterdir())
 
 

@@ -1,9 +1,14 @@
-"""Endless batches of clips, the same for the same seed: shuffled, split by rank, resumable from one number.
+"""Batches without end, the same ones for the same seed: shuffled, split by rank, resumable from a single
+number.
 
-Sample k of a run depends on (seed, k) alone, so the state of the loader is the step that it has reached. Its
-random numbers are streams of their own, since a source may have drawn video k from (seed, k). A video that
-cannot be used (missing, damaged, too short) is skipped and reported; the next one of the epoch's order takes
-its place.
+Sample k of a run is a function of (seed, k) alone, so the state of the loader is the step it has reached. Its
+random numbers have streams of their own, since a source may have drawn video k from (seed, k):
+    (seed, k, 1)    the clip
+    (seed, k, 2)    captions without clips, for the text model
+    (seed, k, 3)    the caption of a clip that recurs
+    (seed, k, 4)    whether the caption is dropped, for classifier-free guidance
+A video that cannot be used (missing, damaged, too short) is skipped and reported; the next one of the
+epoch's order takes its place.
 """
 
 from collections.abc import Iterator
@@ -11,69 +16,70 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cogvideo.data.cut import Cut, Sample, Source, cut
 from cogvideo.model.vqvae import to_pictures
 
-CUT, TEXT_MODEL, RECAPTION, DROP = 1, 2, 3, 5  # streams of random numbers
-
 
 @dataclass(frozen=True)
 class Batch:
     numbers: list[int]  # of the samples, counted from the start of the run
-    captions: list[str]  # "" where the caption is dropped
+    captions: list[str]  # "" where it was dropped
     durations: list[float]
     frames: tuple[torch.Tensor, ...]  # for each size: float [B, F, 3, size, size] in [0, 1]
     cover: torch.Tensor | None = None  # [B, F, cells, cells] share of each that the object covers
-    skipped: dict[str, str] = field(default_factory=dict)  # videos that are not used, and why
-    codes: torch.Tensor | None = None  # [B, F, N], of clips that recur, which come without frames
+    skipped: dict[str, str] = field(default_factory=dict)  # videos skipped, and why
+    codes: torch.Tensor | None = None  # [B, F, N], of clips that recur; they have no frames
 
     @property
     def device(self) -> torch.device:
         return self.frames[0].device if self.codes is None else self.codes.device
 
 
-Found = tuple[int, Sample, dict[str, str], int]  # number, clip, what was skipped, index of the video
+Found = tuple[int, Sample, dict[str, str], int]  # number, clip, videos skipped, index of the video
 
 
 class Cuts(Dataset[Found]):
-    """Clip k of an endless run."""
+    """Clip k of an endless run; a share `drop` of them has an empty caption."""
 
-    def __init__(self, source: Source, how: Cut, seed: int):
+    def __init__(self, source: Source, how: Cut, seed: int, drop: float = 0.0):
         self.source = source
         self.how = how
         self.seed = seed
+        self.drop = drop
 
     def __getitem__(self, k: int) -> Found:
-        rng = np.random.default_rng((self.seed, k, CUT))
+        rng = np.random.default_rng((self.seed, k, 1))
         if self.source.count is None:
-            return k, cut(self.source[k], self.how, rng), {}, k
+            return k, self._sample(k, k, rng), {}, k
 
-        epoch, first = divmod(k, self.source.count)  # each epoch is an order of its own
-        order = _order(self.seed, epoch, self.source.count)
+        epoch, position = divmod(k, self.source.count)
+        order = _order(self.seed, epoch, self.source.count)  # each epoch has its own
         skipped: dict[str, str] = {}
         for i in range(len(order)):
-            index = int(order[(first + i) % len(order)])
+            index = int(order[(position + i) % len(order)])
             try:
-                return k, cut(self.source[index], self.how, rng), skipped, index
+                return k, self._sample(k, index, rng), skipped, index
             except ValueError as error:
                 skipped[self.source.name(index)] = str(error)
         why = "\n".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"none of the {self.source.count} videos can be used: {why}")
 
+    def _sample(self, k: int, index: int, rng: np.random.Generator) -> Sample:
+        sample = cut(self.source[index], self.how, rng)
+        return replace(sample, caption="") if is_dropped(self.seed, k, self.drop) else sample
+
+
+def is_dropped(seed: int, k: int, share: float) -> bool:
+    """Whether sample k of a run loses its caption; a share of all samples does."""
+    return bool(np.random.default_rng((seed, k, 4)).random() < share)
+
 
 @lru_cache(2)
-def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def is_dropped(seed: int, number: int, share: float) -> bool:
-    """Whether the caption of a sample is dropped, for classifier-free guidance: of about `share` of them, by
-    the sample's own random number."""
-    return share > 0 and np.random.default_rng((seed, number, DROP)).random() < share
 
 
 def batches(
@@ -88,44 +94,34 @@ def batches(
     workers: int = 0,
     drop: float = 0.0,
 ) -> Iterator[Batch]:
-    """Batches of `batch` clips for this rank, from `step` on; `ranks` ranks together see each sample once. A
-    share `drop` of the captions is dropped."""
+    """Batches of `batch` clips for this rank, starting at `step`; `ranks` ranks together see each sample
+    once. A share `drop` of the captions is empty. ValueError if no video can be used."""
 
-    def numbers() -> Iterator[list[int]]:
+    def mine() -> Iterator[list[int]]:
         k = step
         while True:
             first = (k * ranks + rank) * batch
             yield list(range(first, first + batch))
             k += 1
 
-    cuts = Cuts(source, how, seed)
-    for found in DataLoader(cuts, batch_sampler=numbers(), num_workers=workers, collate_fn=_collate):
-        captions = [
-            "" if is_dropped(seed, number, drop) else caption
-            for number, caption in zip(found.numbers, found.captions)
-        ]
-        yield replace(found, captions=captions)
+    clips = Cuts(source, how, seed, drop)
+    return iter(DataLoader(clips, batch_sampler=mine(), num_workers=workers, collate_fn=_collate))
 
 
 def _collate(found: list[Found]) -> Batch:
     numbers, samples, skips, _ = zip(*found)
-    sizes = zip(*(sample.frames for sample in samples))
-    frames = tuple(to_pictures(np.stack(clips)) for clips in sizes)
-    covers = [sample.cover for sample in samples if sample.cover is not None]
+    frames = tuple(to_pictures(np.stack(same_size)) for same_size in zip(*(s.frames for s in samples)))
+    covers = [s.cover for s in samples if s.cover is not None]
     cover = torch.from_numpy(np.stack(covers)) if covers else None
-    skipped: dict[str, str] = {}
-    for one in skips:
-        skipped |= one
-    captions = [sample.caption for sample in samples]
-    durations = [sample.duration for sample in samples]
+    captions = [s.caption for s in samples]
+    durations = [s.duration for s in samples]
+    skipped = {name: why for one in skips for name, why in one.items()}
     return Batch(list(numbers), captions, durations, frames, cover, skipped)
 
 
 def read_captions(source: Source, count: int, seed: int) -> Iterator[str]:
-    """Captions of a source, the same for the same seed: `count` of one without end, else four of every video,
-    but no more than `count`."""
-    if source.count is not None:
-        count = min(count, 4 * source.count)
-    for k in range(count):
+    """Captions of a source, the same for the same seed: `count` of one without end, else four of every
+    video, but no more than `count`."""
+    for k in range(count if source.count is None else min(count, 4 * source.count)):
         index = k if source.count is None else k % source.count
-        yield source.caption(index, np.random.default_rng((seed, k, TEXT_MODEL)))
+        yield source.caption(index, np.random.default_rng((seed, k, 2)))

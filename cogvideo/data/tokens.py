@@ -1,7 +1,7 @@
 """Batches of codes from clips that recur, each encoded once.
 
-Sample k of a run is a use of a clip that other samples use as well, with a caption of its own. Which clip it
-is depends on (seed, k) alone; codes are only remembered.
+Sample k of a run uses a clip that other samples use as well, with a caption of its own. Which clip it is
+depends on (seed, k) alone; remembered codes only save time.
 """
 
 from collections import deque
@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 
-from cogvideo.data.cut import Cut, Sample, Source
-from cogvideo.data.loader import RECAPTION, Batch, Cuts, is_dropped
+from cogvideo.data.cut import Cut, Source
+from cogvideo.data.loader import Batch, Cuts, Found, is_dropped
 from cogvideo.model.vqvae import to_pictures
 
 
@@ -46,12 +45,12 @@ class Reuse:
 
 
 @lru_cache(64)
-def _block_order(seed: int, block: int, age: int, size: int) -> npt.NDArray[np.int64]:
+def _block_order(seed: int, block: int, age: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, block, age, 4)).permutation(size)
 
 
 @dataclass(frozen=True)
-class _Encoded:
+class _Clip:
     """What is remembered of a clip."""
 
     index: int  # of its video
@@ -60,8 +59,38 @@ class _Encoded:
     cover: torch.Tensor | None
 
 
-Encode = Callable[[torch.Tensor], torch.Tensor]  # clips [B, F, 3, size, size] to codes [B, F, N]
-Clips = list[tuple[int, int]]  # of a batch: block and number of each
+class _Plan:
+    """The clips of each step of one rank, and which of them are new. It runs ahead of the training, since the
+    data loader does."""
+
+    def __init__(self, reuse: Reuse, seed: int, step: int, batch: int, rank: int, ranks: int):
+        self.reuse = reuse
+        self.seed = seed
+        self.step = step
+        self.all = batch * ranks
+        self.positions = range(rank * batch, (rank + 1) * batch)  # in the batch of all ranks
+        self.planned: deque[tuple[int, list[tuple[int, int]]]] = (
+            deque()
+        )  # step, block and number of its clips
+
+    def missing(self) -> Iterator[list[int]]:
+        """The numbers of each step's new clips."""
+        asked: dict[int, set[int]] = {}
+        k = self.step
+        while True:
+            clips = [self.reuse.clip(self.seed, k, position, self.all) for position in self.positions]
+            oldest = self.reuse.oldest(k, self.all)
+            asked = {block: those for block, those in asked.items() if block >= oldest}
+            new = [number for block, number in clips if number not in asked.setdefault(block, set())]
+            for block, number in clips:
+                asked[block].add(number)
+            self.planned.append((k, clips))
+            yield new
+            k += 1
+
+    def next(self) -> tuple[int, list[tuple[int, int]]]:
+        """The next step, and the block and number of each of its clips."""
+        return self.planned.popleft()
 
 
 def recurring(
@@ -69,7 +98,7 @@ def recurring(
     how: Cut,
     batch: int,
     reuse: Reuse,
-    encode: Encode,
+    encode: Callable[[torch.Tensor], torch.Tensor],
     *,
     seed: int,
     step: int = 0,
@@ -78,61 +107,48 @@ def recurring(
     workers: int = 0,
     drop: float = 0.0,
 ) -> Iterator[Batch]:
-    """Like `batches`, with clips that recur, as codes: those of the first size of the cut. `encode` is called
-    for clips that are not remembered."""
-    planned: deque[tuple[int, Clips]] = deque()  # steps that the data loader works on
-
-    def missing() -> Iterator[list[int]]:
-        asked: dict[int, set[int]] = {}
-        k = step
-        while True:
-            places = range(rank * batch, (rank + 1) * batch)
-            clips = [reuse.clip(seed, k, place, ranks * batch) for place in places]
-            oldest = reuse.oldest(k, ranks * batch)
-            asked = {block: numbers for block, numbers in asked.items() if block >= oldest}
-            new = [number for block, number in clips if number not in asked.setdefault(block, set())]
-            for block, number in clips:
-                asked[block].add(number)
-            planned.append((k, clips))
-            yield new
-            k += 1
-
-    memory: dict[int, dict[int, _Encoded]] = {}
-    cuts = Cuts(source, how, seed)
-    for found in DataLoader(cuts, batch_sampler=missing(), num_workers=workers, collate_fn=list):
-        k, clips = planned.popleft()
+    """Like `batches`, with clips that recur, as codes. `encode` turns clips [B, F, 3, size, size] of the
+    first size into codes [B, F, N]; it is called for clips that are not remembered."""
+    plan = _Plan(reuse, seed, step, batch, rank, ranks)
+    loader = DataLoader(
+        Cuts(source, how, seed), batch_sampler=plan.missing(), num_workers=workers, collate_fn=list
+    )
+    known: dict[int, dict[int, _Clip]] = {}  # by block, then by number
+    for found in loader:
+        k, clips = plan.next()
         oldest = reuse.oldest(k, ranks * batch)
-        memory = {block: those for block, those in memory.items() if block >= oldest}
+        known = {block: those for block, those in known.items() if block >= oldest}
         blocks = {number: block for block, number in clips}
         skipped: dict[str, str] = {}
-        for number, sample, passed, index in found:
-            memory.setdefault(blocks[number], {})[number] = _encoded(index, sample, encode)
+        for one, codes in zip(found, _encoded(found, encode)):
+            number, sample, passed, index = one
+            cover = None if sample.cover is None else torch.from_numpy(sample.cover)
+            known.setdefault(blocks[number], {})[number] = _Clip(index, sample.duration, codes, cover)
             skipped |= passed
 
-        rows = [memory[block][number] for block, number in clips]
+        rows = [known[block][number] for block, number in clips]
         numbers = [(k * ranks + rank) * batch + i for i in range(batch)]
         captions = [_caption(source, row.index, seed, n, drop) for row, n in zip(rows, numbers)]
         covers = [row.cover for row in rows if row.cover is not None]
         yield Batch(
             numbers,
             captions,
-            durations=[row.duration for row in rows],
-            frames=(),
-            cover=torch.stack(covers) if covers else None,
-            skipped=skipped,
-            codes=torch.stack([row.codes for row in rows]).long(),
+            [row.duration for row in rows],
+            (),
+            torch.stack(covers) if covers else None,
+            skipped,
+            torch.stack([row.codes for row in rows]).long(),
         )
 
 
-def _encoded(index: int, sample: Sample, encode: Encode) -> _Encoded:
-    """A new clip, encoded by itself: so its codes do not depend on what else is new."""
-    codes = encode(to_pictures(sample.frames[0])[None])[0].int()  # [F, N]
-    cover = None if sample.cover is None else torch.from_numpy(sample.cover)
-    return _Encoded(index, sample.duration, codes, cover)
-
-
-def _caption(source: Source, index: int, seed: int, number: int, drop: float) -> str:
-    """A caption of the sample's own for a video, or "" if it is dropped."""
-    if is_dropped(seed, number, drop):
+def _caption(source: Source, index: int, seed: int, k: int, drop: float) -> str:
+    """A caption of a video for sample k: each use of a clip has its own, or none."""
+    if is_dropped(seed, k, drop):
         return ""
-    return source.caption(index, np.random.default_rng((seed, number, RECAPTION)))
+    return source.caption(index, np.random.default_rng((seed, k, 3)))
+
+
+def _encoded(found: list[Found], encode: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """int32 codes [F, N] of new clips, one by one: so they do not depend on what else is new."""
+    for _, sample, _, _ in found:
+        yield encode(to_pictures(sample.frames[0])[None])[0].int()

@@ -2,18 +2,18 @@
 
 recipes        the curricula, as one table
 phase          one phase of a recipe
-run            what is finished, what comes next, and all checks before work starts
+run            a run: its options, what is finished, where a phase begins, whether it can work
 loop           the training loop
-objectives     what a phase is: its check, its loss, its cost, its preview
+objectives     the kinds of phases: check, step, preview, cost
 inputs         what a loss reads of a batch
-losses         the hierarchical loss
+losses         cross-entropy of codes, and the hierarchical loss of frames
 discriminator  the adversary of a video decoder
 optim          optimizers and learning rates
 parallel       several processes or devices, applied from outside
 inherit        what a new run begins with
 checkpoint     save and resume
 report         log, loss curve
-preview        sample strips
+preview        pictures of progress
 cost           floating-point operations of a step
 pace           how fast a recipe trains here
 """

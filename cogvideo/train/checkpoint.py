@@ -1,9 +1,8 @@
-"""Save and resume a phase, and take parts out of it. A run that is killed goes on from its last save as if
-nothing had happened.
+"""Save and resume a phase. A run that is killed resumes from its last save as if uninterrupted.
 
-A checkpoint holds the step, the parts that learn, and the optimizers' state. The data needs nothing: sample k
-is a function of the seed and k, and so is the randomness of step k. Shards are put together before they are
-written, so a run may go on with another number of processes.
+A checkpoint holds the step, the parts that learn, and the optimizers' state. The data needs no state: sample
+k is a function of the seed and k, and so is the randomness of step k. Shards are gathered before they are
+written, so a run can resume with another number of processes.
 """
 
 from pathlib import Path
@@ -27,11 +26,11 @@ def save(
     optimizers: list[torch.optim.Optimizer],
     machine: Machine,
 ) -> None:
-    """Write a checkpoint; all processes call this, the first one writes."""
+    """Write a checkpoint. All processes call this; the first one writes."""
     gather_momentum(optimizers, machine)
 
     def collect(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors put together, one after the other, of which only the first process keeps any."""
+        """Whole tensors, gathered one by one; only the first process keeps them."""
         found = {}
         for key, value in values.items():
             full = whole(value)
@@ -55,8 +54,8 @@ def save(
 def resume(
     path: Path, parts: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer], machine: Machine
 ) -> int:
-    """Load a checkpoint into parts and optimizers, if there is one; returns the step to go on with. Every
-    process reads the file and takes its shards."""
+    """Load a checkpoint into parts and optimizers, if there is one; return the next step. Every process reads
+    the file and takes its shards. ValueError if the file is damaged or belongs to another optimizer."""
     if not path.exists():
         return 0
     state = read(path, machine.ranks > 1)
@@ -70,7 +69,9 @@ def resume(
         try:
             optimizer.load_state_dict(saved)
         except ValueError as error:
-            raise ValueError(f"{path} is of another optimizer ({error}); delete it to begin again") from None
+            raise ValueError(
+                f"{path} belongs to another optimizer ({error}); delete it to begin again"
+            ) from None
     return int(state["step"])
 
 
@@ -86,15 +87,15 @@ def read(path: Path, mapped: bool = True) -> dict[str, Any]:
 
 
 def _like(value: Tensor, mine: Tensor) -> Tensor:
-    """A whole tensor in the shards that `mine` has; numbers, such as a count of steps, have none."""
+    """A whole tensor, sharded like `mine`; scalars, such as a count of steps, stay whole."""
     if not isinstance(mine, DTensor) or value.ndim == 0:
         return value
     return distribute_tensor(value, mine.device_mesh, mine.placements, src_data_rank=None)
 
 
 def unshard(parts: dict[str, nn.Module], machine: Machine, spec: Spec) -> dict[str, nn.Module]:
-    """Parts that can be used and exported without the other processes: on the first process, whole copies of
-    sharded ones; on the others none. All processes call this."""
+    """Parts that work without the other processes: whole copies of sharded parts on the first process, none
+    on the others. All processes call this."""
     if machine.mesh is None:
         return dict(parts) if machine.first else {}
     found = {}

@@ -1,12 +1,11 @@
-"""Floating-point operations of a training step: those that must be computed, not those that are.
+"""Floating-point operations of a training step of the token models: what must be computed, not what is.
 
-For every token: 2 operations for each weight of a matrix in the forward pass, 2 for the gradient of its
-input, 2 for its own gradient if it learns; and attention, between tokens that see each other. Encoding, the
-optimizer and all that is computed twice or masked afterwards do not count.
+They are arithmetic: for every token, 2 operations for each weight of a matrix in the forward pass, 2 for the
+gradient of its input, 2 for its own if it learns; and attention, between tokens that see each other.
+Encoding, the optimizer and all that is computed twice or masked afterwards do not count.
 """
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -14,33 +13,19 @@ from cogvideo.layout import Layout
 from cogvideo.model.transformer import Base, TemporalChannel
 from cogvideo.train.inputs import Parts, part
 
-if TYPE_CHECKING:
-    from cogvideo.train.phase import Phase
 
-
-def clip_flops(stage: str, phase: "Phase", parts: Parts) -> float:
-    """Operations for one clip of a token model, forward and backward: the average over whole clips and
-    windows."""
-    layout = part(parts, "base", Base).config.layout(stage)
-    whole = _flops(layout, stage, phase, parts)
-    if not phase.windowed:
-        return whole
-    small = _flops(replace(layout, grid=layout.grid // 2), stage, phase, parts)
-    return (1 - phase.windowed) * whole + phase.windowed * small
-
-
-def _flops(layout: Layout, stage: str, phase: "Phase", parts: Parts) -> float:
+def token_flops(layout: Layout, stage: str, trains: Sequence[str], parts: Parts) -> float:
+    """Operations for one clip of this layout, forward and backward. `stage` names the temporal channel, if
+    the parts have one; `trains` the parts that learn."""
     c = part(parts, "base", Base).config
     tokens = c.text_len + layout.tokens
     flops = 0.0
     for name in ("base", stage):
         if name in parts:
             linear = [m for m in parts[name].modules() if isinstance(m, nn.Linear)]
-            weights = sum(m.weight.numel() for m in linear)
-            flops += weights * tokens * (6 if name in phase.trains else 4)
+            flops += sum(m.weight.numel() for m in linear) * tokens * (6 if name in trains else 4)
     predicted = len(layout.trained) * layout.frame_len
-    flops += c.codes * c.width * predicted * (6 if "base" in phase.trains else 4)
-
+    flops += c.codes * c.width * predicted * (6 if "base" in trains else 4)
     pairs = c.layers * (layout.sees("spatial").sum() + (layout.tokens + c.text_len) * c.text_len)
     if stage in parts:
         temporal = part(parts, stage, TemporalChannel)
@@ -48,4 +33,4 @@ def _flops(layout: Layout, stage: str, phase: "Phase", parts: Parts) -> float:
             shifted = bool(temporal.window) and layer % 2 == 1
             seen = layout.sees("temporal", temporal.window, shifted)
             pairs += seen.sum() + layout.tokens * c.text_len
-    return flops + 12.0 * c.width * float(pairs)
+    return float(flops + 12.0 * c.width * float(pairs))

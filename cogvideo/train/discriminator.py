@@ -1,10 +1,10 @@
 """A discriminator of short clips, which teaches the video decoder the sharpness that no distance asks for.
 
-A distance to the true picture is smallest for the mean of all pictures that may be meant, which is blurred.
-The discriminator learns to tell decoded clips from true ones, the decoder to make that hard (Goodfellow
+A distance to the true picture is smallest for the mean of all plausible pictures, which is blurred. The
+discriminator learns to tell decoded clips from true ones, the decoder learns to make that hard (Goodfellow
 2014). It scores patches of a few frames, so it sees flicker as well as blur. Notable:
 - A small weight and a penalty on its slope at true clips keep it stable from the first step, as in MAGVIT
-  (Yu 2023). MAGVIT's LeCam is left out: it is for data that can be learnt by heart.
+  (Yu 2023). MAGVIT's LeCam is left out: it helps with data that can be memorised.
 - The slope is measured as the change that a little noise makes (Lin 2025): no gradient of a gradient.
 - It belongs to a training run, not to a model: the run's checkpoint keeps it, the model folder does not.
 
@@ -42,8 +42,9 @@ class Discriminator(nn.Module):
 
     def forward(self, clips: Tensor) -> Tensor:
         x = F.pixel_unshuffle(2 * clips.flatten(0, 1) - 1, 2)  # [B * F, 12, H / 2, W / 2]
-        x = x.unflatten(0, clips.shape[:2]).transpose(1, 2)  # [B, 12, F, H / 2, W / 2]
-        return self.layers(x).squeeze(1).float()
+        x = x.view(*clips.shape[:2], *x.shape[1:]).transpose(1, 2)  # [B, 12, F, H / 2, W / 2]
+        scores: Tensor = self.layers(x)
+        return scores.squeeze(1).float()
 
 
 def new_discriminator(seed: int) -> Discriminator:
@@ -64,13 +65,13 @@ class Opinion:
 
 def opinion(
     discriminator: Discriminator,
-    made: Tensor,
-    right: Tensor,
+    decoded: Tensor,
+    true_clips: Tensor,
     seeds: Sequence[int],
     weights: Tensor | None = None,
 ) -> Opinion:
     """Decoded clips against true ones, both [B, F, 3, H, W]. seeds: a number a clip, for the noise. weights
-    [B, F, y, x], of any size: how much a place counts among those of its clip."""
+    [B, F, y, x], of any size: how much a cell counts, relative to the other cells of its clip."""
     if weights is not None:
         weights = (weights / weights.mean((1, 2, 3), keepdim=True)).flatten(0, 1)
 
@@ -78,11 +79,12 @@ def opinion(
         return weighted(values.flatten(0, 1), weights).mean()
 
     discriminator.requires_grad_(False)
-    decoder = mean(F.softplus(-discriminator(made)))
+    decoder = mean(F.softplus(-discriminator(decoded)))
     discriminator.requires_grad_(True)
 
-    noise = torch.stack([_noise(clip, seed) for clip, seed in zip(right, seeds)])
-    true, shaken, false = discriminator(torch.cat((right, right + NOISE * noise, made.detach()))).chunk(3)
+    noise = torch.stack([_noise(clip, seed) for clip, seed in zip(true_clips, seeds)])
+    judged = torch.cat((true_clips, true_clips + NOISE * noise, decoded.detach()))
+    true, shaken, false = discriminator(judged).chunk(3)
     slope = SLOPE * (true - shaken).square().mean()
     own = mean(F.softplus(-true)) + mean(F.softplus(false)) + slope
     scores = {"adversary": decoder, "true": true.mean(), "decoded": false.mean()}
@@ -90,6 +92,6 @@ def opinion(
 
 
 def _noise(clip: Tensor, seed: int) -> Tensor:
-    """Like a clip, of its own seed: the same alone or in a batch."""
+    """Noise for a clip, from its own seed: the same alone or in a batch."""
     generator = torch.Generator(clip.device).manual_seed(seed)
     return torch.randn(clip.shape, generator=generator, device=clip.device)

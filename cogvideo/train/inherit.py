@@ -1,8 +1,8 @@
-"""What a new run begins with: another model's weights, GPT-2's embedding of words, or fresh numbers.
+"""What a new run begins with: another model's weights, GPT-2's embedding of words, or new weights.
 
-A tensor is taken where the other model has one of its name and shape. Of two tables it is the rows that mean
-the same: of `embed` the image codes, the words if both models read the same text model, and the tokens of
-equal frame rates; of the decoder's `words` all, or none; of `frame_positions` the moments that both have.
+A tensor is taken if the other model has one of its name and shape. Of a table, the rows with the same meaning
+are taken: of `embed` the image codes, the words if both models have the same text model, and the tokens of
+equal frame rates; of the decoder's `words` all or none; of `frame_positions` the moments that both have.
 """
 
 from typing import Any
@@ -37,14 +37,6 @@ def new_part(spec: Spec, name: str, seed: int) -> Any:
     return part
 
 
-def copy_parent(part: nn.Module, parent: nn.Module) -> None:
-    """Start a part as a copy of its parent: all of it if the two are of one class, else what it inherits."""
-    if type(parent) is type(part):
-        part.load_state_dict(parent.state_dict())
-    else:
-        part.inherit(parent)  # type: ignore[operator]
-
-
 def shared_parts(spec: Spec, init: ModelFolder) -> list[str]:
     """The parts that both models have; ValueError if there are none."""
     there = init.spec().parts
@@ -57,8 +49,7 @@ def shared_parts(spec: Spec, init: ModelFolder) -> list[str]:
 
 
 def text_model(init: ModelFolder, spec: Spec) -> bytes | None:
-    """The text model of `init`, if it comes with an embedding of its pieces and this model has room for
-    them."""
+    """The text model of `init`, if `init` has the embedding of its pieces and they fit into this model."""
     if init.config.get("text") == "gpt2" or spec.reader not in shared_parts(spec, init):
         return None
     text = init.text()
@@ -79,9 +70,10 @@ def read_words(spec: Spec, where: str) -> Tensor:
 def check(
     folder: ModelFolder, recipe: Recipe, spec: Spec, init: ModelFolder | None, init_embedding: str | None
 ) -> None:
-    """Raise ValueError, before anything is made, if a run cannot begin so, or has begun otherwise."""
+    """Raise ValueError if this initialisation is invalid or differs from the run's."""
     if (folder.path / "config.json").exists():
-        config, asked = folder.config, _asked(init, init_embedding)
+        config = folder.config
+        asked = _asked(init, init_embedding)
         if folder.spec() != spec:
             raise ValueError(
                 f"{folder.path} holds another model, {config.get('preset')}, than the recipe "
@@ -116,8 +108,10 @@ def prepare(
     source: Source,
     init: ModelFolder | None = None,
     init_embedding: str | None = None,
+    captions: int | None = None,
 ) -> None:
-    """Begin a model folder, if there is none: its text model, what it inherits, its configuration."""
+    """Write a new model folder, unless there is one: its text model, the parts that it inherits, its
+    configuration. The text model is trained on `captions` captions, CAPTIONS by default."""
     if (folder.path / "config.json").exists():
         return
     config = {
@@ -128,68 +122,101 @@ def prepare(
         "begun": _asked(init, init_embedding),
     }
     if recipe.pieces:
-        captions = list(read_captions(source, CAPTIONS, recipe.seed))
-        words = sorted({word for caption in captions for word in split_words(caption)})
+        read = list(read_captions(source, captions or CAPTIONS, recipe.seed))
+        words = sorted({word for caption in read for word in split_words(caption)})
         config |= {"text": "sentencepiece", "words": words}
-        theirs, file = init and text_model(init, spec), folder.path / "text.model"
-        text = file.read_bytes() if file.exists() else theirs or train_text(captions, recipe.pieces)
+        theirs = text_model(init, spec) if init else None
+        text = _own_text(folder) or theirs or train_text(read, recipe.pieces)
         same_words = text == theirs
     else:
         config |= {"text": "gpt2", "words": []}  # which knows all words
+        text = b""
         same_words = bool(init and init.config.get("text") == "gpt2")
+    parts = _first_parts(spec, recipe.seed, init, init_embedding, same_words)
+    with replacing_folder(folder.path) as path:
+        new = ModelFolder(path)
+        if recipe.pieces:
+            new.write_text(text)
+        for name, part in parts.items():
+            new.save(name, part)
+        new.write_config(config)
+
+
+def _own_text(folder: ModelFolder) -> bytes | None:
+    """The text model that a user has put into a folder without a config.json."""
+    file = folder.path / "text.model"
+    return file.read_bytes() if file.exists() else None
+
+
+def _first_parts(
+    spec: Spec, seed: int, init: ModelFolder | None, init_embedding: str | None, same_words: bool
+) -> dict[str, nn.Module]:
+    """The parts that a new run inherits, and a line for each about what it takes from where."""
     parts: dict[str, nn.Module] = {}
     if init is not None:
         for name in shared_parts(spec, init):
-            parts[name] = new_part(spec, name, recipe.seed)
+            parts[name] = new_part(spec, name, seed)
             print(f"{name} from {init.path}: {take(parts[name], init.load(name), same_words)}")
         print(f"words: {'the same' if same_words else 'those of the captions here'}")
     if init_embedding is not None:
-        if "regression" not in parts:
-            parts["regression"] = new_part(spec, "regression", recipe.seed)
-        model: Any = parts["regression"]
+        if spec.reader not in parts:
+            parts[spec.reader] = new_part(spec, spec.reader, seed)
+        model: Any = parts[spec.reader]
         with torch.no_grad():
             model.embed.weight[: spec.speaks.vocab] = read_words(spec, init_embedding)
         print(f"embedding of words from {init_embedding}")
-    with replacing_folder(folder.path) as path:
-        made = ModelFolder(path)
-        if recipe.pieces:
-            made.write_text(text)
-        for name, part in parts.items():
-            made.save(name, part)
-        made.write_config(config)
+    return parts
+
+
+def copy(part: nn.Module, parent: nn.Module) -> None:
+    """Let a new part start as a copy of another: of one of its class, or of one that it knows how to
+    inherit."""
+    if type(parent) is type(part):
+        part.load_state_dict(parent.state_dict())
+    else:
+        inheriting: Any = part
+        inheriting.inherit(parent)
 
 
 @torch.no_grad()
 def take(part: nn.Module, parent: nn.Module, same_words: bool = True) -> str:
-    """Copy what the two have in common; says what was taken and what stays new."""
-    tables, theirs = _tables(part, parent, same_words), parent.state_dict()
+    """Copy the tensors, or the rows of tables, that a part has in common with its parent. Return a line that
+    says what was taken and what stays new."""
+    tables = _tables(part, parent, same_words)
+    theirs = parent.state_dict()
     if isinstance(part, VQVAE) and part.codebook.vectors.shape != theirs["codebook.vectors"].shape:
-        for name in part.codebook.state_dict():  # all or none: it must not count as filled without its codes
+        for name in part.codebook.state_dict():  # all or none: without its codes it must not count as filled
             del theirs[f"codebook.{name}"]
-    mine, new = dict(part.named_parameters()) | dict(part.named_buffers()), []
-    learnt = mine.pop("trained", None)  # of RegressionTransformer: what it can make
+    mine = dict(part.named_parameters()) | dict(part.named_buffers())
+    trained = mine.pop("trained", None)  # of RegressionTransformer: the frames that it can generate
+
+    new = []
     for name, tensor in mine.items():
-        given, rows = theirs.get(name), tables.get(name)
+        given = theirs.get(name)
+        rows = tables.get(name)
         if given is not None and rows is not None and given.shape[1:] == tensor.shape[1:]:
-            here, there = (list(column) for column in zip(*rows)) if rows else ([], [])
+            here = [row for row, _ in rows]
+            there = [row for _, row in rows]
             tensor[here] = given[there]
-            new += [f"{name} but for {len(rows)} of {len(tensor)} rows"] if len(rows) < len(tensor) else []
+            if len(rows) < len(tensor):
+                new.append(f"{name} but for {len(rows)} of {len(tensor)} rows")
         elif given is not None and given.shape == tensor.shape:
             tensor.copy_(given)
         else:
             new.append(name)
-    moments = len(tables.get("frame_positions.weight", ()))
+
     if isinstance(part, RegressionTransformer):
+        moments = len(tables["frame_positions.weight"])
         part.spread(theirs["trained"][:, :moments].any(0))
-    if learnt is not None and same_words and not mine.keys() & {*new}:
-        for rate, other in _equal_rates(part, parent):
-            learnt[rate, :moments] = theirs["trained"][other, :moments]
-    what = f"new: {', '.join(new)}" if new else "nothing is new"
-    return f"{len(mine) - len(new)} of {len(mine)} tensors taken; {what}"
+        if trained is not None and same_words and not mine.keys() & {*new}:
+            for mine_fps, their_fps in _equal_fps(part, parent):
+                trained[mine_fps, :moments] = theirs["trained"][their_fps, :moments]
+    summary = f"new: {', '.join(new)}" if new else "nothing is new"
+    return f"{len(mine) - len(new)} of {len(mine)} tensors taken; {summary}"
 
 
 def _tables(part: nn.Module, parent: nn.Module, same_words: bool) -> dict[str, Rows]:
-    """Rows that mean the same, of the tables of which not all do."""
+    """The rows with the same meaning in both, for each table where not all have it."""
     if not isinstance(part, (Base, RegressionTransformer, VideoDecoder)):
         return {}
     here: Any = part.config
@@ -200,15 +227,17 @@ def _tables(part: nn.Module, parent: nn.Module, same_words: bool) -> dict[str, R
     if isinstance(part, VideoDecoder):
         return {"words.weight": _first(here.pieces if same_words else 0, there.pieces)}
     words = _first(here.vocab if same_words else 0, there.vocab)
-    rates = [(here.vocab + i, there.vocab + j) for i, j in _equal_rates(part, parent)]
+    fps = [(here.vocab + i, there.vocab + j) for i, j in _equal_fps(part, parent)]
     moments = here.frames if here.rates[-1] == there.rates[-1] else 1
-    return {"embed.weight": words + rates, "frame_positions.weight": _first(moments, there.frames)}
+    return {"embed.weight": words + fps, "frame_positions.weight": _first(moments, there.frames)}
 
 
 def _first(*counts: int) -> Rows:
     return [(i, i) for i in range(min(counts))]
 
 
-def _equal_rates(part: Any, parent: Any) -> Rows:
-    here, there = part.config.rates, parent.config.rates
-    return [(here.index(rate), there.index(rate)) for rate in here if rate in there]
+def _equal_fps(part: Any, parent: Any) -> Rows:
+    """The frame rates that both know."""
+    here = part.config.rates
+    there = parent.config.rates
+    return [(here.index(fps), there.index(fps)) for fps in here if fps in there]

@@ -30,16 +30,10 @@ def part(parts: Parts, name: str, kind: type[M]) -> M:
     return found
 
 
-def text_ids(
-    tokenizer: TextTokenizer,
-    captions: Sequence[str],
-    durations: Sequence[float],
-    length: int,
-    template: str = TEMPLATE,
-) -> Tensor:
-    """Ids [B, length] of captions with their durations in seconds, cut or padded on the left."""
-    rows = [tokenizer.prompt(*each, template) for each in zip(captions, durations)]
-    return torch.tensor([tokenizer.pad_left(row[:length], length) for row in rows])
+def prepare_text(tokenizer: TextTokenizer, batch: Batch, text_len: int, template: str = TEMPLATE) -> Tensor:
+    """Ids [B, text_len] of the captions of a batch. A dropped caption is empty and keeps its duration."""
+    rows = [tokenizer.prompt(c, d, template) for c, d in zip(batch.captions, batch.durations)]
+    return torch.tensor([tokenizer.pad_left(row[:text_len], text_len) for row in rows])
 
 
 @torch.no_grad()

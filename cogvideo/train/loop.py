@@ -1,52 +1,59 @@
-"""The training loop. `train` runs phases of a recipe, `train_phase` is one of them from top to bottom.
+"""The training loop. `train` runs the phases of a `Run`; `run_phase` is one of them: set up, loop, store.
 
-Killed at any time, the same command resumes at the last save. Of several processes (`parallel`) the first one
-writes; calls that gather shards must run on every rank.
+An interrupted run resumes at its last save when the same command runs again. Of several processes
+(`parallel.py`) the first one writes files; calls that gather shards must run on every rank.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
+from cogvideo.data.cut import Source
 from cogvideo.data.loader import Batch, batches
 from cogvideo.data.tokens import Reuse, recurring
-from cogvideo.files import replacing
 from cogvideo.hardware import gemm_rate
+from cogvideo.layout import SECONDS
+from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import VQVAE
 from cogvideo.text import TextTokenizer
 from cogvideo.train import checkpoint, inherit, parallel
-from cogvideo.train.discriminator import new_discriminator
 from cogvideo.train.inputs import Parts, encode_clips, part
 from cogvideo.train.optim import learning_rate, optimizers, set_learning_rate
 from cogvideo.train.phase import Phase
 from cogvideo.train.report import Report, draw_curve
 from cogvideo.train.run import Run
 
-MOST_SKIPPED = 20  # steps in a row whose gradients overflow
+CAPTION_SAMPLE = 2_000  # captions of endless data whose length is checked
+MAX_OVERFLOWS = 20  # steps in a row
 
 
-def train(run: Run, phases: Sequence[Phase]) -> ModelFolder:
-    """Train phases of a recipe and return the model folder; a run that was interrupted resumes.
+def train(run: Run) -> ModelFolder:
+    """Train the phases of a run that are not finished, each from its last save; return the model folder.
+    ValueError for what cannot be trained, before work starts.
 
-    Raise ValueError, before any work, for what cannot be trained. The processes of `run.options` share each
-    batch of a phase: this one and others that it starts. All must see the folder of the run.
+    A new run begins with what `options.init` has of the model's parts, and with GPT-2's embedding of words if
+    `options.init_embedding` is a file of it (`inherit.py`). `options.processes` share each batch: this one
+    and others that it starts. Under torchrun this is one of several already; all must see `out`.
     """
-    run, phases = run.preflight(phases)
-    alone = run.options.started or not phases
-    work = partial(train_phases, run, phases)
-    with parallel.launch(1 if alone else run.options.processes, work) as member:
+    run = run.preflight()
+    if run.options.threads is not None:
+        torch.set_num_threads(run.options.threads)
+    processes = 1 if run.by_torchrun or not run.phases else run.ranks
+    work = partial(run_phases, run)
+    with parallel.launch(processes, work) as member:
         work(member)
     return run.folder
 
 
-def train_phases(run: Run, phases: Sequence[Phase], member: parallel.Member | None) -> None:
-    """What each process does of `train`, once all is checked."""
+def run_phases(run: Run, member: parallel.Member | None) -> None:
+    """The share of one process in a run that has been checked."""
     options = run.options
     machine = parallel.start(options.device, options.recompute, options.compile, options.shard, member)
     try:
@@ -57,137 +64,98 @@ def train_phases(run: Run, phases: Sequence[Phase], member: parallel.Member | No
         machine.wait()
         text = run.folder.text()
         if machine.first and not options.quiet:
-            run.warn_of_long_captions(text)
-
-        chosen = {phase.name: phase for phase in phases}
-        for phase in run.recipe.phases:  # in their order
-            if phase.name in chosen:
-                train_phase(run, chosen[phase.name], text, machine)
+            warn_of_long_captions(text, run.source, run.spec)
+        chosen = {phase.name: phase for phase in run.phases}
+        for name in (phase.name for phase in run.recipe.phases):
+            if name in chosen:
+                run_phase(run, chosen[name], text, machine)
     finally:
         parallel.stop(machine)
 
 
-def train_phase(run: Run, phase: Phase, text: TextTokenizer, machine: parallel.Machine) -> None:
-    """Train one phase to its last step, and save what it trained into the model folder."""
-    options = run.options
-    seed = run.seed(phase)
-    out = run.place(phase)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
+def run_phase(run: Run, phase: Phase, text: TextTokenizer, machine: parallel.Machine) -> None:
+    """Train one phase to its last step, and write its parts into the model folder."""
+    work = begin(run, phase, text, machine)
+    loop_over_steps(work)
+    finish(work)
 
-    given: dict[str, nn.Module] = {
-        name: run.folder.load(name) for name in phase.uses if name not in phase.trains
-    }
-    trained = {name: run.new_part(name, phase) for name in phase.trains}
-    learning = dict(trained)
-    if phase.adversary:
-        learning["discriminator"] = new_discriminator(seed)
+
+@dataclass
+class Work:
+    """A phase at work in one process."""
+
+    run: Run
+    phase: Phase
+    machine: parallel.Machine
+    out: Path
+    parts: dict[str, nn.Module]  # all that the objective uses
+    learning: dict[str, nn.Module]  # those that learn
+    model: parallel.Step
+    container: nn.ModuleDict  # of `learning`
+    optims: list[torch.optim.Optimizer]
+    first: int  # step
+    loader: Iterator[Batch]
+    report: Report
+    skipped: dict[str, str]  # videos, and why
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        return [p for p in self.container.parameters() if p.requires_grad]
+
+
+def begin(run: Run, phase: Phase, text: TextTokenizer, machine: parallel.Machine) -> Work:
+    """Load and place the parts of a phase, resume its last save, open its data and its report."""
+    out = run.out / phase.name
+    out.mkdir(parents=True, exist_ok=True)
+    seed = run.seed(phase)
+    torch.manual_seed(seed)
+    folder = run.folder
+    parts: dict[str, nn.Module] = {name: folder.load(name) for name in phase.uses if name not in phase.trains}
+    learning = {name: run.new_part(phase, name) for name in phase.trains}
+    learning |= phase.objective.extra_parts(phase, seed)
+    parts |= learning
     for module in learning.values():
         module.requires_grad_(True).train()
 
-    parts = given | learning
-    model = parallel.Step(parts, partial(phase.objective.loss, parts, text, phase))
+    model = parallel.Step(parts, partial(phase.objective.step, parts, text, phase))
     parallel.place(model, machine, phase.precision)
     container = nn.ModuleDict(learning)
-    weights = [p for p in container.parameters() if p.requires_grad]
     optims = optimizers(container, phase.optimizer, phase.weight_decay, phase.betas)
     parallel.share_muon(optims, machine)
     first = checkpoint.resume(run.state(phase), learning, optims, machine)
-    loader = clips(run, phase, parts, machine, first)
-    report = new_report(run, phase, parts, machine)
+
+    loader = open_data(run, phase, parts, machine, first)
+    report = open_report(run, phase, parts, machine)
     if machine.first:
         report.forget(first)
-    unusable = dict(run.source.skipped)  # videos, and why
-    overflows = 0  # steps in a row
-
-    for step in range(first, phase.steps):
-        batch = next(loader)
-        unusable |= batch.skipped
-        batch = replace(batch, frames=tuple(frames.to(machine.device) for frames in batch.frames))
-        torch.manual_seed(hash((seed, step, machine.rank)) % 2**31)  # for dropout
-        lr = learning_rate(step, phase.steps, phase.lr, phase.warmup, phase.decay, phase.schedule)
-        set_learning_rate(optims, lr)
-
-        with machine.arithmetic(phase.precision):
-            loss, numbers = model(batch, step)
-            loss.backward()
-        machine.average_gradients(weights)
-        norm = parallel.whole(nn.utils.clip_grad_norm_(weights, phase.clip))
-        if torch.isfinite(norm):
-            overflows = 0
-            for optimizer in optims:
-                optimizer.step()
-        else:  # the step is skipped
-            overflows += 1
-            if overflows == MOST_SKIPPED:
-                raise ValueError(
-                    f"{phase.name}: {overflows} steps in a row overflowed; resume at the last save "
-                    f"with a lower --{phase.name}.lr, or --{phase.name}.precision float32"
-                )
-        container.zero_grad(set_to_none=True)
-
-        numbers = machine.mean({"loss": float(loss.detach()), **numbers})
-        if machine.first:
-            report.step(step, lr, {**numbers, "norm": float(norm)})
-
-        done = step + 1 == phase.steps
-        if done or (step + 1) % options.save_every == 0:
-            checkpoint.save(run.state(phase), step + 1, learning, optims, machine)
-            unusable = machine.union(unusable)
-            if machine.first:
-                report.skip(unusable)
-                draw_curve(out / "log.jsonl", out / "loss.png")
-        if options.probe is not None and (done or (step + 1) % options.probe_every == 0):
-            container.eval()
-            preview(run, phase, given | trained, batch, machine, step + 1)
-            container.train()
-
-    save_trained(run, phase, trained, machine)
-    if machine.first:
-        report.end()
-    machine.wait()
-
-
-def clips(run: Run, phase: Phase, parts: Parts, machine: parallel.Machine, first: int) -> Iterator[Batch]:
-    """The batches of this process from step `first` on."""
-    mine = parallel.share(phase, machine.ranks, machine.mesh is not None)
-    if phase.reuse == 1:
-        return batches(
-            run.source,
-            phase.cut,
-            mine,
-            seed=run.seed(phase),
-            step=first,
-            rank=machine.rank,
-            ranks=machine.ranks,
-            workers=run.options.workers,
-            drop=phase.drop,
-        )
-
-    def encode(frames: torch.Tensor) -> torch.Tensor:
-        with machine.arithmetic(phase.precision):
-            return encode_clips(part(parts, "vqvae", VQVAE), frames.to(machine.device))
-
-    return recurring(
-        run.source,
-        phase.cut,
-        mine,
-        Reuse(phase.reuse),
-        encode,
-        seed=run.seed(phase),
-        step=first,
-        rank=machine.rank,
-        ranks=machine.ranks,
-        workers=run.options.workers,
-        drop=phase.drop,
+    skipped = {**run.source.skipped}
+    return Work(
+        run, phase, machine, out, parts, learning, model, container, optims, first, loader, report, skipped
     )
 
 
-def new_report(run: Run, phase: Phase, parts: Parts, machine: parallel.Machine) -> Report:
+def open_data(run: Run, phase: Phase, parts: Parts, machine: parallel.Machine, first: int) -> Iterator[Batch]:
+    """This process's batches of a phase, starting at step `first`."""
+    mine = parallel.share(phase, machine.ranks, machine.mesh is not None)
+    place: dict[str, Any] = {
+        "seed": run.seed(phase),
+        "step": first,
+        "rank": machine.rank,
+        "ranks": machine.ranks,
+        "workers": run.options.workers or 0,
+        "drop": phase.drop,
+    }
+    if phase.reuse == 1:
+        return batches(run.source, phase.cut, mine, **place)
+    encode = partial(encode_here, parts, machine, phase.precision)
+    return recurring(run.source, phase.cut, mine, Reuse(phase.reuse), encode, **place)
+
+
+def open_report(run: Run, phase: Phase, parts: Parts, machine: parallel.Machine) -> Report:
     peak = machine.total(gemm_rate(machine.device, phase.precision))
-    flops = phase.objective.flops(phase, parts)
+    flops = phase.objective.clip_flops(phase, parts)
     return Report(
-        run.place(phase),
+        run.out / phase.name,
         phase.name,
         phase.steps,
         phase.batch,
@@ -197,34 +165,110 @@ def new_report(run: Run, phase: Phase, parts: Parts, machine: parallel.Machine) 
     )
 
 
-def preview(
-    run: Run, phase: Phase, parts: dict[str, nn.Module], batch: Batch, machine: parallel.Machine, step: int
-) -> None:
-    """Show the parts as they are after a step; all processes call this, the first one writes."""
-    whole = checkpoint.unshard(parts, machine, run.folder.spec())
-    if machine.first and run.options.probe is not None:
-        strips = run.place(phase) / "strips"
+def loop_over_steps(work: Work) -> None:
+    """Take the steps of a phase that remain; log, save and preview on the way."""
+    phase = work.phase
+    machine = work.machine
+    options = work.run.options
+    seed = work.run.seed(phase)
+    weights = work.weights
+    overflows = 0  # in a row
+
+    for step in range(work.first, phase.steps):
+        batch = next(work.loader)
+        work.skipped |= batch.skipped
+        batch = replace(batch, frames=tuple(f.to(machine.device) for f in batch.frames))
+        torch.manual_seed(hash((seed, step, machine.rank)) % 2**31)  # for dropout
+        lr = learning_rate(step, phase.steps, phase.lr, phase.warmup, phase.decay, phase.schedule)
+        set_learning_rate(work.optims, lr)
+
+        with machine.arithmetic(phase.precision):
+            loss, numbers = work.model(batch, step)
+            loss.backward()
+        machine.average_gradients(weights)
+        norm = parallel.whole(nn.utils.clip_grad_norm_(weights, phase.clip))
+
+        if torch.isfinite(norm):
+            overflows = 0
+            for optimizer in work.optims:
+                optimizer.step()
+        else:  # the step is skipped
+            overflows += 1
+            check_overflows(phase, overflows)
+        work.container.zero_grad(set_to_none=True)
+
+        numbers = machine.mean({"loss": float(loss.detach()), **numbers})
+        if machine.first:
+            work.report.step(step, lr, {**numbers, "norm": float(norm)})
+        done = step + 1 == phase.steps
+        if done or (step + 1) % options.save_every == 0:
+            save(work, step + 1)
+        if options.probe is not None and (done or (step + 1) % options.probe_every == 0):
+            preview(work, step + 1, batch)
+
+
+def check_overflows(phase: Phase, overflows: int) -> None:
+    """Raise ValueError if too many steps in a row overflowed."""
+    if overflows >= MAX_OVERFLOWS:
+        raise ValueError(
+            f"{phase.name}: {overflows} steps in a row overflowed; resume from the last save "
+            f"with a lower --{phase.name}.lr, or --{phase.name}.precision float32"
+        )
+
+
+def save(work: Work, step: int) -> None:
+    """Write what the phase can resume from, and draw its loss curve; all processes call this."""
+    checkpoint.save(work.run.state(work.phase), step, work.learning, work.optims, work.machine)
+    work.skipped = work.machine.union(work.skipped)
+    if work.machine.first:
+        work.report.skip(work.skipped)
+        draw_curve(work.out / "log.jsonl", work.out / "loss.png")
+
+
+def preview(work: Work, step: int, batch: Batch) -> None:
+    """Hand the model's parts to the probe, which writes a picture of them; all processes call this."""
+    work.container.eval()
+    known = {*work.phase.uses, *work.phase.trains}  # without what the model folder does not keep
+    parts = {name: module for name, module in work.parts.items() if name in known}
+    whole = checkpoint.unshard(parts, work.machine, work.run.spec)
+    probe = work.run.options.probe
+    if work.machine.first and probe is not None:
+        strips = work.out / "strips"
         strips.mkdir(exist_ok=True)
-        run.options.probe(run.folder, whole, phase, batch, strips / f"{step:07d}.png")
+        probe(work.run.folder, whole, work.phase, batch, strips / f"{step:07d}.png")
+    work.container.train()
 
 
-@torch.inference_mode()
-def write_preview(folder: ModelFolder, parts: Parts, phase: Phase, batch: Batch, out: Path) -> None:
-    """The probe of the command line: the preview of the phase, as an image."""
-    image = phase.objective.preview(folder, parts, phase, batch)
-    with replacing(out) as file:
-        Image.fromarray(image).save(file)
-
-
-def save_trained(run: Run, phase: Phase, parts: dict[str, nn.Module], machine: parallel.Machine) -> None:
-    """Write what a phase trained into the model folder; all processes call this, the first one writes."""
-    for name, module in checkpoint.unshard(parts, machine, run.folder.spec()).items():
-        run.folder.save(name, module)
-    if machine.first:
-        config = run.folder.config
+def finish(work: Work) -> None:
+    """Write the trained parts into the model folder, and note there that the phase is finished."""
+    phase = work.phase
+    folder = work.run.folder
+    trained = {name: work.learning[name] for name in phase.trains}
+    for name, module in checkpoint.unshard(trained, work.machine, work.run.spec).items():
+        folder.save(name, module)
+    if work.machine.first:
+        work.report.end()
+        config = folder.config
         config["trained"][phase.name] = {
             "steps": phase.steps,
             "batch": phase.batch,
             "parts": list(phase.trains),
         }
-        run.folder.write_config(config)
+        folder.write_config(config)
+    work.machine.wait()
+
+
+def encode_here(parts: Parts, machine: parallel.Machine, precision: str, clips: Tensor) -> Tensor:
+    """Clips [B, F, 3, R, R] to codes [B, F, N], in the arithmetic of a step."""
+    with machine.arithmetic(precision):
+        return encode_clips(part(parts, "vqvae", VQVAE), clips.to(machine.device))
+
+
+def warn_of_long_captions(text: TextTokenizer, source: Source, spec: Spec) -> None:
+    """Print how many captions will be truncated."""
+    count = source.count or CAPTION_SAMPLE
+    length = spec.speaks.text_len
+    captions = (source.caption(i, np.random.default_rng((0, i))) for i in range(count))
+    long = sum(len(text.prompt(caption, SECONDS, spec.template)) > length for caption in captions)
+    if long:
+        print(f"{long} of {count} captions are longer than {length} tokens, and will be cut")

@@ -4,7 +4,7 @@ Tokens are learnt by cross-entropy. Frames are learnt by the hierarchical loss, 
 
     loss = L1(pixels) + a * perceptual(features) + b * L1(optical flow of consecutive frames)
 
-Flow is pyramidal Lucas-Kanade in plain torch, differentiable, so that a model is told when its motion differs
+Flow is pyramidal Lucas-Kanade in plain torch. It is differentiable, so a model learns that its motion differs
 even where each single frame looks right. Shapes: clips are float [B, F, 3, H, W] in [0, 1].
 """
 
@@ -100,8 +100,8 @@ def frames_loss(
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How much each level counts, 0 or more and not all of them 0 (else ValueError); a weight of 0 leaves the
-    level out."""
+    """How much each level counts. Weights are 0 or more and not all 0 (else ValueError); a level with weight
+    0 is left out."""
 
     pixel: float = 1.0
     perceptual: float = 0.1
@@ -121,8 +121,8 @@ class LossWeights:
 class HierarchicalLoss(nn.Module):
     """`loss(prediction, target)` of two clips [B, F, 3, H, W]: (scalar, {level: number}).
 
-    `weights` [B, F, h, w], of any size, say how much a place counts in pixels and features among those of its
-    clip.
+    `weights` [B, F, h, w], of any size, say how much a cell counts in pixels and features, relative to the
+    other cells of its clip.
     """
 
     def __init__(self, weights: LossWeights):
@@ -136,10 +136,11 @@ class HierarchicalLoss(nn.Module):
         w = self.weights
         if weights is not None:
             weights = (weights / weights.mean((1, 2, 3), keepdim=True)).flatten(0, 1)
-        made, right = prediction.flatten(0, 1), target.flatten(0, 1)
-        terms = {"pixel": weighted((made - right).abs().mean(1), weights).mean()}
+        generated = prediction.flatten(0, 1)
+        true = target.flatten(0, 1)
+        terms = {"pixel": weighted((generated - true).abs().mean(1), weights).mean()}
         if self.net is not None:
-            terms["perceptual"] = perceptual_distance(self.net, made, right, weights).mean()
+            terms["perceptual"] = perceptual_distance(self.net, generated, true, weights).mean()
         if w.temporal and prediction.shape[1] > 1:
             terms["temporal"] = temporal_distance(prediction, target).mean()
         loss = sum(getattr(w, name) * value for name, value in terms.items())
@@ -153,7 +154,7 @@ def temporal_distance(prediction: Tensor, target: Tensor) -> Tensor:
         luma = constant((0.299, 0.587, 0.114), clip).view(3, 1, 1)
         gray = (clip * luma).sum(2, keepdim=True)  # [B, F, 1, H, W]
         flow = optical_flow(gray[:, :-1].flatten(0, 1), gray[:, 1:].flatten(0, 1))
-        flows.append(flow.unflatten(0, (len(clip), -1)))
+        flows.append(flow.view(len(clip), -1, *flow.shape[1:]))
     return (flows[0] - flows[1]).abs().mean((1, 2, 3, 4))
 
 
@@ -177,8 +178,8 @@ def optical_flow(a: Tensor, b: Tensor, levels: int = 3, rounds: int = 2, window:
 
 
 def warp(picture: Tensor, flow: Tensor) -> Tensor:
-    """Sample picture [B, C, H, W] at each place moved by flow [B, 2, H, W] pixels; beyond the border it
-    repeats the border."""
+    """Sample picture [B, C, H, W] at each pixel moved by flow [B, 2, H, W] pixels; the border repeats
+    beyond itself."""
     h, w = picture.shape[-2:]
     y, x = torch.meshgrid(
         torch.arange(h, device=flow.device), torch.arange(w, device=flow.device), indexing="ij"

@@ -1,7 +1,7 @@
-"""What a phase is: one object for each kind, with its check, its loss, its cost and its preview.
+"""What a phase is: one object for each kind, with its check, its step, its preview and its cost.
 
-A loss takes a batch of clips and the number of the step, and returns a scalar and numbers worth a line in the
-log. It is built once, from the parts of the model.
+A step takes a batch of clips and its number, and returns a loss and numbers worth a line in the log. It is
+built once, from the parts of the model.
 """
 
 from abc import ABC, abstractmethod
@@ -21,10 +21,9 @@ from cogvideo.model.refiner import Refiner, resize
 from cogvideo.model.regression import RegressionTransformer
 from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
 from cogvideo.model.vqvae import VQVAE
-from cogvideo.text import PLAIN, TextTokenizer
-from cogvideo.train import preview
-from cogvideo.train.cost import clip_flops
-from cogvideo.train.discriminator import Discriminator, opinion
+from cogvideo.text import PLAIN, TEMPLATE, TextTokenizer
+from cogvideo.train.cost import token_flops
+from cogvideo.train.discriminator import Discriminator, new_discriminator, opinion
 from cogvideo.train.inputs import (
     Parts,
     Resampler,
@@ -33,53 +32,64 @@ from cogvideo.train.inputs import (
     in_window,
     object_weights,
     part,
+    prepare_text,
     seeded,
-    text_ids,
     window_corners,
     windows,
 )
 from cogvideo.train.losses import HierarchicalLoss, Result, frames_loss, token_loss, tokenizer_loss
+from cogvideo.train.preview import PREVIEW_CLIPS, preview_text, rows_of, samples, shown_clips
 from cogvideo.video import Frames
 
 if TYPE_CHECKING:
     from cogvideo.train.phase import Phase
 
-Loss = Callable[[Batch, int], Result]  # a batch and the number of the step
+Step = Callable[[Batch, int], Result]  # of a batch and the number of the step
 
 UNQUANTISED = 200  # steps of the tokenizer before its codebook is initialised
 
 
 class Objective(ABC):
-    """A kind of phase."""
+    """A kind of phase: what it checks, what it minimises, how it shows its progress and what a step costs.
 
-    learns_codes: ClassVar[bool] = False  # so clips may recur as codes, and windows of codes be learnt
-    has_adversary: ClassVar[bool] = False  # a discriminator may judge what it decodes
+    An objective has no state: all that a run sets is in the `Phase`.
+    """
+
+    recurs: ClassVar[bool] = False  # whether clips may recur as codes
+    has_windows: ClassVar[bool] = False  # whether windows of clips may be learnt
+    has_adversary: ClassVar[bool] = False  # whether a discriminator may judge the output
 
     def check(self, phase: "Phase", spec: Spec) -> None:
-        """Raise ValueError if the phase can do nothing with its steps or its clips."""
-        if phase.windowed and not self.learns_codes:
+        """Raise ValueError if this objective cannot use the steps, the clips or the fields of a phase."""
+        if phase.windowed and not self.has_windows:
             raise ValueError(f"{phase.name}.windowed must be 0: only models of codes learn windows of them")
         if phase.adversary and not self.has_adversary:
             raise ValueError(f"{phase.name}.adversary must be 0: only decoders of clips have a discriminator")
-        if phase.reuse > 1 and not self.learns_codes:
+        if phase.reuse > 1 and not self.recurs:
             raise ValueError(
                 f"{phase.name}.reuse must be 1: clips recur as codes, and {phase.name} needs frames"
             )
 
-    def prepare(self, module: nn.Module, phase: "Phase") -> None:  # noqa: B027
-        """Prepare a part that learns, before its optimizer is built; most need nothing."""
+    def prepare(self, module: nn.Module, phase: "Phase") -> None:
+        """Change a part that is about to learn, before its first step."""
+        return None
+
+    def extra_parts(self, phase: "Phase", seed: int) -> dict[str, nn.Module]:
+        """Modules that learn next to the parts, and that the checkpoint keeps but the model folder does
+        not."""
+        return {}
 
     @abstractmethod
-    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
-        """The loss of the phase for these parts."""
-
-    def flops(self, phase: "Phase", parts: Parts) -> float | None:
-        """Floating-point operations for one clip; None if they are not known."""
-        return None
+    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
+        """The function that turns a batch and its number into a loss and the numbers for the log."""
 
     @abstractmethod
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
-        """An image [H, W, 3] that shows how the phase is doing."""
+        """An image of the model's progress on a batch: uint8 [H, W, 3]."""
+
+    def clip_flops(self, phase: "Phase", parts: Parts) -> float | None:
+        """Floating-point operations for one clip, forward and backward; None if they are not known."""
+        return None
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -97,14 +107,14 @@ class TokenizerObjective(Objective):
                 f"{phase.name}: there are no codes before step {UNQUANTISED}; give it more steps"
             )
 
-    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
         vqvae = part(parts, "vqvae", VQVAE)
         hierarchical = HierarchicalLoss(phase.loss).to(device_of(vqvae))
 
-        def loss(batch: Batch, step: int) -> Result:
+        def step(batch: Batch, number: int) -> Result:
             clips = batch.frames[0]
             generator = seeded(batch.numbers[0])  # for the codes that are chosen at random
-            if step >= UNQUANTISED and not vqvae.codebook.filled:
+            if number >= UNQUANTISED and not vqvae.codebook.filled:
                 with torch.no_grad():
                     z = vqvae.latents(clips.flatten(0, 1)).float()
                 vqvae.codebook.init_codes(z.permute(0, 2, 3, 1).flatten(0, 2), generator)
@@ -113,18 +123,18 @@ class TokenizerObjective(Objective):
                 vqvae, hierarchical, clips, generator, phase.perturb, batch.numbers, weights
             )
 
-        return loss
+        return step
 
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
         """The frames, and what is left of them."""
         vqvae = part(parts, "vqvae", VQVAE)
-        clips = batch.frames[0][: preview.CLIPS]
+        clips = shown_clips(batch)
         images = clips.flatten(0, 1)
         if vqvae.codebook.filled:
             coded = vqvae.decode(vqvae.encode(images))
         else:
             coded = vqvae(images)[0]
-        return preview.rows(clips, coded.view_as(clips))
+        return rows_of(clips, coded.view_as(clips))
 
 
 @dataclass(frozen=True)
@@ -133,12 +143,13 @@ class TokenObjective(Objective):
 
     stage: str
 
-    learns_codes: ClassVar[bool] = True
+    recurs: ClassVar[bool] = True
+    has_windows: ClassVar[bool] = True
 
     def check(self, phase: "Phase", spec: Spec) -> None:
         super().check(phase, spec)
         if not isinstance(spec, CogVideoSpec):
-            return
+            raise ValueError(f"{phase.name} trains a model of codes, but this model has none")
         grid = spec.model.grid
         if phase.cut.cover not in (0, grid):
             raise ValueError(
@@ -152,15 +163,15 @@ class TokenObjective(Objective):
         temporal = None if self.stage == "image" else part(parts, self.stage, TemporalChannel)
         return DualChannelTransformer(part(parts, "base", Base), temporal)
 
-    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
         vqvae = part(parts, "vqvae", VQVAE)
         model = self.model(parts)
         layout = model.config.layout(self.stage)
         side = layout.grid // 2  # of a window
         small = replace(layout, grid=side)
 
-        def loss(batch: Batch, step: int) -> Result:
-            ids = text_ids(text, batch.captions, batch.durations, layout.text_len).to(batch.device)
+        def step(batch: Batch, number: int) -> Result:
+            ids = prepare_text(text, batch, layout.text_len).to(batch.device)
             codes = encode_clips(vqvae, batch.frames[0]) if batch.codes is None else batch.codes
             context = codes
             if phase.corrupt:
@@ -168,12 +179,12 @@ class TokenObjective(Objective):
             cells = object_weights(batch, phase)
             weights = torch.ones_like(codes, dtype=torch.float32) if cells is None else cells.flatten(2)
 
-            cut = torch.tensor([in_window(number, phase.windowed) for number in batch.numbers])
+            cut = torch.tensor([in_window(n, phase.windowed) for n in batch.numbers])
             if not cut.any():
                 return token_loss(model, layout, ids, codes, context, weights)
             corners = window_corners(batch, side, model.window or 1)[cut].to(codes.device)
-            maps = [windows(one[cut], corners, side) for one in (codes, context, weights)]
-            windowed, _ = token_loss(model, small, ids[cut], *maps, corners)
+            learnt, read, counts = (windows(one[cut], corners, side) for one in (codes, context, weights))
+            windowed, _ = token_loss(model, small, ids[cut], learnt, read, counts, corners)
             numbers = {"window": float(windowed.detach())}
             if cut.all():
                 return windowed, numbers
@@ -181,14 +192,20 @@ class TokenObjective(Objective):
             share = float(cut.float().mean())
             return share * windowed + (1 - share) * whole, {**found, **numbers}
 
-        return loss
+        return step
 
-    def flops(self, phase: "Phase", parts: Parts) -> float | None:
-        return clip_flops(self.stage, phase, parts)
+    def clip_flops(self, phase: "Phase", parts: Parts) -> float | None:
+        """The average over whole clips and windows."""
+        layout = part(parts, "base", Base).config.layout(self.stage)
+        whole = token_flops(layout, self.stage, phase.trains, parts)
+        if not phase.windowed:
+            return whole
+        small = token_flops(replace(layout, grid=layout.grid // 2), self.stage, phase.trains, parts)
+        return (1 - phase.windowed) * whole + phase.windowed * small
 
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
         """Samples for captions of the batch."""
-        return preview.samples(folder, parts, batch.captions)
+        return samples(folder, parts, batch.captions[:PREVIEW_CLIPS])
 
 
 @dataclass(frozen=True)
@@ -202,15 +219,18 @@ class DecoderObjective(Objective):
 
     has_adversary: ClassVar[bool] = True
 
-    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+    def extra_parts(self, phase: "Phase", seed: int) -> dict[str, nn.Module]:
+        return {"discriminator": new_discriminator(seed)} if phase.adversary else {}
+
+    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
         vqvae = part(parts, "vqvae", VQVAE)
         model = part(parts, "decoder", VideoDecoder)
         hierarchical = HierarchicalLoss(phase.loss).to(device_of(model))
         resampler = Resampler(parts) if phase.resample else None
 
-        def loss(batch: Batch, step: int) -> Result:
+        def step(batch: Batch, number: int) -> Result:
             (clips,) = batch.frames
-            ids = text_ids(text, batch.captions, batch.durations, model.config.text_len).to(clips.device)
+            ids = prepare_text(text, batch, model.config.text_len).to(clips.device)
             codes = encode_clips(vqvae, clips)
             if phase.corrupt:
                 codes = corrupt(vqvae.codebook, codes, phase.corrupt, batch.numbers)
@@ -227,22 +247,17 @@ class DecoderObjective(Objective):
                 numbers = {**numbers, **found.numbers}
             return total, numbers
 
-        return loss
+        return step
 
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
         """The frames, decoded one by one, and decoded together."""
         vqvae = part(parts, "vqvae", VQVAE)
         model = part(parts, "decoder", VideoDecoder)
-        clips = batch.frames[0][: preview.CLIPS]
-        ids = text_ids(
-            folder.text(),
-            batch.captions[: preview.CLIPS],
-            [SECONDS] * len(clips),
-            model.config.text_len,
-        ).to(clips.device)
+        clips = shown_clips(batch)
+        ids = preview_text(folder.text(), batch, model.config.text_len, SECONDS, TEMPLATE).to(clips.device)
         codes = encode_clips(vqvae, clips)
         apart = vqvae.decode(codes.flatten(0, 1)).view_as(clips)
-        return preview.rows(clips, apart, model(code_vectors(vqvae, codes), ids))
+        return rows_of(clips, apart, model(code_vectors(vqvae, codes), ids))
 
 
 def code_vectors(vqvae: VQVAE, codes: Tensor) -> Tensor:
@@ -255,22 +270,21 @@ def code_vectors(vqvae: VQVAE, codes: Tensor) -> Tensor:
 class RefinerObjective(Objective):
     """Small clips to large ones: those that the tokenizer decodes, or, without a tokenizer, the true ones."""
 
-    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
         model = part(parts, "refiner", Refiner)
         hierarchical = HierarchicalLoss(phase.loss).to(device_of(model))
 
-        def loss(batch: Batch, step: int) -> Result:
+        def step(batch: Batch, number: int) -> Result:
             low, high = batch.frames
             return frames_loss(model(self._coded(low, parts)), hierarchical, high)
 
-        return loss
+        return step
 
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
         """Resized, refined, true."""
         model = part(parts, "refiner", Refiner)
-        low, high = (clips[: preview.CLIPS] for clips in batch.frames)
-        low = self._coded(low, parts)
-        return preview.rows(resize(low, model.config.scale), model(low), high)
+        low = self._coded(shown_clips(batch), parts)
+        return rows_of(resize(low, model.config.scale), model(low), batch.frames[1][:PREVIEW_CLIPS])
 
     def _coded(self, clips: Tensor, parts: Parts) -> Tensor:
         if "vqvae" not in parts:
@@ -286,7 +300,7 @@ class RegressionObjective(Objective):
     def check(self, phase: "Phase", spec: Spec) -> None:
         super().check(phase, spec)
         if not isinstance(spec, RegressionSpec):
-            return
+            raise ValueError(f"{phase.name} trains a regression model, and this is another")
         (fps,) = phase.cut.rates
         frames = len(spec.regression.slots(fps)[: phase.cut.keep])
         due = phase.cut.keep or phase.cut.frames
@@ -296,47 +310,29 @@ class RegressionObjective(Objective):
             )
 
     def prepare(self, module: nn.Module, phase: "Phase") -> None:
-        """Let the model know which frames it learns."""
+        """Mark the frames of the phase as trained, and start new ones from those that were."""
         assert isinstance(module, RegressionTransformer)
         (fps,) = phase.cut.rates
         module.get_ready(fps, module.config.slots(fps)[: phase.cut.keep])
 
-    def loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Loss:
+    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
         model = part(parts, "regression", RegressionTransformer)
-        hierarchical = HierarchicalLoss(phase.loss).to(device_of(model))
-
-        def loss(batch: Batch, step: int) -> Result:
-            (clips,) = batch.frames
-            frames = self._frames(model, text, batch, phase)
-            return frames_loss(frames, hierarchical, clips)
-
-        return loss
-
-    def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
-        """The regressed frames above the true ones."""
-        model = part(parts, "regression", RegressionTransformer)
-        some = replace(
-            batch,
-            captions=batch.captions[: preview.CLIPS],
-            durations=batch.durations[: preview.CLIPS],
-            frames=(batch.frames[0][: preview.CLIPS],),
-        )
-        return preview.rows(self._frames(model, folder.text(), some, phase), some.frames[0])
-
-    def _frames(
-        self, model: RegressionTransformer, text: TextTokenizer, batch: Batch, phase: "Phase"
-    ) -> Tensor:
         (fps,) = phase.cut.rates
         slots = model.config.slots(fps)[: phase.cut.keep]
-        ids = text_ids(text, batch.captions, batch.durations, model.config.text_len, PLAIN)
-        frames: Tensor = model(ids.to(batch.device), fps, slots)
-        return frames
+        hierarchical = HierarchicalLoss(phase.loss).to(device_of(model))
 
+        def step(batch: Batch, number: int) -> Result:
+            (clips,) = batch.frames
+            ids = prepare_text(text, batch, model.config.text_len, PLAIN).to(clips.device)
+            return frames_loss(model(ids, fps, slots), hierarchical, clips)
 
-TOKENIZER = TokenizerObjective()
-IMAGE = TokenObjective("image")
-STAGE1 = TokenObjective("stage1")
-STAGE2 = TokenObjective("stage2")
-DECODER = DecoderObjective()
-REFINER = RefinerObjective()
-REGRESSION = RegressionObjective()
+        return step
+
+    def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
+        """The model's frames for the captions, and the true ones."""
+        model = part(parts, "regression", RegressionTransformer)
+        clips = shown_clips(batch)
+        (fps,) = phase.cut.rates
+        ids = preview_text(folder.text(), batch, model.config.text_len, 0.0, PLAIN)
+        frames = model(ids.to(clips.device), fps, model.config.slots(fps)[: phase.cut.keep])
+        return rows_of(frames, clips)

@@ -1,4 +1,4 @@
-"""Which weights learn, by which rule, how fast."""
+"""Optimizers, and the learning rate of each step."""
 
 import math
 
@@ -7,30 +7,29 @@ from torch import nn
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("trapezoid", "cosine")
-SLOW = 100  # first steps of "cosine"
+SETTLING_STEPS = 100  # the first of "cosine"
 
 
 def learning_rate(
     step: int, steps: int, peak: float, warmup: int, decay: float, schedule: str = "trapezoid"
 ) -> float:
-    """Of a step, counted from 0.
+    """The learning rate of a step, counted from 0.
 
     "trapezoid": warm up linearly, stay, and fall linearly to 0 over the last `decay` share of the steps.
-    "cosine": that of the released models (docs/reference.md, "Learning rate"), 100 steps at a twentieth, for
-    moments to settle on inherited weights, then the linear warm-up from where it would be, then half a
-    cosine down to a tenth.
+    "cosine": that of the released models (SPEC B.4), 100 steps at a twentieth, for moments to settle on
+    inherited weights, then the linear warm-up from where it would be, then half a cosine down to a tenth.
     """
     rise = min(1.0, (step + 1) / max(warmup, 1))
     if schedule == "trapezoid":
         return peak * rise * min(1.0, (steps - step) / max(decay * steps, 1))
-    if step < SLOW:
+    if step < SETTLING_STEPS:
         return peak / 20
-    way = min(max(step + 1 - warmup, 0) / steps, 1.0)
-    return peak * rise * (1 + 9 * (1 + math.cos(math.pi * way)) / 2) / 10
+    progress = min(max(step + 1 - warmup, 0) / steps, 1.0)
+    return peak * rise * (1 + 9 * (1 + math.cos(math.pi * progress)) / 2) / 10
 
 
 def check_optimizer(name: str) -> None:
-    """ValueError if there is no optimizer of this name here."""
+    """Raise ValueError unless this torch has an optimizer of this name."""
     if name not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {name!r}; choose one of {', '.join(OPTIMIZERS)}")
     if name == "muon" and not hasattr(torch.optim, "Muon"):
@@ -42,14 +41,16 @@ def check_optimizer(name: str) -> None:
 def optimizers(
     model: nn.Module, name: str, weight_decay: float, betas: tuple[float, float]
 ) -> list[torch.optim.Optimizer]:
-    """Optimizers of everything in `model` that requires gradients, without a learning rate yet.
+    """Optimizers of everything in `model` that requires gradients; `set_learning_rate` sets the rate.
 
-    "adamw" updates all; "muon" gives hidden matrices to `torch.optim.Muon` (torch 2.9 or later), at a rate
-    that matches AdamW's, and the rest to AdamW. Only matrices decay.
+    "adamw" updates all; "muon" gives hidden matrices to `torch.optim.Muon` (torch 2.9 or later), with
+    updates as large as AdamW's, and the rest to AdamW. Only matrices decay.
     """
     check_optimizer(name)
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    hidden, decayed, plain = [], [], []
+    hidden = []
+    decayed = []
+    plain = []
     for p in model.parameters():
         if not p.requires_grad:
             continue

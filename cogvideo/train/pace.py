@@ -1,13 +1,12 @@
-"""How fast a recipe trains here: measured by a few real steps of each phase, in a run that is thrown away.
+"""How fast a recipe trains here: measured by a few real steps of each phase, in a temporary run.
 
 Weights are random and codes meaningless, which costs the same. Clips that recur are measured as if all were
-new; what drawing and encoding take of that is measured by itself, and the share that is remembered is left
-out.
+new; the time to read and encode a clip is measured separately, and subtracted for the share that recurs.
 """
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,11 @@ from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import VQVAE
 from cogvideo.train import inherit, loop, parallel
-from cogvideo.train.inputs import encode_clips, part
+from cogvideo.train.inputs import encode_clips
 from cogvideo.train.phase import Phase
 from cogvideo.train.recipes import Recipe
 from cogvideo.train.report import read_log
-from cogvideo.train.run import Options, Run, check_data
+from cogvideo.train.run import Options, Run
 
 CAPTIONS = 5_000  # that the text model is trained on
 
@@ -51,7 +50,7 @@ def measure(
     recipe: Recipe,
     source: Source,
     spec: Spec,
-    phases: Sequence[Phase],
+    phases: list[Phase],
     *,
     device: torch.device,
     processes: int,
@@ -59,83 +58,73 @@ def measure(
     workers: int = 0,
 ) -> Iterator[Pace]:
     """The pace of each phase, from `steps` steps after a first one; ValueError for what cannot be trained."""
-    phases = [phase.over(source.count) for phase in phases]
-    for phase in phases:
-        parallel.share(phase, processes)
-        phase.check(spec)
-    check_data(phases, source)
-
-    never = 10**9
-    options = Options(
-        device,
-        processes,
-        workers,
-        save_every=never,
-        log_every=1,
-        probe_every=never,
-        quiet=True,
-    )
-    with tempfile.TemporaryDirectory() as out:
-        run = Run(recipe, Path(out), source, spec, options)
+    with tempfile.TemporaryDirectory() as temporary:
+        options = Options(
+            device=device,
+            processes=processes,
+            workers=workers,
+            quiet=True,
+            save_every=10**9,
+            log_every=1,
+            probe_every=10**9,
+        )
+        run = Run(recipe, Path(temporary), source, spec, phases, options).with_steps()
+        run.check_phases()
+        run.check_data()
         random_model(run.folder, recipe, spec, source)
-        for phase in phases:
+        for phase in run.phases:
             yield _measure_phase(run, phase, steps)
 
 
 def _measure_phase(run: Run, phase: Phase, steps: int) -> Pace:
-    """A short run of one phase, without the checks of a real one."""
-    processes = run.options.processes
+    """The pace of one phase, in a short run without the checks of a real one."""
     short = replace(phase, steps=steps + 1, reuse=1)
-    alone = replace(run, recipe=replace(run.recipe, phases=(short,)))
-    work = partial(loop.train_phases, alone, [short])
+    work = partial(loop.run_phases, replace(run, recipe=replace(run.recipe, phases=(short,)), phases=[short]))
+    processes = run.options.processes or 1
     with parallel.launch(processes, work) as member:
         work(member)
-
-    rows = read_log(run.place(phase) / "log.jsonl")[1:]
-    rows.sort(key=lambda row: row["clips_per_second"])
-    middle = rows[len(rows) // 2]
-    new = phase.batch / middle["clips_per_second"]  # seconds of a step whose clips are all new
-    step = new
+    rows = read_log(run.out / phase.name / "log.jsonl")[1:]
+    middle = sorted(rows, key=lambda row: row["clips_per_second"])[len(rows) // 2]
+    measured = phase.batch / middle["clips_per_second"]
+    step = measured
     if phase.reuse > 1:
-        drawn = _new_clips(run, phase) * phase.batch / processes
-        step -= min(drawn, step) * (1 - 1 / phase.reuse)
-    mfu = middle["mfu"] * new / step if "mfu" in middle else None
+        device = torch.device(run.options.device)
+        new_clips = _seconds_a_clip(run.folder, phase, run.source, device) * phase.batch / processes
+        step -= min(new_clips, measured) * (1 - 1 / phase.reuse)
+    mfu = middle["mfu"] * measured / step if "mfu" in middle else None
     return Pace(phase, step, mfu)
 
 
 def random_model(folder: ModelFolder, recipe: Recipe, spec: Spec, source: Source) -> None:
-    """A model folder whose parts have random weights, and codes that are far from each other."""
-    before, inherit.CAPTIONS = inherit.CAPTIONS, CAPTIONS
-    try:
-        inherit.prepare(folder, recipe, spec, source)
-    finally:
-        inherit.CAPTIONS = before
+    """Write a model folder whose parts have random weights, and codes that are far from each other."""
+    inherit.prepare(folder, recipe, spec, source, captions=CAPTIONS)
     for name in spec.parts:
-        module = inherit.new_part(spec, name, recipe.seed)
-        if isinstance(module, VQVAE):
+        part = inherit.new_part(spec, name, recipe.seed)
+        if isinstance(part, VQVAE):
             generator = torch.Generator().manual_seed(recipe.seed)
-            c = module.config
-            module.codebook.init_codes(torch.randn(c.codes, c.code_width, generator=generator), generator)
-        folder.save(name, module)
+            c = part.config
+            vectors = torch.randn(c.codes, c.code_width, generator=generator)
+            part.codebook.init_codes(vectors, generator)
+        folder.save(name, part)
 
 
-def _new_clips(run: Run, phase: Phase) -> float:
-    """Seconds that it takes to draw and to encode one clip."""
-    device = torch.device(run.options.device)
-    vqvae = part({"vqvae": run.folder.load("vqvae").to(device)}, "vqvae", VQVAE)
-    clips = batches(run.source, phase.cut, 4, seed=0)
+def _seconds_a_clip(folder: ModelFolder, phase: Phase, source: Source, device: torch.device) -> float:
+    """Seconds to read and encode one clip."""
+    vqvae = folder.load("vqvae").to(device)
+    clips = batches(source, phase.cut, 4, seed=0)
     machine = parallel.Machine(device)
     times = []
     for _ in range(3):
-        begin = time.perf_counter()
+        began = time.perf_counter()
         frames = next(clips).frames[0].to(device)
         with machine.arithmetic(phase.precision):
             encode_clips(vqvae, frames).cpu()
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - began)
     return min(times) / 4
 
 
 def table(paces: list[Pace]) -> str:
+    """A line for each phase, and one for all."""
     lines = [f"{'phase':<12}{'steps':>8}{'s/step':>9}{'clips/s':>9}{'mfu':>6}{'hours':>8}"]
     for one in paces:
         mfu = f"{one.mfu:.0%}" if one.mfu else "-"

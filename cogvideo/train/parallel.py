@@ -37,7 +37,9 @@ from cogvideo.data.loader import Batch
 from cogvideo.hardware import find_device, idle_cores
 from cogvideo.model.transformer import Block
 from cogvideo.model.vqvae import Codebook
-from cogvideo.train.objectives import Loss, Result
+from cogvideo.train.inputs import Parts
+from cogvideo.train.losses import Result
+from cogvideo.train.objectives import Step as ObjectiveStep
 from cogvideo.train.phase import Phase
 
 BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -235,22 +237,22 @@ def _member(work: Callable[[Member], Any], member: Member, threads: int, parent:
 
 
 class Step(nn.Module):
-    """The loss of a phase and the parts that it uses, as one module: `forward` is a step up to the loss.
+    """The step of an objective and the parts that it uses, as one module: `forward` is a step up to the loss.
 
-    The loss is built in the first forward, when all but the matrices is whole: models keep the tensors that
-    they find in their parts.
+    The objective's step is built in the first forward, when all but the matrices is whole: models keep the
+    tensors that they find in their parts.
     """
 
-    def __init__(self, parts: dict[str, nn.Module], build: Callable[[], Loss]):
+    def __init__(self, parts: Parts, build: Callable[[], ObjectiveStep]):
         super().__init__()
         self.parts = nn.ModuleDict(parts)
         self.build = build
-        self.loss: Loss | None = None
+        self.step: ObjectiveStep | None = None
 
     def forward(self, batch: Batch, number: int) -> Result:
-        if self.loss is None:
-            self.loss = self.build()
-        return self.loss(batch, number)
+        if self.step is None:
+            self.step = self.build()
+        return self.step(batch, number)
 
 
 def place(step: Step, machine: Machine, precision: str) -> None:

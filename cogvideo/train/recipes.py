@@ -7,9 +7,9 @@ and its schedule.
     stage1      the temporal channel for key frames, 1, 2 or 4 a second, told apart by the duration prompt
     stage2      the temporal channel that fills in frames between given ones, at 2, 4 and 8 a second
     decoder     codes of a clip to its frames, each with its neighbours and the caption: windows, as above
-    mistakes    the same on whole frames, where some codes are what the stages would sample instead
+    mistakes    the same on whole frames, with some codes replaced by what the stages would sample
 
-and of the regression family, whose one model goes from phase to phase:
+and of the regression family, whose one model all phases train:
 
     image       text to the first frame of a clip
     low         every 8th frame
@@ -30,7 +30,7 @@ class Recipe:
     preset: str  # row of the table of models
     phases: tuple[Phase, ...]
     sprites: int = 32  # of the tiny world, when that is the data
-    pieces: int = 1280  # of the text model, when it has to be trained; 0: the text is GPT-2's
+    pieces: int = 1280  # of the text model that is trained for it; 0: GPT-2's words
     seed: int = 1
 
     def phase(self, name: str) -> Phase:
@@ -43,8 +43,8 @@ class Recipe:
         )
 
     def changed(self, values: dict[str, str]) -> "Recipe":
-        """With fields of phases set, as in {"image.steps": "100", "tokenizer.loss.temporal": "0"}: those that
-        are numbers or words, read by the type of what they are."""
+        """With fields of phases set, as in {"image.steps": "100", "tokenizer.loss.temporal": "0"}. Only
+        numbers and words can be set; each is parsed by the type of its present value."""
         found = self
         for key, value in values.items():
             name, _, what = key.partition(".")
@@ -71,10 +71,10 @@ class Recipe:
 def regression(
     name: str, cut: Cut, *, batch: int, lr: float, steps: int = 1, epochs: int = 0, optimizer: str = "adamw"
 ) -> Phase:
-    """A phase of the regression family; it goes on with what the phase before it made."""
+    """A phase of the regression family; it starts from the previous phase's weights."""
     return Phase(
         name,
-        objectives.REGRESSION,
+        objectives.RegressionObjective(),
         trains=("regression",),
         uses=(),
         cut=cut,
@@ -100,7 +100,7 @@ RECIPES = {
         (
             Phase(
                 "crops",
-                objectives.TOKENIZER,
+                objectives.TokenizerObjective(),
                 trains=("vqvae",),
                 uses=(),
                 cut=Cut(1, (8,), sizes=(192,), crop=96, cover=48),
@@ -117,7 +117,7 @@ RECIPES = {
             ),
             Phase(
                 "tokenizer",
-                objectives.TOKENIZER,
+                objectives.TokenizerObjective(),
                 trains=("vqvae",),
                 uses=(),
                 cut=Cut(1, (8,), sizes=(192,), cover=48),
@@ -133,7 +133,7 @@ RECIPES = {
             ),
             Phase(
                 "image",
-                objectives.IMAGE,
+                objectives.TokenObjective("image"),
                 trains=("base",),
                 uses=("vqvae",),
                 cut=Cut(5, (1, 1, 2, 4, 8), keep=1, sizes=(192,), cover=16),
@@ -145,7 +145,7 @@ RECIPES = {
             ),
             Phase(
                 "stage1",
-                objectives.STAGE1,
+                objectives.TokenObjective("stage1"),
                 trains=("stage1",),
                 uses=("vqvae", "base"),
                 cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4), sizes=(192,), cover=16),
@@ -158,7 +158,7 @@ RECIPES = {
             ),
             Phase(
                 "stage2",
-                objectives.STAGE2,
+                objectives.TokenObjective("stage2"),
                 trains=("stage2",),
                 uses=("vqvae", "base"),
                 cut=Cut(5, (2, 2, 4, 8), sizes=(192,), cover=16),
@@ -171,7 +171,7 @@ RECIPES = {
             ),
             Phase(
                 "decoder",
-                objectives.DECODER,
+                objectives.DecoderObjective(),
                 trains=("decoder",),
                 uses=("vqvae",),
                 cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), crop=96, cover=48),
@@ -189,7 +189,7 @@ RECIPES = {
             ),
             Phase(
                 "mistakes",
-                objectives.DECODER,
+                objectives.DecoderObjective(),
                 trains=("decoder",),
                 uses=("vqvae", "base", "stage1", "stage2"),
                 cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), cover=48),
@@ -218,7 +218,7 @@ RECIPES = {
             regression("high", Cut(33, (8,)), steps=600, batch=4, lr=1e-3, optimizer="muon"),
             Phase(
                 "refiner",
-                objectives.REFINER,
+                objectives.RefinerObjective(),
                 trains=("refiner",),
                 uses=(),
                 cut=Cut(3, (8,), sizes=(48, 192)),

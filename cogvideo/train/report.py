@@ -1,5 +1,4 @@
-"""What a run tells about itself: a line at a time on the terminal, a JSONL log, the loss curve as a
-picture."""
+"""The report of a run: lines on the terminal, a JSONL log, the loss curve as a picture."""
 
 import json
 import time
@@ -16,8 +15,8 @@ from cogvideo.files import replacing
 class Report:
     """Counts steps of one phase; `every` steps it prints and logs the averages since the last line.
 
-    peak_clips: clips a second if the machine did nothing but the model's operations at full rate; what share
-    of it is reached is the model FLOPs utilisation (mfu).
+    peak_clips: clips a second if the machine spent all its time on the model's operations, at full speed. The
+    share of it that is reached is the model FLOPs utilisation (mfu).
     """
 
     def __init__(
@@ -30,15 +29,20 @@ class Report:
         quiet: bool = False,
         peak_clips: float | None = None,
     ):
-        self.log, self.phase, self.steps, self.clips = folder / "log.jsonl", phase, steps, clips
-        self.every, self.quiet, self.peak_clips = every, quiet, peak_clips
+        self.log = folder / "log.jsonl"
+        self.phase = phase
+        self.steps = steps
+        self.clips = clips
+        self.every = every
+        self.quiet = quiet
+        self.peak_clips = peak_clips
         file = folder / "skipped.json"
         self.skipped: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         self.recent: deque[dict[str, float]] = deque()
         self.began = time.perf_counter()
 
     def forget(self, first: int) -> None:
-        """Drop the rows after step `first`, which come again. One process does it for all."""
+        """Drop the rows after step `first`, which will be repeated. Only one process calls this."""
         if self.log.exists():
             kept = [row for row in read_log(self.log) if row["step"] <= first]
             with replacing(self.log) as whole:
@@ -80,25 +84,25 @@ class Report:
         self.began = now
 
     def skip(self, skipped: dict[str, str]) -> None:
-        """Write the videos that were skipped, and why, into one file for the whole phase."""
+        """Note the videos that were skipped, and why, in one file for the whole phase."""
         if skipped.keys() - self.skipped.keys():
             self.skipped |= skipped
             with replacing(self.log.with_name("skipped.json")) as file:
                 file.write_text(json.dumps(self.skipped, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def end(self) -> None:
-        """Report what was skipped."""
+        """Print how many videos were skipped."""
         if self.skipped and not self.quiet:
             name, why = next(iter(self.skipped.items()))
             print(
-                f"{self.phase}: {len(self.skipped)} videos were skipped, all in "
+                f"{self.phase}: {len(self.skipped)} videos skipped, listed in "
                 f"{self.log.with_name('skipped.json')}; the first is {name}: {why}",
                 flush=True,
             )
 
 
 def read_log(log: Path) -> list[dict[str, float]]:
-    """The rows of a JSONL log, but for one that a full disk cut off."""
+    """The rows of a JSONL log, except one that a full disk truncated."""
     rows = []
     for line in log.read_text().splitlines():
         with suppress(json.JSONDecodeError):
@@ -111,11 +115,14 @@ def draw_curve(log: Path, out: Path, key: str = "loss", size: tuple[int, int] = 
     points = [(row["step"], row[key]) for row in (read_log(log) if log.exists() else []) if key in row]
     if len(points) < 2:
         return
-    (left, top, right, bottom), (width, height) = (56, 16, 16, 28), size
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    first, last = points[0][0], points[-1][0]
+    left, top, right, bottom = (56, 16, 16, 28)  # margins
+    width, height = size
+    low = min(y for _, y in points)
+    high = max(y for _, y in points)
+    first = points[0][0]
+    last = points[-1][0]
 
-    def place(x: float, y: float) -> tuple[float, float]:
+    def pixel(x: float, y: float) -> tuple[float, float]:
         return (
             left + (x - first) / max(last - first, 1) * (width - left - right),
             height - bottom - (y - low) / max(high - low, 1e-9) * (height - top - bottom),
@@ -125,8 +132,8 @@ def draw_curve(log: Path, out: Path, key: str = "loss", size: tuple[int, int] = 
     pen = ImageDraw.Draw(picture)
     for share in (0, 0.25, 0.5, 0.75, 1):
         y = low + share * (high - low)
-        pen.line([place(first, y), place(last, y)], fill="#dddddd")
-        pen.text((6, place(first, y)[1] - 6), f"{y:.3g}", fill="#444444")
-    pen.line([place(x, y) for x, y in points], fill="#1f6fb4", width=2)
+        pen.line([pixel(first, y), pixel(last, y)], fill="#dddddd")
+        pen.text((6, pixel(first, y)[1] - 6), f"{y:.3g}", fill="#444444")
+    pen.line([pixel(x, y) for x, y in points], fill="#1f6fb4", width=2)
     pen.text((left, height - 20), f"{key}, steps {first} to {last}", fill="#444444")
     picture.save(out)
