@@ -103,7 +103,7 @@ def main() -> None:
     print(f"{'verb':<16}{'reading':>8}{'seconds':>9}{'predicted':>11}{'peak GB':>9}")
     part = arguments.out / "larger-so-far.npz"  # a frame takes minutes
     begun = Draft.load(part) if part.exists() else None
-    larger = partial(pipe.enlarge, begin=begun, each=lambda draft: draft.save(part))
+    larger = partial(pipe.superresolve, begin=begun, each=lambda draft: draft.save(part))
     for name, verb in verbs(pipe, [PROMPT], [1]).items():
         verb = larger if name == "larger frames" else verb
         tokens, told = arguments.out / f"{name}.npz", arguments.out / f"{name}.json"

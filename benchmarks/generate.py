@@ -25,6 +25,7 @@ import torch
 
 from cogvideo import CogVideo
 from cogvideo.generate.estimate import Speed
+from cogvideo.generate.regression import RegressionPipeline
 
 PROMPT = "a dog runs to the right across a green field"
 HEAD = f"{'seconds':>9}{'least':>8}{'most':>8}"
@@ -33,7 +34,7 @@ HEAD = f"{'seconds':>9}{'least':>8}{'most':>8}"
 def verbs(pipe: Any, prompts: list[str], seeds: list[int]) -> dict[str, Callable[[Any], Any]]:
     """The verbs of videos in their order, each from what the one before it made; named as in
     `cogvideo.generate.cost.plan`."""
-    if not pipe.draws:  # the regression family
+    if isinstance(pipe, RegressionPipeline):
         return {
             "frames": lambda nothing: pipe.regress(prompts, max(pipe.frame_counts)),
             "upscale": pipe.upscale,
@@ -43,7 +44,7 @@ def verbs(pipe: Any, prompts: list[str], seeds: list[int]) -> dict[str, Callable
         "first frame": lambda nothing: pipe.first_frames(prompts, seeds),
         "key frames": lambda draft: pipe.keyframes(prompts, seeds, begin=draft),
         **dict.fromkeys([name for name in planned if name.startswith("to ")], pipe.interpolate),
-        "larger frames": pipe.enlarge,
+        "larger frames": pipe.superresolve,
         "decode": pipe.decode,
         "upscale": pipe.upscale,
     }
@@ -61,7 +62,7 @@ def timed(action: Callable[[], Any], runs: int) -> tuple[Any, list[float]]:
 
 def time_verbs(pipe: Any, runs: int, count: int = 1) -> tuple[Any, dict[str, list[float]]]:
     """What the verbs make of `count` prompts in a row, and the seconds of each run of each."""
-    pipe(PROMPT, progress=False, **({"seed": 0} if pipe.draws else {}))  # warm: parts loaded, masks made
+    pipe(PROMPT, progress=False, seed=0)  # warm: parts loaded, masks made
     value, taken = None, {}
     for name, verb in verbs(pipe, [PROMPT] * count, list(range(count))).items():
         value, taken[name] = timed(partial(verb, value), runs)
@@ -112,7 +113,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "a.mp4")
         command = [sys.executable, "-m", "cogvideo", "generate", PROMPT, "-o", out]
-        command += ["--model", arguments.model, "--quiet", *(["--seed", "0"] if pipe.draws else [])]
+        command += ["--model", arguments.model, "--quiet", "--seed", "0"]
         _, times = timed(lambda: subprocess.run(command, check=True), min(3, arguments.runs))
     print(f"{'command':<14}{spread(times)}  start of Python to mp4")
 

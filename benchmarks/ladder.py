@@ -44,7 +44,9 @@ from cogvideo.data.tinyworld import Scene, TinyWorld, cover, path, render, sampl
 from cogvideo.data.tinyworld.world import SceneVideo
 from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
 from cogvideo.files import replacing
-from cogvideo.generate.draft import Draft, Kept
+from cogvideo.generate.cogvideo import CogVideo
+from cogvideo.generate.draft import Draft, DraftStore
+from cogvideo.generate.regression import RegressionPipeline
 from cogvideo.model.features import PictureFeatures
 from cogvideo.model.folder import ModelFolder, find_model
 from cogvideo.model.vqvae import VQVAE, to_frames, to_pictures
@@ -94,7 +96,7 @@ class TokenizerOnly:
         codes = torch.stack([self.vqvae.encode(to_pictures(frames)) for frames in small])
         return Draft(codes, clips[0].fps, tuple(prompts), tuple(seeds))
 
-    def enlarge(self, draft: Draft) -> Draft:
+    def superresolve(self, draft: Draft) -> Draft:
         return draft
 
     @torch.inference_mode()
@@ -137,7 +139,7 @@ def from_first(pipe: Any, batch: Batch) -> Draft:
 
 
 def generated(pipe: Any, batch: Batch) -> Draft | list[Clip]:
-    if not pipe.draws:  # of the regression family
+    if isinstance(pipe, RegressionPipeline):
         return pipe(batch.prompts, progress=False)
     return interpolate(pipe, pipe.keyframes(batch.prompts, batch.seeds))
 
@@ -163,7 +165,7 @@ def tokenizer_config(pipe: Any) -> Any:
 
 def has_decoder(pipe: Any) -> bool:
     """Whether a video decoder turns codes into frames."""
-    return not isinstance(pipe, TokenizerOnly) and pipe.draws and "decoder" in pipe.folder.finishing
+    return isinstance(pipe, CogVideo) and "decoder" in pipe.folder.finishing
 
 
 def rows_of(pipe: Any, rung: str) -> list[str]:
@@ -204,10 +206,10 @@ def replace_codes(codes: Tensor, count: int, seed: int, share: float = REPLACED)
 
 def take(pipe: Any, rung: str, batch: Batch, folder: Path | None) -> Draft | list[Clip]:
     """The codes or clips of a rung. Generated codes are kept in `folder`, and read from there."""
-    kept = Kept(None, "", torch.device("cpu"))
+    kept = DraftStore(None, "", torch.device("cpu"))
     if folder is not None and rung in GENERATED:
         call = (pipe.folder.version(), pipe.dtype, pipe.sampling, batch.prompts, batch.seeds)
-        kept = Kept(folder, repr(call), pipe.device)
+        kept = DraftStore(folder, repr(call), pipe.device)
     made: Draft | list[Clip] | None = kept.load(rung)
     if made is None:
         made = RUNGS[rung][0](pipe, batch)
@@ -221,7 +223,7 @@ def show(pipe: Any, made: Draft | list[Clip]) -> dict[str, list[Clip]]:
     made the former."""
     if not isinstance(made, Draft):
         return {"": made}
-    shown = {"": pipe.upscale(pipe.decode(pipe.enlarge(made)))}
+    shown = {"": pipe.upscale(pipe.decode(pipe.superresolve(made)))}
     if has_decoder(pipe):
         shown[BY_FRAME] = TokenizerOnly(pipe.parts.vqvae).decode(made)
     return shown
@@ -486,7 +488,6 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, default=frame_judge.FILE, help="weights of the frame judge")
     parser.add_argument("--out", type=Path, default=Path("runs/ladder"))
     args = parser.parse_args()
-    from cogvideo.generate.cogvideo import CogVideo
 
     judge = frame_judge.load(args.judge)
     pipe = TokenizerOnly(load_tokenizer(args.vqvae)) if args.vqvae else CogVideo.from_pretrained(args.model)

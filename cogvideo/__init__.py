@@ -5,24 +5,27 @@ clips = CogVideo.from_pretrained("tiny")("a dog runs to the right across a green
 clips[0].save("dog.mp4")
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cogvideo.generate.cogvideo import CogVideo
+    from cogvideo.generate.cogvideo import CogVideo, load
+    from cogvideo.generate.pipeline import Pipeline
     from cogvideo.video import Clip
 
-__all__ = ["Clip", "CogVideo"]
+__all__ = ["Clip", "CogVideo", "Pipeline", "load"]
 __version__ = "0.1.0"
 
+_ROOMS = {
+    "Clip": "cogvideo.video",
+    "CogVideo": "cogvideo.generate.cogvideo",
+    "Pipeline": "cogvideo.generate.pipeline",
+    "load": "cogvideo.generate.cogvideo",
+}
 
-def __getattr__(name: str):
+
+def __getattr__(name: str) -> object:
     # torch takes seconds to import; the command line and its help must not wait for it
-    if name == "CogVideo":
-        from cogvideo.generate.cogvideo import CogVideo
-
-        return CogVideo
-    if name == "Clip":
-        from cogvideo.video import Clip
-
-        return Clip
-    raise AttributeError(f"module 'cogvideo' has no attribute {name!r}")
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'cogvideo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_ROOMS[name]), name)

@@ -13,12 +13,15 @@ from contextlib import redirect_stderr
 from dataclasses import replace
 from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Fixed, Positional, Suppress, arg
 
-TOGETHER = 16  # videos that are made at a time, and saved before the next
+if TYPE_CHECKING:
+    from cogvideo.generate.pipeline import Pipeline
+
+TOGETHER = 16  # videos per batch, saved before the next
 Short = Annotated[Path, arg(aliases=["-o"])]
 
 
@@ -42,82 +45,109 @@ def generate(
     keep: Path | None = None,
     quiet: bool = False,
 ) -> None:
-    """Make videos from a sentence.
+    """Generate videos from a sentence.
 
     Args:
-        prompt: What is to be seen, English or Chinese.
+        prompt: What is to be seen, in English or Chinese.
         out: Where to write: .mp4, .gif, .webp or .png. Several videos get numbers: out-0.mp4, out-1.mp4.
         model: A shipped model, a model folder, or a hub id.
         prompts: A text file with a prompt on each line, instead of one prompt.
         num_videos: Videos for each prompt.
-        num_frames: Frames of a video: fewer rounds of interpolation for fewer frames; 1 is a picture, made by
-            the text-to-image model alone.
-        seed: The same seed makes the same video. Default: a random one, which is printed.
+        num_frames: Frames of a video: fewer frames take fewer rounds of interpolation; 1 is an image, by the
+            text-to-image model alone.
+        seed: The same seed gives the same video. Default: a random one, which is printed. A deterministic
+            model accepts it and ignores it.
         guidance_scale: How strongly the prompt is followed, 1 or more. Default: what suits the model.
-        image: A picture to begin with.
-        video: A video to go on from.
+        image: An image to begin with.
+        video: A video to continue.
         device: Where to compute: cpu, cuda, mps.
         threads: CPU threads. Default: as many as there are idle cores.
         dtype: Numbers to compute with. Default: what is fastest on the device.
         reference_quirks: Repeat what the original's inference does otherwise than its training.
         ignore_memory: Try even if the model does not seem to fit.
-        keep: A folder for the tokens after every step: killed, the same command with the same seed goes on.
+        keep: A folder for the tokens after every step; rerun with the same seed to resume an interrupted run.
         quiet: Print nothing but errors.
     """
-    from cogvideo.video import check_folder, check_output
+    from cogvideo.video import check_folder
 
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     lines = _read_prompts(prompt, prompts)
     asked = [line for line in lines for _ in range(num_videos)]
-    paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(len(asked))]
-    paths = [out] if len(asked) == 1 else paths
-    for path in paths:
-        check_output(path)
+    paths = _output_files(out, len(asked))
     if keep is not None:
         check_folder(keep)
-    import torch
 
-    from cogvideo.generate.cogvideo import CogVideo
-    from cogvideo.generate.sampling import pick_seeds
-    from cogvideo.hardware import idle_cores
-
-    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads or min(torch.get_num_threads(), idle_cores()))
-    pipe = CogVideo.from_pretrained(model, device, dtype, reference_quirks)
-    estimate = pipe.estimate(len(asked))
-    if not estimate.fits and not ignore_memory:
-        print(estimate.table(), file=sys.stderr)
-        raise ValueError(f"{model} needs more memory than there is; --ignore-memory tries nevertheless")
-    for number, line in enumerate(lines, 1):
-        try:
-            pipe.check_prompt(line)
-        except ValueError as error:
-            raise ValueError(f"{prompts}, prompt {number}: {error}" if prompts else error) from None
-    for hint in [] if quiet else pipe.hints(lines):
-        print(f"hint: {hint}", file=sys.stderr)
-    options: dict[str, Any] = {
-        "image": image,
-        "video": video,
-        "num_frames": num_frames,
-        "keep": keep,
-        "guidance_scale": guidance_scale,
-        "progress": not quiet,
-    }
-    if pipe.draws and keep is not None and seed is None:
+    pipe = _open_pipeline(model, device, dtype, reference_quirks, threads)
+    pipe.check_supported(keep=keep, num_videos_per_prompt=num_videos)
+    _check_memory(pipe, model, len(asked), ignore_memory)
+    _check_prompts(pipe, lines, prompts, quiet)
+    seeds = pipe.new_seeds(seed, len(asked))
+    if keep is not None and seed is None:
         raise ValueError("--keep needs --seed, for the same command must ask for the same videos")
-    if not pipe.draws and num_videos > 1:
-        raise ValueError(f"--num-videos {num_videos}: {model} draws nothing, so a prompt is one video")
-    if pipe.draws:
-        seed = pick_seeds(seed, len(asked))[0]
+
     for first in range(0, len(asked), TOGETHER):
-        clips = pipe(asked[first : first + TOGETHER], seed=None if seed is None else seed + first, **options)
+        clips = pipe(
+            asked[first : first + TOGETHER],
+            image=image,
+            video=video,
+            num_frames=num_frames,
+            guidance_scale=guidance_scale,
+            seed=None if seeds is None else seeds[first],
+            progress=not quiet,
+            keep=keep,
+        )
         for i, clip in enumerate(clips, first):
             clip.save(paths[i])
             if not quiet:
                 frames, height, width, _ = clip.frames.shape
-                drawn = "" if seed is None else f", seed {seed + i}"
-                print(f"{paths[i]}  {frames} frames, {width}x{height}, {clip.fps:g} fps{drawn}")
+                used = "" if seeds is None else f", seed {seeds[i]}"
+                print(f"{paths[i]}  {frames} frames, {width}x{height}, {clip.fps:g} fps{used}")
+
+
+def _output_files(out: Path, count: int) -> list[Path]:
+    """The file of each video; ValueError or OSError if one cannot be written."""
+    from cogvideo.video import check_output
+
+    paths = [out]
+    if count > 1:
+        paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
+    for path in paths:
+        check_output(path)
+    return paths
+
+
+def _open_pipeline(
+    model: str, device: str, dtype: str | None, reference_quirks: bool, threads: int | None
+) -> "Pipeline":
+    """The model, on as many threads as there are idle cores."""
+    import torch
+
+    from cogvideo.generate.cogvideo import load
+    from cogvideo.hardware import idle_cores
+
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or min(torch.get_num_threads(), idle_cores()))
+    return load(model, device, dtype, reference_quirks)
+
+
+def _check_memory(pipe: "Pipeline", model: str, count: int, ignore_memory: bool) -> None:
+    estimate = pipe.estimate(count)
+    if not estimate.fits and not ignore_memory:
+        print(estimate.table(), file=sys.stderr)
+        raise ValueError(f"{model} needs more memory than there is; --ignore-memory tries nevertheless")
+
+
+def _check_prompts(pipe: "Pipeline", lines: list[str], file: Path | None, quiet: bool) -> None:
+    """Raise ValueError for a prompt that cannot be used, by its number; print hints."""
+    for number, line in enumerate(lines, 1):
+        try:
+            pipe.check_prompt(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, prompt {number}: {error}" if file else error) from None
+    if not quiet:
+        for hint in pipe.hints(lines):
+            print(f"hint: {hint}", file=sys.stderr)
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
@@ -230,13 +260,13 @@ def estimate(
     processes: int | None = None,
     fields: Suppress[Fixed[dict[str, str] | None]] = None,
 ) -> None:
-    """Tell what generation costs, without loading anything: memory, steps, bytes to read, time here.
+    """Estimate what generation costs, without loading anything: memory, steps, bytes to read, seconds.
 
     With --train RECIPE, hours of training on this machine, measured by a few steps of each phase; fields of
     phases are set as for `cogvideo train`.
 
     Args:
-        model: A shipped model, a model folder, a hub id, or a row of the table in cogvideo/presets.py.
+        model: A shipped model, a model folder, a hub id, or a row of the table in cogvideo/model/presets.py.
         dtype: Numbers to compute with. Default: what is fastest on a CPU.
         num_videos: Videos at a time.
         train: A recipe to be measured, instead of generation.
@@ -257,9 +287,8 @@ def estimate(
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     chosen = folder.config.get("sampling", {}) if folder else presets.SAMPLING.get(model, {})
-    if spec.family == "regression" and dtype == "int8":
-        raise ValueError("a regression model computes in float32 or bfloat16, not in int8")
-    dtype = dtype or ("float32" if spec.family == "regression" else "int8")
+    dtype = dtype or spec.dtypes[0]
+    spec.check_dtype(dtype)
     print(Estimate(spec, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from cogvideo.generate.fill import fill
 from cogvideo.generate.int8 import join, pack
-from cogvideo.generate.sampling import Sampling, guide, pick, uniforms
+from cogvideo.generate.sampling import Sampling, guide, sample, uniforms
 from cogvideo.layout import Layout
 from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
@@ -57,7 +57,7 @@ def test_guidance_as_a_doubled_batch_equals_two_separate_passes(nano):
             )
             logits = unprompted + 3.0 * (prompted - unprompted)
             assert (guide(torch.cat((prompted, unprompted)), 3.0) - logits).abs().max() < 1e-5
-            token = pick(logits, SAMPLING, uniform[:, k])
+            token = sample(logits, SAMPLING, uniform[:, k])
             made.append(token)
     expected = torch.stack(made, 1).view(3, 4, -1)
     assert torch.equal(run(model, text, plain, known, [5, 6, 7])[:, 1:], expected)

@@ -10,8 +10,8 @@ from torch import Tensor
 from cogvideo.convert import cogvideo as convert
 from cogvideo.generate import cogvideo as pipeline
 from cogvideo.generate.cogvideo import CogVideo
-from cogvideo.generate.fill import Filled
-from cogvideo.generate.sampling import Sampling, guide, pick, stages
+from cogvideo.generate.fill import FillState
+from cogvideo.generate.sampling import Sampling, guide, sample, stages
 from cogvideo.layout import Layout
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.transformer import DualChannelTransformer
@@ -135,7 +135,7 @@ def test_clusters_are_drawn_as_in_the_original(name, sampling):
     sampling = replace(sampling, clusters=golden["labels"].long())
     even = (torch.arange(count) + 0.5) / count
     for row, logits in enumerate(golden["logits"]):
-        drawn = torch.cat([pick(logits.expand(len(u), -1), sampling, u) for u in even.split(100)])
+        drawn = torch.cat([sample(logits.expand(len(u), -1), sampling, u) for u in even.split(100)])
         drawn_clusters = sampling.clusters[drawn]
         shares = golden[f"{name}.cluster_probs_topk_normalised"][row]
         ranked = golden["cogvideo.topk_clusters" if name == "cogvideo" else "cogview2.topk_clusters"][row]
@@ -163,7 +163,7 @@ def test_a_run_asks_for_what_the_original_asked(nano, monkeypatch):
         if len(asked):
             assert torch.equal(known.flatten(1), given[:, -frames:][:, : known[0].numel()])
         asked.append((sampling, last, layout.reference))
-        yield Filled(layout.unlay(made[:, -frames:].unflatten(1, (-1, 400))), 1, 1)
+        yield FillState(layout.unlay(made[:, -frames:].unflatten(1, (-1, 400))), 1, 1)
 
     monkeypatch.setattr(pipeline, "fill", fill)
     monkeypatch.setattr(pipe.text, "encode", lambda text: encoded.append(text) or encode(text))

@@ -470,7 +470,6 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("seed", 1),
         ("guidance_scale", 3.0),
         ("image", "cat.png"),
         ("video", "cat.mp4"),
@@ -478,8 +477,8 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
         ("num_videos_per_prompt", 2),
     ],
 )
-def test_what_means_nothing_is_refused_by_name(trained, name, value):
-    with pytest.raises(ValueError, match=f"{name} means nothing to a regression model"):
+def test_what_is_not_supported_is_refused_by_name(trained, name, value):
+    with pytest.raises(ValueError, match=f"{name} is not supported: this model is deterministic"):
         CogVideo.from_pretrained(trained / "model")("a dog", progress=False, **{name: value})
 
 
@@ -494,12 +493,18 @@ def test_bad_prompts_and_frames_are_refused(trained):
         with pytest.raises(ValueError, match=message):
             pipe(prompt, progress=False)
     for make in (partial(pipe, num_frames=7), partial(pipe.regress, num_frames=7)):
-        with pytest.raises(ValueError, match="num_frames 7 cannot be made; choose one of 5, 33"):
+        with pytest.raises(ValueError, match="num_frames 7 is not possible; choose one of 5, 33"):
             make(["a dog"])
     with pytest.raises(ValueError, match="leave it out for a regression model"):
         CogVideo.from_pretrained(trained / "model", reference_quirks=True)
-    with pytest.raises(ValueError, match="float32 or bfloat16, not in int8"):
+    with pytest.raises(ValueError, match="family regression; choose one of float32, bfloat16"):
         CogVideo.from_pretrained(trained / "model", dtype="int8")
+
+
+def test_a_seed_is_accepted_and_changes_nothing(trained):
+    pipe = CogVideo.from_pretrained(trained / "model")
+    one, other = (pipe("a dog runs", seed=seed, progress=False)[0].frames for seed in (1, 2))
+    assert np.array_equal(one, other)
 
 
 def test_a_prompt_is_the_same_clip_alone_or_among_others(trained):
@@ -520,8 +525,11 @@ def test_the_command_line_makes_and_describes_it(trained, tmp_path):
     assert "1 and 1 layers" in cogvideo("models", model)
     estimated = cogvideo("estimate", model)
     assert all(row in estimated for row in ("\nregression ", "\nrefiner ", "\nframes ", "\nupscale "))
-    for option, why in {"--seed": "seed means nothing", "--num-videos": "a prompt is one video"}.items():
-        assert why in cogvideo(*make, str(tmp_path / "no.gif"), option, "2", fails=True)
+    seeded = cogvideo(*make, str(tmp_path / "seeded.gif"), "--seed", "2")  # accepted and ignored
+    assert "seed" not in seeded
+    assert (tmp_path / "seeded.gif").read_bytes() == (tmp_path / "dog.gif").read_bytes()
+    why = cogvideo(*make, str(tmp_path / "no.gif"), "--num-videos", "2", fails=True)
+    assert "num_videos_per_prompt is not supported: this model is deterministic" in why
     assert not (tmp_path / "no.gif").exists()
 
 

@@ -1,14 +1,16 @@
 import pytest
 import torch
 
-from cogvideo.generate.sampling import MAX_SEED, Sampling, guide, pick, pick_seeds, uniforms
+from cogvideo.generate.sampling import MAX_SEED, Sampling, guide, new_seeds, sample, uniforms
 
 
 @pytest.mark.parametrize("top_k, temperature", [(0, 1.0), (3, 1.0), (3, 0.5), (0, 2.0)])
 def test_pick_draws_from_the_filtered_softmax(top_k, temperature):
     logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 0.5])
     count = 40_000
-    drawn = pick(logits.expand(count, -1), Sampling(temperature, top_k), (torch.arange(count) + 0.5) / count)
+    drawn = sample(
+        logits.expand(count, -1), Sampling(temperature, top_k), (torch.arange(count) + 0.5) / count
+    )
     kept = logits.topk(top_k or 5).indices
     expected = torch.zeros(5)
     expected[kept] = torch.softmax(logits[kept] / temperature, 0)
@@ -18,7 +20,7 @@ def test_pick_draws_from_the_filtered_softmax(top_k, temperature):
 
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
-    assert pick(logits, Sampling(0.0), torch.tensor([0.99, 0.99])).tolist() == [1, 0]
+    assert sample(logits, Sampling(0.0), torch.tensor([0.99, 0.99])).tolist() == [1, 0]
 
 
 def test_uniforms_belong_to_their_seed_and_stream():
@@ -36,11 +38,11 @@ def test_guide_moves_away_from_the_plain_logits():
 
 
 def test_seeds():
-    assert pick_seeds(7, 3) == [7, 8, 9]
-    assert len(set(pick_seeds(None, 5))) == 5
+    assert new_seeds(7, 3) == [7, 8, 9]
+    assert len(set(new_seeds(None, 5))) == 5
     for seed in (-1, MAX_SEED + 1):
         with pytest.raises(ValueError, match="out of range"):
-            pick_seeds(seed, 1)
+            new_seeds(seed, 1)
 
 
 def test_impossible_options_are_refused():

@@ -1,7 +1,7 @@
 """Generate: a sentence becomes a clip.
 
-pipeline     what every loaded model can do, and `load`
-cogvideo     key frames, rounds of interpolation, decoding: verbs over a `Draft`
+pipeline     what every loaded model can do
+cogvideo     key frames, rounds of interpolation, decoding: verbs over a `Draft`; and `load`
 regression   all frames in one pass
 fill         tokens one after another, with a cache
 sampling     from logits to a token
@@ -11,4 +11,5 @@ parts        the stored parts of a model, each loaded when first needed
 int8         linear layers as a CPU computes them fastest
 cost         steps, bytes and memory, as arithmetic
 estimate     seconds on this machine
+reference    what the original's inference does otherwise than its training
 """

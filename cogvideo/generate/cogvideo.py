@@ -1,36 +1,37 @@
-"""Text to video: key frames, then interpolation again and again, each round doubling the rate, then pixels,
-then larger pixels.
+"""Text to video: key frames, then rounds of interpolation, each doubling the frame rate, then pixels.
 
-    draft = pipe.keyframes(["a dog runs to the right"], seeds=[7])     5 frames, 1 frame a second
+    draft = pipe.keyframes(["a dog runs to the right"], seeds=[7])     5 frames, 1 frame per second
     while draft.fps < 8:
         draft = pipe.interpolate(draft)                               9, 17, 33 frames
-    clips = pipe.upscale(pipe.decode(pipe.enlarge(draft)))
+    clips = pipe.upscale(pipe.decode(pipe.superresolve(draft)))
 
-Every verb takes a value and returns one, so any step can be saved, shown, repeated or skipped: the first
-frame of a user's (image to video), the last seconds of a clip (continuation) or a few frames to fill between
-(in-betweening) are drafts made by `encode`. `pipe(prompt)` is the verbs in a row.
+Every verb takes a value and returns one, so any step can be saved, shown, repeated or skipped. The first
+frame of a user's video (image to video), the last seconds of a clip (continuation) or a few frames to fill
+between (in-betweening) are drafts from `encode`. `pipe(prompt)` is the verbs in a row.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cogvideo.generate import reference
 from cogvideo.generate.cost import cache_bytes
-from cogvideo.generate.draft import Draft, Kept
+from cogvideo.generate.draft import Draft, DraftStore
 from cogvideo.generate.estimate import Estimate
 from cogvideo.generate.fill import fill
 from cogvideo.generate.parts import Parts, refine
+from cogvideo.generate.pipeline import Image, Pipeline, Prompt, Video
 from cogvideo.generate.prompts import Prompts
 from cogvideo.generate.regression import RegressionPipeline
-from cogvideo.generate.sampling import STAGES, Sampling, pick, pick_seeds, stages, uniforms
-from cogvideo.hardware import find_device, free_memory, has_fast_bfloat16
+from cogvideo.generate.sampling import STAGES, Sampling, new_seeds, sample, stages, uniforms
+from cogvideo.hardware import free_memory, has_fast_bfloat16
 from cogvideo.layout import SECONDS, Layout, rounds
+from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import ModelError, ModelFolder, find_model, read_clusters
 from cogvideo.model.vqvae import to_frames, to_pictures
 from cogvideo.progress import Progress, telling
@@ -41,10 +42,40 @@ ROWS = 400  # of logits at a time
 MOST = {"cpu": 16}  # samples that are filled together: more of them are slower where caches are small
 
 
-class CogVideo:
-    """A loaded model."""
+def load(
+    model: str | Path = "tiny",
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    reference_quirks: bool = False,
+) -> Pipeline:
+    """Open a model of any family: a shipped name, a folder, or a hub id.
 
-    draws = True  # at random: a prompt may have many videos
+    dtype: what the transformer computes with, float32, bfloat16 or int8; by default what is fastest.
+    reference_quirks: also repeat what the original's inference does otherwise than its training
+    (docs/original-weights.md).
+    """
+    folder = ModelFolder(find_model(model))
+    if isinstance(folder.spec(), CogVideoSpec):
+        return CogVideo(folder, device, dtype, reference_quirks)
+    if reference_quirks:
+        raise ValueError("reference_quirks are the original's; leave it out for a regression model")
+    return RegressionPipeline(folder, device, dtype)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one call asks for, after all checks."""
+
+    prompts: list[str]  # one a clip
+    seeds: list[int]
+    num_frames: int
+    fps: float
+    guidance_scale: float | None
+    begin: Draft | None  # the frames that the clips have to begin with
+
+
+class CogVideo(Pipeline):
+    """A loaded model of the family `cogvideo`."""
 
     def __init__(
         self,
@@ -53,22 +84,20 @@ class CogVideo:
         dtype: str | None = None,
         reference_quirks: bool = False,
     ):
-        self.folder, self.device, self.reference_quirks = folder, find_device(device), reference_quirks
-        self.dtype = dtype or ("int8" if self.device.type == "cpu" else "bfloat16")
+        spec = folder.spec()
+        if not isinstance(spec, CogVideoSpec):
+            raise ModelError(f"{folder.path} is no model of the family cogvideo")
+        super().__init__(folder, spec, device, dtype)
+        self.spec: CogVideoSpec = spec
+        self.reference_quirks = reference_quirks
+        self.config = folder.config
         self.parts = Parts(folder, self.device, self.dtype)
-        self.config, self.spec, self.text = folder.config, folder.spec(), folder.text()
+        self.text = folder.text()
         self.prompts = Prompts(self.text, self.config.get("words", ()), self.config.get("languages", ()))
-        chosen, file = self.config.get("sampling", {}), folder.path / "cluster_labels.npy"
-        clusters = None
-        if file.exists():
-            clusters = torch.from_numpy(read_clusters(file, self.spec.model.codes)).to(self.device)
         self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.get("prompts", {})
-        c, v = self.spec.model, self.spec.vqvae
         try:
-            cut = c.width % c.heads or (c.window and c.grid % c.window)
-            if cut or (c.codes, c.grid) != (v.codes, v.grid):
-                raise ValueError("its grid, codes, window, width and heads do not fit together")
-            self.sampling = stages(chosen, clusters)
+            self._check_sizes()
+            self.sampling = stages(self.config.get("sampling", {}), self._clusters())
             for template in self.templates.values():
                 self.text.prompt("", SECONDS, template)
         except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
@@ -82,45 +111,43 @@ class CogVideo:
         device: torch.device | str = "cpu",
         dtype: str | None = None,
         reference_quirks: bool = False,
-    ) -> Any:
-        """Open a model: a shipped name, a folder, or a hub id. One of the regression family is a
-        `RegressionPipeline`, which is called the same way.
+    ) -> Pipeline:
+        """Open a model, as `load` does: one of the regression family is a `RegressionPipeline`, which is
+        called in the same way."""
+        return load(model, device, dtype, reference_quirks)
 
-        dtype: what the transformer computes with, float32, bfloat16 or int8; by default what is fastest, int8
-        weights on a CPU and bfloat16 elsewhere. reference_quirks: also repeat what the original's inference
-        does otherwise than its training (docs/original-weights.md).
-        """
-        folder = ModelFolder(find_model(model))
-        if folder.config.get("family") == "regression":
-            if reference_quirks:
-                raise ValueError("reference_quirks are the original's; leave it out for a regression model")
-            return RegressionPipeline(folder, device, dtype)
-        return cls(folder, device, dtype, reference_quirks)
+    def _check_sizes(self) -> None:
+        c = self.spec.model
+        v = self.spec.vqvae
+        cut = c.width % c.heads or (c.window and c.grid % c.window)
+        if cut or (c.codes, c.grid) != (v.codes, v.grid):
+            raise ValueError("its grid, codes, window, width and heads do not fit together")
+
+    def _clusters(self) -> Tensor | None:
+        """The cluster of each code [V], if the folder says it."""
+        file = self.folder.path / "cluster_labels.npy"
+        if not file.exists():
+            return None
+        return torch.from_numpy(read_clusters(file, self.spec.model.codes)).to(self.device)
 
     @property
     def frame_counts(self) -> dict[int, float]:
-        """Frames that can be asked for, and the rate each comes with: 1 is a picture by the image model
-        alone."""
-        return {1: self._keyframe_rate} | rounds(self.spec.model.frames)
+        """Numbers of frames that a call can ask for, and the frames per second that each comes with: 1 is an
+        image by the image model alone."""
+        return {1: self._keyframe_fps} | rounds(self.spec.model.frames)
 
     @property
-    def _keyframe_rate(self) -> float:
+    def _keyframe_fps(self) -> float:
         return (self.spec.model.frames - 1) / SECONDS
-
-    def _needed(self, num_frames: int) -> list[str]:
-        stages = ["stage1"] if num_frames > 1 else []
-        stages += ["stage2"] if num_frames > self.spec.model.frames else []
-        own = [f"{part}_base" for part in self.folder.finishing if f"{part}_base" in self.spec.parts]
-        return ["vqvae", "base", *stages, *self.folder.finishing, *own]
 
     # -- the whole way
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt,
         *,
-        image: np.ndarray | str | Path | None = None,
-        video: Clip | str | Path | None = None,
+        image: Image | None = None,
+        video: Video | None = None,
         num_frames: int | None = None,
         num_videos_per_prompt: int = 1,
         guidance_scale: float | None = None,
@@ -128,28 +155,37 @@ class CogVideo:
         progress: bool | Progress = True,
         keep: str | Path | None = None,
     ) -> list[Clip]:
-        """Make clips, `num_videos_per_prompt` for each prompt, in the order of the prompts.
+        """Generate clips, `num_videos_per_prompt` for each prompt; see `Pipeline`."""
+        prompts = self.check_prompts(prompt)
+        num_frames = self.check_frames(num_frames)
+        self._check_options(num_frames, num_videos_per_prompt, guidance_scale, image, video)
+        self.folder.check(self._needed(num_frames))
+        prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
+        seeds = new_seeds(seed, len(prompts))
+        begin = self._beginning(image, video, prompts, seeds)
+        fps = self.frame_counts[num_frames]
+        request = Request(prompts, seeds, num_frames, fps, guidance_scale, begin)
+        store = DraftStore(keep, self._describe(request), self.device)
 
-        image: the first frame, uint8 [H, W, 3] or a file. video: a clip or file to go on from; the result
-        begins with its last seconds. num_frames: one of `frame_counts` (default: the most; 1: a picture).
-        guidance_scale: how strongly the prompt is followed, 1 or more. seed: sample i has seed + i and is the
-        same alone or in a batch, bit for bit on a CPU. keep: a folder for the tokens after every step, from
-        which the same call resumes after it was killed. Raises ValueError for anything it cannot do, before
-        any work.
-        """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if num_frames is None:
-            num_frames = max(self.frame_counts)
-        fps = self.frame_counts.get(num_frames)
-        if fps is None:
-            raise ValueError(
-                f"num_frames {num_frames} cannot be made; "
-                f"choose one of {', '.join(map(str, self.frame_counts))}"
+        with telling(progress) as report:
+            draft = self._draft(request, store, report)
+            large = self.superresolve(
+                draft, begin=store.load("larger"), each=partial(store.save, "larger"), progress=report
             )
+            return self.upscale(self.decode(large), progress=report)
+
+    def _check_options(
+        self,
+        num_frames: int,
+        num_videos_per_prompt: int,
+        guidance_scale: float | None,
+        image: Image | None,
+        video: Video | None,
+    ) -> None:
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt must be 1 or more, got {num_videos_per_prompt}")
         if guidance_scale is not None:
-            replace(self.sampling["stage1"], guidance_scale=guidance_scale)  # refuses what is out of range
+            replace(self.sampling["stage1"], guidance_scale=guidance_scale)  # raises if out of range
         if image is not None and video is not None:
             raise ValueError("give an image or a video to begin with, not both")
         if num_frames == 1 and (image is not None or video is not None):
@@ -157,44 +193,57 @@ class CogVideo:
                 "num_frames 1 is the first frame, which an image or a video already gives; "
                 f"choose one of {', '.join(map(str, sorted(self.frame_counts)[1:]))}"
             )
-        if not prompts:
-            raise ValueError("there is no prompt")
-        for one in prompts:
-            self.check_prompt(one)
-        self.folder.check(self._needed(num_frames))
-        prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
-        seeds = pick_seeds(seed, len(prompts))
-        begin = self._beginning(image, video, prompts, seeds)
-        codes = None if begin is None else begin.codes.tolist()
+
+    def _needed(self, num_frames: int) -> list[str]:
+        """The parts that a call needs."""
+        needed = ["vqvae", "base"]
+        if num_frames > 1:
+            needed.append("stage1")
+        if num_frames > self.spec.model.frames:
+            needed.append("stage2")
+        finishing = self.folder.finishing
+        own = [f"{part}_base" for part in finishing if f"{part}_base" in self.spec.parts]
+        return [*needed, *finishing, *own]
+
+    def _describe(self, request: Request) -> str:
+        """All that decides what a call generates."""
         decides = (
             self.folder.version(),
             self.dtype,
             self.sampling,
             self.templates,
             self.reference_quirks,
-            prompts,
-            seeds,
-            num_frames,
-            guidance_scale,
-            codes,
+            request.prompts,
+            request.seeds,
+            request.num_frames,
+            request.guidance_scale,
+            None if request.begin is None else request.begin.codes.tolist(),
         )
-        kept = Kept(keep, repr(decides), self.device)
-        with telling(progress) as told:
-            draft = kept.load("frames")
-            if draft is None:
-                options: dict[str, Any] = {"guidance_scale": guidance_scale, "progress": told}
-                if num_frames == 1:
-                    draft = self.first_frames(prompts, seeds, **options)
-                else:
-                    draft = self.keyframes(prompts, seeds, begin=begin, **options)
-            while draft.fps < fps:
-                kept.save("frames", draft)
-                draft = self.interpolate(draft, progress=told)
-            kept.save("frames", draft)
-            larger = self.enlarge(
-                draft, begin=kept.load("larger"), each=partial(kept.save, "larger"), progress=told
+        return repr(decides)
+
+    def _draft(self, request: Request, store: DraftStore, report: Progress | None) -> Draft:
+        """Key frames, then rounds of interpolation; each step is stored."""
+        draft = store.load("frames")
+        if draft is None and request.num_frames == 1:
+            draft = self.first_frames(
+                request.prompts,
+                request.seeds,
+                guidance_scale=request.guidance_scale,
+                progress=report,
             )
-            return self.upscale(self.decode(larger), progress=told)
+        elif draft is None:
+            draft = self.keyframes(
+                request.prompts,
+                request.seeds,
+                begin=request.begin,
+                guidance_scale=request.guidance_scale,
+                progress=report,
+            )
+        while draft.fps < request.fps:
+            store.save("frames", draft)
+            draft = self.interpolate(draft, progress=report)
+        store.save("frames", draft)
+        return draft
 
     # -- the verbs
 
@@ -206,10 +255,10 @@ class CogVideo:
         guidance_scale: float | None = None,
         progress: Progress | None = None,
     ) -> Draft:
-        """The first picture of every clip, by the image model alone."""
+        """The first frame of every clip, by the image model alone."""
         c = self.spec.model
         known = torch.empty(len(prompts), 0, c.frame_len, dtype=torch.long, device=self.device)
-        last = self.sampling["stage1"] if self.reference_quirks else None
+        last = reference.last_token(self.sampling) if self.reference_quirks else None
         codes = self._fill(
             "image",
             c.layout("image"),
@@ -222,7 +271,7 @@ class CogVideo:
             progress,
             last,
         )
-        return Draft(codes, self._keyframe_rate, tuple(prompts), tuple(seeds))
+        return Draft(codes, self._keyframe_fps, tuple(prompts), tuple(seeds))
 
     def keyframes(
         self,
@@ -256,22 +305,15 @@ class CogVideo:
         return Draft(codes, begin.fps, tuple(prompts), tuple(seeds))
 
     def interpolate(self, draft: Draft, *, progress: Progress | None = None) -> Draft:
-        """Stage 2: one round of interpolation. F frames (odd, 3 or more) become 2F - 1 at twice the rate.
+        """Stage 2: one round of interpolation. F frames (odd, 3 or more) become 2F - 1, at twice the fps.
 
         Each three neighbouring frames (of models of five) are a window; all windows of all clips are one
         batch.
         """
-        c, (count, frames, _) = self.spec.model, draft.codes.shape
-        if c.frames % 2 == 0:
-            raise ValueError(f"a model of {c.frames} frames has none at both ends of a window")
+        c = self.spec.model
+        count, frames, _ = draft.codes.shape
         size = (c.frames + 1) // 2  # frames of a window that are known
-        if frames < size or (frames - 1) % (size - 1):
-            those = ", ".join(str(1 + k * (size - 1)) for k in (1, 2, 3))
-            raise ValueError(f"interpolation begins with {those} ... frames; got {frames}")
-        rates = sorted(rounds(c.frames).values())[:-1]
-        if draft.fps not in rates:
-            those = ", ".join(f"{rate:g}" for rate in rates)
-            raise ValueError(f"interpolation begins with {those} frames a second; got {draft.fps:g}")
+        self._check_interpolation(draft, size)
         windows = (frames - 1) // (size - 1)
         layout = c.layout("stage2")
         known = draft.codes.unfold(1, size, size - 1).movedim(-1, 2).flatten(0, 1)  # [B * windows, size, N]
@@ -290,8 +332,23 @@ class CogVideo:
             f"to {2 * draft.fps:g} fps",
             progress,
         )
-        made = filled[:, :-1].unflatten(0, (count, windows)).flatten(1, 2)  # its last frame begins the next
-        return replace(draft, codes=torch.cat((made, draft.codes[:, -1:]), 1), fps=2 * draft.fps)
+        codes = filled[:, :-1].reshape(count, -1, c.frame_len)  # the last frame of a window begins the next
+        return replace(draft, codes=torch.cat((codes, draft.codes[:, -1:]), 1), fps=2 * draft.fps)
+
+    def _check_interpolation(self, draft: Draft, size: int) -> None:
+        """Raise ValueError unless windows of `size` known frames cover a draft, at a frame rate that can be
+        doubled."""
+        c = self.spec.model
+        frames = draft.codes.shape[1]
+        if c.frames % 2 == 0:
+            raise ValueError(f"a model of {c.frames} frames has none at both ends of a window")
+        if frames < size or (frames - 1) % (size - 1):
+            those = ", ".join(str(1 + k * (size - 1)) for k in (1, 2, 3))
+            raise ValueError(f"interpolation begins with {those} ... frames; got {frames}")
+        fps = sorted(rounds(c.frames).values())[:-1]
+        if draft.fps not in fps:
+            those = ", ".join(f"{one:g}" for one in fps)
+            raise ValueError(f"interpolation begins with {those} frames a second; got {draft.fps:g}")
 
     def _fill(
         self,
@@ -307,17 +364,24 @@ class CogVideo:
         last: Sampling | None = None,
     ) -> Tensor:
         """Fill in a layout by the model of a stage: codes [B, F, N]."""
-        model, sampling = getattr(self.parts, stage), self.sampling[stage]
+        model = self.parts.stage(stage)
+        sampling = self.sampling[stage]
         if guidance_scale is not None and (stage != "image" or sampling.guided):
             sampling = replace(sampling, guidance_scale=guidance_scale)
-        text, plain = (self._text(stage, p, seconds) for p in (prompts, [""] * len(prompts)))
-        layout = replace(layout, reference=self.reference_quirks)
-        count, filled = self._at_once(layout, model.window, 1 + sampling.guided), []
-        groups = list(zip(*(x.split(count) for x in (text, known, uniform.to(self.device), plain))))
+        if self.reference_quirks:
+            layout = reference.reference_layout(layout)
+        text = self._text(stage, prompts, seconds)
+        plain = self._text(stage, [""] * len(prompts), seconds)
+
+        rows = 1 + sampling.guided  # of a sample
+        count = self._at_once(layout, model.window, rows)
+        columns = (text, known, uniform.to(self.device), plain)
+        groups = list(zip(*(torch.split(column, count) for column in columns)))
         cache = None
         if len(groups) > 1:
             with torch.inference_mode():
-                cache = model.new_cache(layout, count * (1 + sampling.guided))
+                cache = model.new_cache(layout, count * rows)
+        filled = []
         for number, (t, k, u, p) in enumerate(groups):
             for state in fill(model, layout, t, k, sampling, u, p, last, cache):
                 if progress is not None:
@@ -326,16 +390,17 @@ class CogVideo:
         return torch.cat(filled)
 
     def _at_once(self, layout: Layout, window: int, rows: int) -> int:
-        """Samples of so many rows that are filled together: as many as 85 % of the free memory hold, but not
-        more than are fast on the device."""
-        most, free = MOST.get(self.device.type, 256), free_memory(self.device)
+        """How many samples of so many rows are filled together: as many as 85 % of the free memory hold, but
+        not more than are fast on the device."""
+        most = MOST.get(self.device.type, 256)
+        free = free_memory(self.device)
         if free is None:
             return most
         held = rows * cache_bytes(self.spec.model, layout, window, self.dtype)
         return int(min(max(0.85 * free // held, 1), most))
 
     @torch.inference_mode()
-    def enlarge(
+    def superresolve(
         self,
         draft: Draft,
         *,
@@ -343,29 +408,38 @@ class CogVideo:
         each: Callable[[Draft], None] | None = None,
         progress: Progress | None = None,
     ) -> Draft:
-        """Super-resolution of tokens, frame by frame, to as many codes more a side as the model's scale;
-        without such a part in the model folder a draft stays as it is.
+        """Super-resolution of codes, frame by frame, to as many more codes a side as the model's scale.
 
-        `begin` holds the first frames that are large already; `each` is told of the large frames so far.
+        Without such a part in the model folder a draft stays as it is. `begin` holds the first frames that
+        are large already; `each` is called with the large frames so far.
         """
-        c, (count, frames, _) = self.spec.superres, draft.codes.shape
+        c = self.spec.superres
         if c is None or "superres" not in self.folder.finishing:
             return draft
+        count, frames, _ = draft.codes.shape
         numbers = uniforms(draft.seeds, frames * c.side**2, 2).to(self.device).view(count, frames, -1)
-        texts, sampling = self._text("superres", draft.prompts, SECONDS), self.sampling["superres"]
-        large = replace(draft, codes=draft.codes.new_empty(count, 0, c.side**2)) if begin is None else begin
+        texts = self._text("superres", draft.prompts, SECONDS)
+        large = begin
+        if large is None:
+            large = replace(draft, codes=draft.codes.new_empty(count, 0, c.side**2))
         for i in range(large.codes.shape[1], frames):
-            made = []
-            for text, codes, uniform in zip(texts, draft.codes[:, i], numbers[:, i]):
-                hidden = self.parts.superres.hidden(text[None], codes[None])[0]  # [S, D]
-                rows = zip(hidden.split(ROWS), uniform.split(ROWS))
-                made.append(torch.cat([pick(self.parts.superres.head(h), sampling, u) for h, u in rows]))
-            large = replace(large, codes=torch.cat((large.codes, torch.stack(made)[:, None]), 1))
+            columns = zip(texts, draft.codes[:, i], numbers[:, i])
+            codes = torch.stack([self._superresolve_frame(*each_clip) for each_clip in columns])
+            large = replace(large, codes=torch.cat((large.codes, codes[:, None]), 1))
             if each is not None:
                 each(large)
             if progress is not None:
                 progress("larger frames", i + 1, frames)
         return large
+
+    def _superresolve_frame(self, text: Tensor, codes: Tensor, uniform: Tensor) -> Tensor:
+        """Ids [T] and codes [N] of one frame, and random numbers [S], to codes [S]."""
+        model = self.parts.superres
+        hidden = model.hidden(text[None], codes[None])[0]  # [S, D]
+        found = []
+        for rows, numbers in zip(torch.split(hidden, ROWS), torch.split(uniform, ROWS)):
+            found.append(sample(model.head(rows), self.sampling["superres"], numbers))
+        return torch.cat(found)
 
     @torch.inference_mode()
     def decode(self, draft: Draft) -> list[Clip]:
@@ -379,7 +453,8 @@ class CogVideo:
 
     def _decode_together(self, draft: Draft) -> list[Clip]:
         """Each clip by the video decoder, which sees neighbouring frames and the prompt."""
-        clips, texts = [], self._text("stage1", draft.prompts, SECONDS)
+        clips = []
+        texts = self._text("stage1", draft.prompts, SECONDS)
         fast = self.dtype != "float32" and has_fast_bfloat16(self.device)
         for codes, text, prompt in zip(draft.codes, texts, draft.prompts):
             z = self.parts.vqvae.vectors(codes)[None]
@@ -396,64 +471,80 @@ class CogVideo:
 
     @torch.inference_mode()
     def encode(self, clips: Sequence[Clip], prompts: Sequence[str], seeds: Sequence[int]) -> Draft:
-        """Frames to tokens: a draft of the user's own frames. All clips must have as many frames and the same
-        rate."""
+        """Frames to codes: a draft of the user's own frames. All clips must have the same number of frames,
+        and the same fps."""
         if not clips or not len(clips) == len(prompts) == len(seeds):
             raise ValueError(
                 f"each clip needs a prompt and a seed; got {len(clips)} clips, "
                 f"{len(prompts)} prompts, {len(seeds)} seeds"
             )
         if len({(len(clip.frames), clip.fps) for clip in clips}) > 1:
-            raise ValueError("all clips must have as many frames and the same rate")
-        vqvae, size = self.parts.vqvae, self.spec.resolution
-        codes = [vqvae.encode(to_pictures(clip.square(size).frames).to(self.device)) for clip in clips]
+            raise ValueError("all clips must have the same number of frames and the same fps")
+        codes = []
+        for clip in clips:
+            images = to_pictures(clip.square(self.spec.resolution).frames).to(self.device)
+            codes.append(self.parts.vqvae.encode(images))
         return Draft(torch.stack(codes), clips[0].fps, tuple(prompts), tuple(seeds))
 
     # -- helpers
 
     def check_prompt(self, prompt: str) -> None:
-        """Raise ValueError if a prompt is empty or too long, saying by how many tokens."""
         self.prompts.check(prompt)
         for stage in STAGES:
             self._text(stage, [prompt], SECONDS)
 
+    def new_seeds(self, seed: int | None, count: int) -> list[int] | None:
+        return new_seeds(seed, count)
+
     def estimate(self, videos: int = 1) -> Estimate:
-        """What making so many videos costs; nothing is loaded for it."""
         return Estimate(self.spec, self.sampling, self.dtype, videos, self.device)
 
     def hints(self, prompts: Sequence[str]) -> list[str]:
-        """What a user should know before waiting for these prompts."""
-        found = self.prompts.hints(prompts)
+        found = super().hints(prompts)
         if any(one.token_temperature != 1 and one.clusters is None for one in self.sampling.values()):
             found.append("there is no cluster_labels.npy in the model folder, so plain top-k is used")
         return found
 
     def _text(self, stage: str, prompts: Sequence[str], duration: float) -> Tensor:
         """Ids [B, T] of the prompts as a stage has them, padded."""
-        pad, length = self.text.pad, self.spec.model.text_len
+        pad = self.text.pad
+        length = self.spec.model.text_len
         if stage == "superres" and self.spec.superres:
-            pad, length = self.spec.superres.pad, self.spec.superres.text_len
+            pad = self.spec.superres.pad
+            length = self.spec.superres.text_len
         rows = self.prompts.ids(prompts, duration, self.templates[stage], length, pad)
         return torch.tensor(rows, device=self.device)
 
-    def _beginning(self, image, video, prompts: Sequence[str], seeds: Sequence[int]) -> Draft | None:
-        """The frames a clip has to begin with, as a draft at the rate of key frames."""
-        if image is None and video is None:
-            return None
-        size, fps, frames = self.spec.resolution, self._keyframe_rate, self.spec.model.frames
+    def _beginning(
+        self, image: Image | None, video: Video | None, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> Draft | None:
+        """The frames that the clips have to begin with, as a draft at the fps of key frames."""
         if image is not None:
-            first = read_image(image, 4 * size) if isinstance(image, (str, Path)) else np.asarray(image)
-            if first.dtype != np.uint8 or first.ndim != 3 or first.shape[2] != 3:
-                raise ValueError(f"an image is uint8 [H, W, 3]; got {first.dtype} {list(first.shape)}")
-            clip = Clip(first[None], fps)
+            clip = self._image_clip(image)
+        elif video is not None:
+            clip = self._last_keyframes(video)
         else:
-            back = np.arange(frames - 2, -1, -1) / fps  # seconds before the end, of key frames
-            if not isinstance(video, Clip) and Path(video).suffix.lower() in VIDEOS:  # which may be long
-                file = VideoFile.open(video)
-                clip = Clip(file.frames(file.seconds - back[back <= file.seconds], 4 * size), fps)
-            else:
-                clip = video if isinstance(video, Clip) else Clip.load(video)
-                places = [len(clip.frames) - 1 - round(b * clip.fps) for b in back]
-                clip = Clip(clip.frames[[place for place in places if place >= 0]], fps)
+            return None
         codes = self.encode([clip], prompts[:1], seeds[:1]).codes.expand(len(prompts), -1, -1)
-        return Draft(codes, fps, tuple(prompts), tuple(seeds))
+        return Draft(codes, self._keyframe_fps, tuple(prompts), tuple(seeds))
+
+    def _image_clip(self, image: Image) -> Clip:
+        """An image as a clip of one frame."""
+        if isinstance(image, (str, Path)):
+            image = read_image(image, 4 * self.spec.resolution)
+        frame = np.asarray(image)
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            raise ValueError(f"an image is uint8 [H, W, 3]; got {frame.dtype} {list(frame.shape)}")
+        return Clip(frame[None], self._keyframe_fps)
+
+    def _last_keyframes(self, video: Video) -> Clip:
+        """The last frames of a video, as far apart as key frames: all but one of those of a clip."""
+        fps = self._keyframe_fps
+        back = np.arange(self.spec.model.frames - 2, -1, -1) / fps  # seconds before the end
+        if not isinstance(video, Clip) and Path(video).suffix.lower() in VIDEOS:  # it may be long
+            file = VideoFile.open(video)
+            times = file.seconds - back[back <= file.seconds]
+            return Clip(file.frames(times, 4 * self.spec.resolution), fps)
+        clip = video if isinstance(video, Clip) else Clip.load(video)
+        numbers = [len(clip.frames) - 1 - round(seconds * clip.fps) for seconds in back]
+        return Clip(clip.frames[[number for number in numbers if number >= 0]], fps)

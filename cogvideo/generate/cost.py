@@ -6,7 +6,7 @@ values of every row.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogvideo.generate.sampling import Sampling
 from cogvideo.layout import Layout, rounds
-from cogvideo.model.families import CogVideoSpec, RegressionSpec
-from cogvideo.model.transformer import ModelConfig
+from cogvideo.model.families import CogVideoSpec, RegressionSpec, Spec
+from cogvideo.model.transformer import Base, ModelConfig
 
 BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
 CHANNELS = ("stage1", "stage2", "superres")  # of which one at a time must be in memory
@@ -43,54 +43,53 @@ class Work:
         return self.weights * BYTES[dtype] + self.seen * (2 if dtype == "bfloat16" else 4)
 
 
-def plan(spec: Any, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
-    """Every verb of making `videos` of the full length, with a CogVideoSpec or a RegressionSpec."""
-    work = _regression(spec, videos) if spec.family == "regression" else _stages(spec, sampling, videos)
-    if spec.refiner:
-        frames = spec.regression.frames if spec.family == "regression" else max(rounds(spec.model.frames))
-        work.append(Work("upscale", flops=videos * _upscale_flops(spec, frames)))
-    return work
+@singledispatch
+def plan(spec: Spec, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
+    """Every verb of generating `videos` of the full length."""
+    raise NotImplementedError(type(spec).__name__)
 
 
-def _regression(spec: RegressionSpec, videos: int) -> list[Work]:
+@plan.register
+def _(spec: RegressionSpec, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
     c = spec.regression
-    places = c.frames * c.grid**2
-    attention = 4 * c.layers * places * (places + c.text_len) * c.width  # which grows with the square
-    refinement = 2 * places * c.patch**2 * 9 * c.refine_width * (2 * c.refine_blocks * c.refine_width + 12)
-    return [
-        Work("text", videos, c.text_len, c.layers, 12 * c.layers * c.width**2),
-        Work(
-            "frames",
-            videos,
-            places,
-            c.layers,
-            16 * c.layers * c.width**2 + 3 * c.patch**2 * c.width,
-            flops=videos * (attention + refinement),
-        ),
-    ]
+    tokens = c.frames * c.grid**2
+    attention = 4 * c.layers * tokens * (tokens + c.text_len) * c.width  # which grows with the square
+    refinement = 2 * tokens * c.patch**2 * 9 * c.refine_width * (2 * c.refine_blocks * c.refine_width + 12)
+    weights = 16 * c.layers * c.width**2 + 3 * c.patch**2 * c.width
+    text = Work("text", videos, c.text_len, c.layers, 12 * c.layers * c.width**2)
+    frames = Work("frames", videos, tokens, c.layers, weights, flops=videos * (attention + refinement))
+    return [text, frames, *_upscale(spec, videos)]
 
 
-def _stages(spec: CogVideoSpec, sampling: dict[str, Sampling], videos: int) -> list[Work]:
+@plan.register
+def _(spec: CogVideoSpec, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
     c = spec.model
-    image, keyframes, between = (c.layout(stage) for stage in ("image", "stage1", "stage2"))
+    between = c.layout("stage2")
     rows = {name: videos * (1 + one.guided) for name, one in sampling.items()}
     work = [
-        _fill("first frame", c, image, 0, None, rows["image"]),
-        _fill("key frames", c, keyframes, 1, 0, rows["stage1"]),
+        _fill("first frame", c, c.layout("image"), 0, None, rows["image"]),
+        _fill("key frames", c, c.layout("stage1"), 1, 0, rows["stage1"]),
     ]
     counts = rounds(c.frames)
     for before, fps in zip(counts, [*counts.values()][1:]):
         windows = (before - 1) // (len(between.given) - 1) * rows["stage2"]
         work.append(_fill(f"to {fps:g} fps", c, between, len(between.given), c.window, windows))
-    frames = max(counts)
+    frames = spec.clip_frames
+    grid = c.grid
     if spec.superres:
         s = spec.superres
+        grid = s.side
         tokens = s.text_len + s.grid**2 + s.side**2
         work.append(Work("larger frames", videos * frames, tokens, c.layers, matrices(c, False)))
-    grid = spec.superres.side if spec.superres else c.grid
     flops = _decoder_flops(spec, frames) if spec.decoder else frames * _decode_flops(spec, grid)
     work.append(Work("decode", flops=videos * flops))
-    return work
+    return [*work, *_upscale(spec, videos)]
+
+
+def _upscale(spec: Spec, videos: int) -> list[Work]:
+    if not spec.refiner:
+        return []
+    return [Work("upscale", flops=videos * _upscale_flops(spec, spec.clip_frames))]
 
 
 def _fill(name: str, c: ModelConfig, layout: Layout, known: int, window: int | None, rows: int) -> Work:
@@ -133,8 +132,9 @@ def _decoder_flops(spec: CogVideoSpec, frames: int) -> float:
     return _flops(lambda: decoder(z, text))
 
 
-def _upscale_flops(spec: Any, frames: int) -> float:
-    size, refiner = spec.resolution, spec.outline("refiner")
+def _upscale_flops(spec: Spec, frames: int) -> float:
+    size = spec.resolution
+    refiner = spec.outline("refiner")
     return _flops(lambda: refiner(torch.zeros(1, frames, 3, size, size, device="meta")))
 
 
@@ -144,27 +144,33 @@ def _flops(action: Callable[[], Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
-def memory(spec: Any, dtype: str, rows: int, cpu: bool = True) -> dict[str, float]:
+def memory(spec: Spec, dtype: str, rows: int, cpu: bool = True) -> dict[str, float]:
     """Bytes of every part when it is loaded, and of keys and values: of `rows` key frames, or of a window."""
     held: dict[str, float] = {}
-    for name in spec.parts:
-        if name.startswith("itersr"):  # which generation does without
-            continue
+    for name in spec.generating:
         part = spec.outline(name)
         linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
         rest = sum(p.numel() for p in part.state_dict().values()) - linear
-        kind = dtype if name not in ("vqvae", "decoder", "refiner") else "float32"
-        if name.endswith("base") and cpu:  # the head is a copy; the embedding is mapped, not read
-            linear += spec.model.codes * spec.model.width
-            rest -= spec.model.vocab * spec.model.width if kind != "bfloat16" else 0
+        kind = "float32" if name in spec.pixel_parts else dtype
+        if isinstance(part, Base) and cpu:  # the head is a copy; the embedding is mapped, not read
+            c = part.config
+            linear += c.codes * c.width
+            rest -= c.vocab * c.width if kind != "bfloat16" else 0
         held[name] = linear * BYTES[kind] + rest * (2 if kind == "bfloat16" else 4)
-    if spec.family == "regression":
-        return held
+    return held | _caches(spec, dtype, rows)
+
+
+@singledispatch
+def _caches(spec: Spec, dtype: str, rows: int) -> dict[str, float]:
+    return {}
+
+
+@_caches.register
+def _(spec: CogVideoSpec, dtype: str, rows: int) -> dict[str, float]:
     c = spec.model
     keyframes = cache_bytes(c, c.layout("stage1"), 0, dtype)
     between = cache_bytes(c, c.layout("stage2"), c.window, dtype)
-    held["caches"] = max(keyframes * rows, between)  # windows are filled as many at a time as there is room
-    return held
+    return {"caches": max(keyframes * rows, between)}  # as many windows are filled at a time as there is room
 
 
 def cache_bytes(c: ModelConfig, layout: Layout, window: int, dtype: str) -> float:

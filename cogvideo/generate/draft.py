@@ -1,4 +1,4 @@
-"""Clips as tokens, on the way to becoming pixels, and where they are kept meanwhile."""
+"""Clips as tokens, on the way to pixels, and where an interrupted call finds them."""
 
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -14,7 +14,7 @@ from cogvideo.files import replacing
 
 @dataclass(frozen=True)
 class Draft:
-    """Clips of one length and rate."""
+    """Clips of one length and one fps."""
 
     codes: Tensor  # [B, F, N] in time order
     fps: float
@@ -23,25 +23,27 @@ class Draft:
 
     def save(self, file: str | Path) -> None:
         """Write the tokens and all that belongs to them as .npz."""
-        with replacing(Path(file)) as part, part.open("wb") as stream:
+        with replacing(Path(file)) as new, new.open("wb") as stream:
             np.savez(stream, codes=self.codes.cpu(), fps=self.fps, prompts=self.prompts, seeds=self.seeds)
 
     @classmethod
     def load(cls, file: str | Path) -> "Draft":
         try:
-            with np.load(file) as kept:
-                codes, prompts, seeds = torch.from_numpy(kept["codes"]), kept["prompts"], kept["seeds"]
-                return cls(codes, float(kept["fps"]), tuple(prompts.tolist()), tuple(seeds.tolist()))
+            with np.load(file) as stored:
+                codes = torch.from_numpy(stored["codes"])
+                prompts = tuple(stored["prompts"].tolist())
+                seeds = tuple(stored["seeds"].tolist())
+                return cls(codes, float(stored["fps"]), prompts, seeds)
         except (KeyError, ValueError, BadZipFile) as error:
             raise ValueError(f"{file} holds no tokens of clips: {error}") from None
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Where drafts of one call are, for the same call after it was killed."""
+class DraftStore:
+    """Where the drafts of one call are, so that an interrupted call can resume."""
 
     folder: str | Path | None  # None: nowhere
-    call: str  # all that decides what is made
+    call: str  # all that decides what is generated
     device: torch.device
 
     def file(self, name: str) -> Path:

@@ -17,6 +17,7 @@ from cogvideo.generate.cost import CHANNELS, Work, memory, plan
 from cogvideo.generate.int8 import Int8Linear, PackedLinear
 from cogvideo.generate.sampling import Sampling
 from cogvideo.layout import Layout
+from cogvideo.model.families import Spec
 from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig
 
 ROWS = (1, 4, 16, 64, 512)  # at which layers are measured
@@ -106,7 +107,7 @@ def _a_layer() -> float:
 class Estimate:
     """All of it for one model, and as a table."""
 
-    spec: Any  # CogVideoSpec or RegressionSpec
+    spec: Spec
     sampling: dict[str, Sampling]
     dtype: str
     videos: int = 1
@@ -128,7 +129,7 @@ class Estimate:
 
     @property
     def least(self) -> float:
-        """Bytes if of the channels only that is there which is computed with."""
+        """Minimum bytes: only the channel in use is loaded."""
         channels = [self.held.get(name, 0) + self.held.get(f"{name}_base", 0) for name in CHANNELS]
         return sum(self.held.values()) - sum(channels) + max(channels)
 

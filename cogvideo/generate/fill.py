@@ -13,16 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cogvideo.generate.sampling import Sampling, guide, pick
+from cogvideo.generate.sampling import Sampling, guide, sample
 from cogvideo.layout import Layout
 from cogvideo.model.cache import Cache
 from cogvideo.model.transformer import DualChannelTransformer
 
 
 @dataclass(frozen=True)
-class Filled:
-    """The state of a fill: `frames` [B, F, N] in time order, -1 where nothing is yet; tokens a sample done
-    and to do."""
+class FillState:
+    """How far a fill has come: `frames` [B, F, N] in time order, -1 where nothing is yet; tokens a sample
+    that are done, and all of them."""
 
     frames: Tensor
     done: int
@@ -40,19 +40,19 @@ def fill(
     plain: Tensor | None = None,
     last: Sampling | None = None,
     cache: Cache | None = None,
-) -> Iterator[Filled]:
-    """Make the frames of `layout` that are not known; yields after every row of the grid, the last one
-    complete.
+) -> Iterator[FillState]:
+    """Generate the frames of `layout` that are not known; yield after every row of the grid.
 
-    text [B, T]; known [B, k, N]: the first k frames in laid order; uniform [B, tokens to make]: random
-    numbers; plain [B, T]: the text without the prompt, needed if sampling.guidance_scale is over 1; last: how
-    the very last token is drawn, if otherwise; cache: one of this layout, with as many rows or more (two a
-    sample with guidance), to be written over. Fresh memory takes a fifth of the time.
+    text [B, T]; known [B, k, N]: the first k frames in laid order; uniform [B, tokens to generate]: random
+    numbers; plain [B, T]: the text without the prompt, needed if sampling.guidance_scale is over 1; last:
+    options for the last token, if different; cache: one of this layout to be overwritten, with at least as
+    many rows (two a sample with guidance), since fresh memory takes a fifth of the time.
     """
     guided = sampling.guided
     if guided and plain is None:
         raise ValueError("guidance needs the text without the prompt")
-    size, count = layout.frame_len, known.shape[1]
+    size = layout.frame_len
+    count = known.shape[1]
     rows = text if plain is None or not guided else torch.cat((text, plain))
     frames = torch.full((len(text), layout.frames, size), -1, dtype=torch.long, device=text.device)
     frames[:, :count] = known
@@ -64,7 +64,9 @@ def fill(
     group = 1 if text.device.type == "cpu" else len(rows)
     for i in range(0, len(rows), group):
         model.prefill(prompt[i : i + group], layout, cache.rows(i, group), boost)
-    first, total, done = count * size, (layout.frames - count) * size, 0
+    first = count * size
+    total = (layout.frames - count) * size
+    done = 0
     flat = frames.view(len(text), -1)
     for places in layout.waves(count, model.window):
         at, come = torch.tensor([places, layout.entering(places)], device=text.device)
@@ -75,9 +77,9 @@ def fill(
         if last is not None and places[-1] == layout.tokens - 1:
             sampling = last
         numbers = uniform[:, at - first].flatten()
-        flat[:, at] = pick(logits.flatten(0, 1), sampling, numbers).view_as(entering)
+        flat[:, at] = sample(logits.flatten(0, 1), sampling, numbers).view_as(entering)
         done += len(places)
         if done // layout.grid > (done - len(places)) // layout.grid:
-            yield Filled(layout.unlay(frames), done, total)
+            yield FillState(layout.unlay(frames), done, total)
     if total == 0:
-        yield Filled(layout.unlay(frames), 0, 0)
+        yield FillState(layout.unlay(frames), 0, 0)

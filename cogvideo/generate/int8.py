@@ -40,7 +40,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not x.numel():
             return x.new_empty(*x.shape[:-1], self.outputs)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return y
 
 
 class Int8Linear(nn.Module):
@@ -80,12 +81,15 @@ class Int8Linear(nn.Module):
     def _product(self, rows: Tensor) -> Tensor:
         """Rows in -1..1 by the rounded weights. An operator that rounds by the least and the largest number
         of all rows gets these ends as two more inputs of each row, which meet weights of zero."""
+        y: Tensor
         if self.shown:
             rows = torch.cat((rows, self.ends.expand(*rows.shape[:-1], 2)), -1)
-            return torch.ops.quantized.linear_dynamic(rows, self.packed, self.reduce_range)
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            rows, 1 / self.most, self.most + 1, self.packed
-        )
+            y = torch.ops.quantized.linear_dynamic(rows, self.packed, self.reduce_range)
+        else:
+            y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+                rows, 1 / self.most, self.most + 1, self.packed
+            )
+        return y
 
 
 def unpack(linear: nn.Module) -> tuple[Tensor, Tensor]:
@@ -146,7 +150,8 @@ class JointBlock(nn.Module):
         x = x + self.block.norm3(h)
 
         h = self.block.mlp(self.block.norm2(x))
-        return x + self.block.norm4(h)
+        x = x + self.block.norm4(h)
+        return x
 
     def project(self, x: Tensor, view: View) -> list[Tensor]:
         """[B, S, D] to queries, keys, values of both channels, each [3, B, H, S, d]."""

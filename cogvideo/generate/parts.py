@@ -1,54 +1,60 @@
-"""The parts of a model folder as generation computes with them: each read when it is first needed, then kept.
+"""The parts of a model folder as generation computes with them, each loaded when it is first needed.
 
-The image model, both stages and super-resolution are made of one base, which is in memory once. What each
-adds to it is let go of where there is no room for the next beside it.
+The image model, both stages and super-resolution share one base, which is in memory once. What each adds to
+it is freed when the next would not fit alongside it.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 import torch
+from torch import nn
 
-from cogvideo.generate.cost import BYTES, CHANNELS, memory
+from cogvideo.generate.cost import CHANNELS, memory
 from cogvideo.generate.int8 import join, pack
 from cogvideo.hardware import free_memory
 from cogvideo.model.decoder import VideoDecoder
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.refiner import Refiner
-from cogvideo.model.superres import SuperRes
-from cogvideo.model.transformer import Base, DualChannelTransformer
+from cogvideo.model.superres import SuperRes, SuperResChannel
+from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
 from cogvideo.model.vqvae import VQVAE, to_frames, to_pictures
 from cogvideo.progress import Progress
 from cogvideo.video import Clip
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Parts:
     """Parts by name, on one device. `dtype` is what the transformers compute with; int8 is for CPUs."""
 
     def __init__(self, folder: ModelFolder, device: torch.device, dtype: str):
-        if dtype not in BYTES:
-            raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(BYTES)}")
         if dtype == "int8" and device.type != "cpu":
             raise ValueError(f"int8 is for CPUs; choose bfloat16 or float32 on {device.type}")
-        self.folder, self.device, self.dtype, self.spec = folder, device, dtype, folder.spec()
+        self.folder = folder
+        self.device = device
+        self.dtype = dtype
+        self.spec = folder.spec()
 
     @cached_property
     def vqvae(self) -> VQVAE:
-        return self.folder.load("vqvae", self.device)
+        return self.folder.load_as(VQVAE, "vqvae", self.device)
 
     @cached_property
     def decoder(self) -> VideoDecoder:
-        return self.folder.load("decoder", self.device).to(memory_format=torch.channels_last)
+        decoder = self.folder.load_as(VideoDecoder, "decoder", self.device)
+        decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return decoder
 
     @cached_property
     def refiner(self) -> Refiner:
-        return self.folder.load("refiner", self.device)
+        return self.folder.load_as(Refiner, "refiner", self.device)
 
     @cached_property
     def base(self) -> Base:
-        return self._load("base")
+        return self._load(Base, "base")
 
     @cached_property
     def image(self) -> DualChannelTransformer:
@@ -62,35 +68,46 @@ class Parts:
     def stage2(self) -> DualChannelTransformer:
         return self._stage("stage2")
 
+    def stage(self, name: str) -> DualChannelTransformer:
+        """The model of a stage: image, stage1 or stage2."""
+        model: DualChannelTransformer = getattr(self, name)
+        return model
+
     @cached_property
     def superres(self) -> SuperRes:
         self._make_room("superres")
-        own = "superres_base" in self.spec.parts
-        return SuperRes(self._load("superres_base") if own else self.base, self._load("superres")).eval()
+        base = self.base
+        if "superres_base" in self.spec.parts:
+            base = self._load(Base, "superres_base")
+        return SuperRes(base, self._load(SuperResChannel, "superres")).eval()
 
     def _stage(self, name: str) -> DualChannelTransformer:
         self._make_room(name)
-        model = DualChannelTransformer(self.base, self._load(name)).eval()
+        model = DualChannelTransformer(self.base, self._load(TemporalChannel, name)).eval()
         return join(model) if self.dtype == "int8" else model
 
     def _make_room(self, name: str) -> None:
-        """Let go of the other channels, which are read again when they are needed, if memory asks for it: for
-        twice the caches that must fit, since windows are filled as many at a time as there is room."""
-        free, due = free_memory(self.device), memory(self.spec, self.dtype, 2, self.device.type == "cpu")
+        """Free the other channels, which are loaded again when they are needed, if this one does not fit next
+        to them with twice the caches that must fit: as many windows are filled at a time as there is room."""
+        free = free_memory(self.device)
+        due = memory(self.spec, self.dtype, 2, self.device.type == "cpu")
         if free is not None and free < due[name] + due.get(f"{name}_base", 0) + 2 * due["caches"]:
             for other in CHANNELS:
                 vars(self).pop(other, None)
 
-    def _load(self, name: str) -> Any:
-        if self.device.type == "cpu":  # layer by layer, out of the mapped file
-            return pack(self.folder.load(name, self.device, None), self.dtype)
-        return self.folder.load(name, self.device, getattr(torch, self.dtype))
+    def _load(self, kind: type[M], name: str) -> M:
+        if self.device.type != "cpu":
+            return self.folder.load_as(kind, name, self.device, getattr(torch, self.dtype))
+        part = self.folder.load_as(kind, name, self.device, None)
+        pack(part, self.dtype)  # layer by layer, out of the mapped file
+        return part
 
 
 @torch.inference_mode()
 def refine(refiner: Refiner, clips: Sequence[Clip], progress: Progress | None = None) -> list[Clip]:
     """Clips in the refiner's larger size, one after the other."""
-    larger, device = [], next(refiner.parameters()).device
+    larger = []
+    device = next(refiner.parameters()).device
     for i, clip in enumerate(clips):
         small = to_pictures(clip.frames).to(device)
         larger.append(replace(clip, frames=to_frames(refiner(small[None])[0])))

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cogvideo.text import TextTokenizer, split_words
 
 
 @lru_cache(1)
-def _near() -> dict[str, dict]:
+def _near() -> dict[str, Any]:
     """Words that say nothing, words that are read as others, and what a hint names for a word."""
     file = Path(__file__).parent.parent / "data" / "tinyworld" / "near.json"
-    return json.loads(file.read_text(encoding="utf-8"))
+    table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return table
 
 
 def _forms(word: str) -> list[str]:

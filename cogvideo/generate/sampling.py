@@ -1,11 +1,12 @@
-"""From logits to a token: guide, filter, pick. Pure functions; randomness comes in as numbers.
+"""From logits to a token: guide, filter, sample. Pure functions; randomness comes in as numbers.
 
 Shapes: B samples, V codes.
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `top_k` 0 keeps all; `guidance_scale` 1 is no guidance.
+    """How tokens are sampled. `top_k` 0 keeps all; `guidance_scale` 1 is no guidance.
 
     With `clusters`, codes that look alike: one of the `top_k` likeliest clusters is drawn, then one of its
     codes, at `temperature` times `token_temperature` (docs/reference.md, "Sampling by clusters").
@@ -40,7 +41,7 @@ class Sampling:
         return self.guidance_scale > 1
 
 
-def stages(chosen: dict[str, dict], clusters: Tensor | None = None) -> dict[str, Sampling]:
+def stages(chosen: Mapping[str, Mapping[str, Any]], clusters: Tensor | None = None) -> dict[str, Sampling]:
     """How each stage draws its tokens, by the options that a model folder gives."""
     return {stage: Sampling(**chosen.get(stage, {}), clusters=clusters) for stage in STAGES}
 
@@ -52,23 +53,24 @@ def guide(logits: Tensor, scale: float) -> Tensor:
     return torch.lerp(plain, prompted, scale)
 
 
-def pick(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Draw a token for each row of logits [B, V]: [B]. `uniform` [B] in [0, 1) decides; temperature 0 takes
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """Sample a token for each row of logits [B, V]: [B]. `uniform` [B] in [0, 1) decides; temperature 0 takes
     the likeliest."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    scores, left = logits / sampling.temperature, uniform
+    scores = logits / sampling.temperature
+    left = uniform
     if sampling.clusters is not None:
         labels = sampling.clusters.expand_as(scores)
         shares = torch.softmax(scores, -1)
         mass = shares.new_zeros(len(shares), int(labels.max()) + 1).scatter_add_(-1, labels, shares)
-        cluster, left = _draw(mass, sampling.top_k, left)
+        cluster, left = _sample_index(mass, sampling.top_k, left)
         scores = scores.masked_fill(labels != cluster[:, None], float("-inf")) / sampling.token_temperature
-        return _draw(torch.softmax(scores, -1), 0, left)[0]
-    return _draw(torch.softmax(scores, -1), sampling.top_k, left)[0]
+        return _sample_index(torch.softmax(scores, -1), 0, left)[0]
+    return _sample_index(torch.softmax(scores, -1), sampling.top_k, left)[0]
 
 
-def _draw(mass: Tensor, top_k: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _sample_index(mass: Tensor, top_k: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """An index for each row of weights [B, n], of the `top_k` largest if that is not 0. Returns it [B], and
     what is left of the uniform number: again uniform [B], for the next draw."""
     ids = None
@@ -94,7 +96,7 @@ def uniforms(seeds: Sequence[int], count: int, stream: int) -> Tensor:
     return torch.stack(rows)
 
 
-def pick_seeds(seed: int | None, count: int) -> list[int]:
+def new_seeds(seed: int | None, count: int) -> list[int]:
     """`count` seeds from `seed` on, or from a random one."""
     if seed is None:
         seed = secrets.randbelow(MAX_SEED - count)

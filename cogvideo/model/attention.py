@@ -137,7 +137,8 @@ def attend_text(qkv: Tensor, bias: Tensor, dropout: float = 0.0) -> Tensor:
     if by_matrices(qkv) and not dropout:
         hidden = bias[:, None, None, :].clamp_min(PADDED).to(q.dtype)  # a text of padding alone sees itself
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2) + hidden
-        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        seen: Tensor = scores.softmax(-1) @ v
+        return seen.transpose(1, 2).flatten(2)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None, None, :], dropout_p=dropout)
     return y.transpose(1, 2).flatten(2)
 
@@ -155,7 +156,8 @@ def attend_groups(
     scores of text. Returns [B, S, D].
     """
     if by_matrices(frames) and not dropout:
-        return MatrixAttention.apply(frames, text, bias, groups)
+        seen: Tensor = MatrixAttention.apply(frames, text, bias, groups)  # type: ignore[no-untyped-call]
+        return seen
     count, _, n, _ = groups.mask.shape
     _, b, h, s, d = frames.shape
     frames = frames if groups.whole else frames[:, :, :, groups.index]
@@ -173,7 +175,7 @@ def attend_groups(
         for i, j, seen in groups.rows
     ]
     y = parts[0] if len(parts) == 1 else torch.cat(parts, 2)  # [B*G, H, n, d]
-    y = y.unflatten(0, (b, count)).transpose(2, 3).reshape(b, s, h * d)  # group order
+    y = y.view(b, count, h, n, d).transpose(2, 3).reshape(b, s, h * d)  # group order
     return y if groups.whole else y[:, groups.back]
 
 
@@ -216,8 +218,8 @@ class MatrixAttention(torch.autograd.Function):
 
         ctx.groups, ctx.sizes = groups, (b, count, h, n, d, t)
         ctx.save_for_backward(q, k, v, *seen_by)
-        y = y.view(b, s, h * d)
-        return y if groups.whole else y.index_select(1, groups.back)
+        found: Tensor = y.view(b, s, h * d)
+        return found if groups.whole else found.index_select(1, groups.back)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None]:

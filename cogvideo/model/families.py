@@ -17,6 +17,7 @@ regression   captions to frames
 refiner      frames to larger ones (optional)
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from cogvideo.layout import rounds
 from cogvideo.model.decoder import DecoderConfig, VideoDecoder
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.regression import RegressionConfig, RegressionTransformer
@@ -48,8 +50,15 @@ class _Unfilled(TorchFunctionMode):
     """Nothing is drawn for new weights: what takes no memory has no numbers, and asking for them costs two
     seconds of imports."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
 class Spec:
@@ -58,6 +67,7 @@ class Spec:
     family: ClassVar[str]
     reader: ClassVar[str]  # the part that embeds text
     template: ClassVar[str]  # of the text that it is trained with
+    dtypes: ClassVar[tuple[str, ...]]  # that generation can compute in; the first is the fastest on a CPU
     parts: tuple[str, ...]
     refiner: RefinerConfig | None
 
@@ -80,9 +90,38 @@ class Spec:
         raise NotImplementedError
 
     @property
+    def clip_frames(self) -> int:
+        """Frames of a clip of the full length."""
+        raise NotImplementedError
+
+    @property
+    def generating(self) -> tuple[str, ...]:
+        """The parts that generation uses."""
+        return self.parts
+
+    @property
+    def pixel_parts(self) -> tuple[str, ...]:
+        """The parts that compute pixels, in float32."""
+        raise NotImplementedError
+
+    @property
+    def finishing(self) -> tuple[str, ...]:
+        """The parts that make codes or frames of a generated clip larger or better; training comes to them
+        last."""
+        raise NotImplementedError
+
+    @property
     def resolution(self) -> int:
         """Pixels a side of the frames, before they are made larger."""
         raise NotImplementedError
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raise ValueError for a dtype that generation cannot compute in."""
+        if dtype not in self.dtypes:
+            raise ValueError(
+                f"unknown dtype {dtype!r} for a model of the family {self.family}; choose one of "
+                f"{', '.join(self.dtypes)}"
+            )
 
     def outline(self, part: str) -> Any:
         """A part whose tensors take no memory (device "meta"): to be filled, or only measured."""
@@ -109,7 +148,10 @@ class CogVideoSpec(Spec):
     superres: SuperResConfig | None = None
     itersr: SuperResConfig | None = None
     bases: tuple[str, ...] = ()  # beside `base`: which of superres and itersr have one of their own
-    family, reader, template = "cogvideo", "base", TEMPLATE
+    family: ClassVar[str] = "cogvideo"
+    reader: ClassVar[str] = "base"
+    template: ClassVar[str] = TEMPLATE
+    dtypes: ClassVar[tuple[str, ...]] = ("int8", "bfloat16", "float32")
 
     def __post_init__(self) -> None:
         if self.model.rotary and (self.superres or self.itersr):
@@ -134,6 +176,23 @@ class CogVideoSpec(Spec):
     @property
     def first_text(self) -> int:
         return self.model.codes
+
+    @property
+    def clip_frames(self) -> int:
+        return max(rounds(self.model.frames))
+
+    @property
+    def generating(self) -> tuple[str, ...]:
+        """All but iterative super-resolution, which generation does without."""
+        return tuple(part for part in self.parts if not part.startswith("itersr"))
+
+    @property
+    def pixel_parts(self) -> tuple[str, ...]:
+        return ("vqvae", "decoder", "refiner")
+
+    @property
+    def finishing(self) -> tuple[str, ...]:
+        return tuple(part for part in ("superres", "decoder", "refiner") if part in self.parts)
 
     @property
     def resolution(self) -> int:
@@ -163,7 +222,10 @@ class CogVideoSpec(Spec):
 class RegressionSpec(Spec):
     regression: RegressionConfig
     refiner: RefinerConfig | None = None
-    family, reader, template = "regression", "regression", PLAIN
+    family: ClassVar[str] = "regression"
+    reader: ClassVar[str] = "regression"
+    template: ClassVar[str] = PLAIN
+    dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -183,6 +245,18 @@ class RegressionSpec(Spec):
     @property
     def first_text(self) -> int:
         return 0
+
+    @property
+    def clip_frames(self) -> int:
+        return self.regression.frames
+
+    @property
+    def pixel_parts(self) -> tuple[str, ...]:
+        return ("refiner",)
+
+    @property
+    def finishing(self) -> tuple[str, ...]:
+        return ("refiner",) if self.refiner else ()
 
     @property
     def resolution(self) -> int:

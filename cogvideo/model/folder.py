@@ -11,9 +11,10 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -34,6 +35,9 @@ TYPES = {
     torch.bfloat16: "BF16",
     torch.bool: "BOOL",
 }  # what safetensors calls them
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class ModelError(ValueError):
@@ -108,8 +112,7 @@ class ModelFolder:
         to."""
         trained = self.config.get("trained")
         done = {part for row in (trained or {}).values() for part in row["parts"]}
-        parts = [part for part in ("superres", "decoder", "refiner") if part in self.spec().parts]
-        return [part for part in parts if trained is None or part in done or self.has(part)]
+        return [part for part in self.spec().finishing if trained is None or part in done or self.has(part)]
 
     def has(self, part: str) -> bool:
         return self.file(part).exists()
@@ -122,10 +125,10 @@ class ModelFolder:
 
     def load(
         self, part: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
-    ) -> Any:
+    ) -> nn.Module:
         """Build a part and fill it from its file; floating-point weights become `dtype`. With None they stay
         what they are, on a CPU as views of the mapped file, which is read when they are."""
-        module = self.spec().outline(part)
+        module: nn.Module = self.spec().outline(part)
         try:
             state = load_file(self.file(part), device=str(device))
         except FileNotFoundError:
@@ -140,6 +143,18 @@ class ModelFolder:
         except RuntimeError as error:
             raise ModelError(f"{self.file(part)} does not fit {self.path / 'config.json'}: {error}") from None
         return module.eval().requires_grad_(False)
+
+    def load_as(
+        self,
+        kind: type[M],
+        part: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+    ) -> M:
+        """As `load`, of the class that the part has."""
+        module = self.load(part, device, dtype)
+        assert isinstance(module, kind), f"{part} is a {type(module).__name__}, not a {kind.__name__}"
+        return module
 
     def text(self) -> TextTokenizer:
         if self.config.get("text") == "gpt2":
@@ -235,7 +250,8 @@ def read_tensor(file: Path, ending: str) -> Tensor | None:
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118
                 if name.endswith(ending):
-                    return stored.get_tensor(name)
+                    tensor: Tensor = stored.get_tensor(name)
+                    return tensor
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot read an embedding from {file}: {error}") from None
     return None
@@ -277,10 +293,10 @@ def from_hub(name: str, files: list[str]) -> Path:
         raise ModelError(f"{name} is no folder here, and the hub did not give it: {why}") from None
 
 
-def read_clusters(file: Path, codes: int) -> np.ndarray:
+def read_clusters(file: Path, codes: int) -> npt.NDArray[np.int64]:
     """The cluster of each code, int64 [V]; ValueError if the .npy file does not hold that."""
     try:
-        labels = np.load(file, allow_pickle=False)
+        labels: npt.NDArray[np.int64] = np.load(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{file} is damaged: {error}") from None
     if labels.shape != (codes,) or labels.dtype.kind not in "iu" or labels.min() < 0:

@@ -198,7 +198,8 @@ class SuperRes(nn.Module):
 
             h = block.mlp(block.norm2(x))
             x = x + block.norm4(h)
-        return self.base.norm(x[:, known:])
+        hidden: Tensor = self.base.norm(x[:, known:])
+        return hidden
 
     def _embed(self, text: Tensor, codes: Tensor) -> tuple[int, Tensor]:
         """How many tokens are known, and all tokens, each with its position: P and [B, P + S, D]."""

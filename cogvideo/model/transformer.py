@@ -134,7 +134,8 @@ class Block(nn.Module):
         x = x + self.norm3(h)
 
         h = self.mlp(self.norm2(x))
-        return x + self.norm4(h)
+        x = x + self.norm4(h)
+        return x
 
     def write_keys(self, x: Tensor, view: PromptView, temporal: TemporalHalf | None = None) -> None:
         """Leave keys and values of [B, T + S, D] in the cache of a prompt, and compute nothing else."""
@@ -261,7 +262,8 @@ class DualChannelTransformer(nn.Module):
         )
         for block, temporal in self.layers:
             x = block(x, view, temporal)
-        return self.base.norm(x[:, layout.text_len :])
+        hidden: Tensor = self.base.norm(x[:, layout.text_len :])
+        return hidden
 
     def prefill(self, tokens: Tensor, layout: Layout, cache: Cache, boost: float = 0.0) -> None:
         """Write a prompt [B, T + S], as `forward` takes it, into an empty cache. The steps that follow keep

@@ -110,7 +110,7 @@ def random_model(folder: ModelFolder, recipe: Recipe, spec: Spec, source: Source
 
 def _seconds_a_clip(folder: ModelFolder, phase: Phase, source: Source, device: torch.device) -> float:
     """Seconds to read and encode one clip."""
-    vqvae = folder.load("vqvae").to(device)
+    vqvae = folder.load_as(VQVAE, "vqvae").to(device)
     clips = batches(source, phase.cut, 4, seed=0)
     machine = parallel.Machine(device)
     times = []
