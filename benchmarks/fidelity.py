@@ -29,7 +29,7 @@ TIMES = np.arange(33) / 8  # seconds
 
 def trained_sprites(folder: ModelFolder) -> int:
     """How many sprites of the tiny world a model was trained on: those whose names its captions had."""
-    words = set(folder.config.get("words", ()))
+    words = set(folder.config.words)
     known = [set(split_words(name)) <= words for name in sprites()]
     return known.index(False) if False in known else len(known)
 

@@ -28,7 +28,7 @@ from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.generate.draft import Draft
 from cogvideo.generate.estimate import Speed
 from cogvideo.model import presets
-from cogvideo.model.folder import ModelFolder, Piece
+from cogvideo.model.folder import FolderConfig, ModelFolder, Piece
 from cogvideo.text import TextTokenizer, train_text
 
 PROMPT = "一只小狗在草地上向右跑"
@@ -43,8 +43,7 @@ def write_random(path: Path, preset: str) -> ModelFolder:
     folder.write_text(train_text(read_captions(TinyWorld(sprites(32), 1), 20_000, 1), pieces))
     ids = TextTokenizer.load(path / "text.model", spec.model.codes)
     spec = replace(spec, model=replace(spec.model, pad=ids.pad, start=ids.start))
-    config = {"family": "cogvideo", "preset": preset, "prompts": PROMPTS, "sampling": SAMPLING}
-    folder.write_config(config | spec.to_dict())
+    folder.write_config(FolderConfig(spec, preset, prompts=PROMPTS, sampling=SAMPLING))
 
     def make(shape: torch.Size, name: str) -> torch.Tensor:
         if len(shape) == 1:

@@ -81,7 +81,7 @@ def main() -> None:
     from cogvideo.generate.cogvideo import CogVideo, find_model
 
     folder = ModelFolder(find_model(args.model))
-    prompts = Prompts(folder.text(), folder.config.get("words", ()))
+    prompts = Prompts(folder.text(), folder.config.words)
     for language in ("en", "zh"):
         some = tuple(p for p in load() if p.language == language)
         unknown = unknown_words(prompts, some)

@@ -286,10 +286,10 @@ def estimate(
     spec = folder.spec() if folder else presets.find(model)
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
-    chosen = folder.config.get("sampling", {}) if folder else presets.SAMPLING.get(model, {})
-    dtype = dtype or spec.dtypes[0]
-    spec.check_dtype(dtype)
-    print(Estimate(spec, stages(chosen), dtype, num_videos).table(Speed.measure(dtype)))
+    chosen = folder.config.sampling if folder else presets.SAMPLING.get(model, {})
+    kind = dtype or spec.dtypes[0]
+    spec.check_dtype(kind)
+    print(Estimate(spec, stages(chosen), kind, num_videos).table(Speed.measure(kind)))
 
 
 def _estimate_training(recipe: str, device: str, processes: int | None, fields: dict[str, str]) -> None:
@@ -326,25 +326,26 @@ def models(model: Positional[str | None] = None, /) -> None:
 
     if model is None:
         for name in shipped():
-            print(f"{name:<12} {ModelFolder(find_model(name)).config.get('about', '')}")
+            print(f"{name:<12} {ModelFolder(find_model(name)).config.about}")
         return
     folder = ModelFolder(find_model(model))
-    config, spec = folder.config, folder.spec()
+    config = folder.config
+    spec = config.spec
     size = spec.resolution
     refined = f", refined to {size * spec.refiner.scale} px" if spec.refiner else ""
-    print(f"{folder.path}\n{config.get('about', '')}\n")
+    print(f"{folder.path}\n{config.about}\n")
     for name, value in spec.describe().items():
         print(f"{name:<13} {value}")
     print(f"pixels        {size} px{refined}")
     for part in spec.parts:
         weight = f"{folder.file(part).stat().st_size / 1e6:.1f} MB" if folder.has(part) else "missing"
         print(f"{part:<13} {weight}")
-    for name, row in config.get("trained", {}).items():
-        print(f"trained       {name}: {row['steps']} steps of {row['batch']} clips")
-    for name, value in config.get("measured", {}).items():
+    for name, row in (config.trained or {}).items():
+        print(f"trained       {name}: {row.steps} steps of {row.batch} clips")
+    for name, value in config.measured.items():
         print(f"measured      {name}: {value}")
-    if config.get("words"):
-        print(f"words         {' '.join(config['words'])}")
+    if config.words:
+        print(f"words         {' '.join(config.words)}")
 
 
 def convert(

@@ -5,13 +5,14 @@ python -m scripts.release runs/tiny/model cogvideo/models/tiny --measured runs/m
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cogvideo.files import replacing
-from cogvideo.model.folder import ModelFolder
+from cogvideo.model.config import SamplingConfig, read_table
+from cogvideo.model.folder import FolderConfig, ModelFolder
 from cogvideo.train import recipes
 
 CARD = """# {name}
@@ -47,16 +48,16 @@ def main() -> None:
     source = ModelFolder(arguments.model)
     target = ModelFolder(arguments.out)
 
-    config = source.config
-    config["about"] = arguments.about
+    config = replace(source.config, about=arguments.about)
     if arguments.sampling:
-        config["sampling"] = arguments.sampling
+        options = {stage: read_table(SamplingConfig, row) for stage, row in arguments.sampling.items()}
+        config = replace(config, sampling=options)
     if arguments.measured:
-        config["measured"] = json.loads(arguments.measured.read_text())
+        config = replace(config, measured=json.loads(arguments.measured.read_text()))
 
     for part in source.spec().parts:
         target.save(part, source.load(part), getattr(torch, arguments.dtype))
-    if config.get("text") != "gpt2":
+    if config.text != "gpt2":
         target.write_text(source.text().model)
     target.write_config(config)
 
@@ -83,15 +84,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def model_card(name: str, config: dict[str, Any], family: str, how: str) -> str:
+def model_card(name: str, config: FolderConfig, family: str, how: str) -> str:
     """README.md of a model folder, from its config.json."""
-    recipe = recipes.find(config["recipe"])
+    recipe = recipes.find(config.recipe)
     trained = how or f"`cogvideo train {recipe.name}`, seed {recipe.seed}."
-    phases = "\n".join(f"| {n} | {row['steps']} | {row['batch']} |" for n, row in config["trained"].items())
-    measured = "\n".join(f"- {what}: {value}" for what, value in config.get("measured", {}).items())
+    phases = "\n".join(f"| {n} | {row.steps} | {row.batch} |" for n, row in (config.trained or {}).items())
+    measured = "\n".join(f"- {what}: {value}" for what, value in config.measured.items())
     return CARD.format(
         name=name,
-        about=config["about"],
+        about=config.about,
         method=METHODS[family],
         sprites=recipe.sprites,
         how=trained,

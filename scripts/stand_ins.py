@@ -81,7 +81,7 @@ def write_models(folder: Path) -> None:
     from cogvideo.data.loader import read_captions
     from cogvideo.data.tinyworld import TinyWorld, sprites
     from cogvideo.model import presets
-    from cogvideo.model.folder import ModelFolder
+    from cogvideo.model.folder import FolderConfig, ModelFolder
     from cogvideo.text import split_words, train_text
     from cogvideo.train.inherit import new_part
 
@@ -91,7 +91,7 @@ def write_models(folder: Path) -> None:
     for name in ("tiny", "direct-tiny"):
         (folder / name).mkdir(parents=True)
         spec, model = presets.find(name), ModelFolder(folder / name)
-        model.write_config({"preset": name, "about": "Random.", **spec.to_dict(), "words": words})
+        model.write_config(FolderConfig(spec, name, about="Random.", words=tuple(words)))
         model.write_text(train_text(captions, 500))
         for part in spec.parts:
             made = new_part(spec, part, seed=1)

@@ -10,7 +10,7 @@ from cogvideo.data.loader import read_captions
 from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.model import presets
 from cogvideo.model.families import CogVideoSpec
-from cogvideo.model.folder import ModelFolder
+from cogvideo.model.folder import FolderConfig, ModelFolder
 from cogvideo.model.superres import SuperResChannel, SuperResConfig
 from cogvideo.model.transformer import Base, TemporalChannel
 from cogvideo.model.vqvae import VQVAE, HierarchicalVQVAE
@@ -48,7 +48,7 @@ def make(path: Path, spec: CogVideoSpec, world: TinyWorld) -> Path:
     folder = ModelFolder(path)
     captions = list(read_captions(world, 2000, seed=0))
     words = sorted({word for caption in captions for word in split_words(caption)})
-    folder.write_config({"family": "cogvideo", "preset": "nano", **spec.to_dict(), "words": words})
+    folder.write_config(FolderConfig(spec, "nano", words=tuple(words)))
     folder.write_text(train_text(captions, 500))
     generator = torch.Generator().manual_seed(0)
     for name in spec.parts:

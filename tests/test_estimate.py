@@ -11,9 +11,10 @@ from cogvideo.generate.int8 import Int8Linear, PackedLinear, pack, unpack
 from cogvideo.generate.sampling import stages
 from cogvideo.layout import Layout
 from cogvideo.model import presets
+from cogvideo.model.config import SamplingConfig
 from cogvideo.model.folder import ModelFolder
 
-GUIDED = stages({"stage1": {"guidance_scale": 3.0}})
+GUIDED = stages({"stage1": SamplingConfig(guidance_scale=3.0)})
 
 
 def test_the_paper_makes_13200_tokens_a_video():

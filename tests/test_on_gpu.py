@@ -24,8 +24,9 @@ def folder(tmp_path_factory):
     """The shipped model's text and tokenizer, and the size of small token models to be made."""
     source = ModelFolder(find_model("tiny"))
     target = ModelFolder(tmp_path_factory.mktemp("model"))
-    model = source.config["model"] | {"layers": 2, "width": 96, "heads": 2}
-    target.write_config(source.config | {"model": model})
+    spec = source.spec()
+    spec = replace(spec, model=replace(spec.model, layers=2, width=96, heads=2))
+    target.write_config(replace(source.config, spec=spec))
     target.write_text(source.text().model)
     target.save("vqvae", source.load("vqvae"))
     return target.path

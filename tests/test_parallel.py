@@ -94,7 +94,7 @@ def keep_state(folder, parts, phase, batch, out: Path) -> None:
 def begin(out: Path, nano: Path) -> Path:
     shutil.copytree(nano, out / "model")
     config = ModelFolder(out / "model").config
-    ModelFolder(out / "model").write_config({**config, "trained": {}})
+    ModelFolder(out / "model").write_config(dataclasses.replace(config, trained={}))
     return out
 
 

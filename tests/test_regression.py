@@ -20,7 +20,7 @@ from cogvideo.data.cut import Cut
 from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld
 from cogvideo.model import presets
-from cogvideo.model.folder import ModelFolder
+from cogvideo.model.folder import FolderConfig, ModelFolder
 from cogvideo.model.regression import RegressionConfig, RegressionTransformer
 from cogvideo.text import GPT2Tokenizer, train_text
 from cogvideo.train import inherit, loop, recipes
@@ -229,7 +229,7 @@ def test_the_phases_make_a_model_that_generates(trained):
     assert clip.frames.shape == (33, 32, 32, 3) and clip.fps == 8 and clip.caption == "a dog runs"
     assert small.frames.shape == (5, 16, 16, 3) and small.fps == 1
     config = ModelFolder(trained / "model").config
-    assert config["family"] == "regression" and list(config["trained"]) == ["image", "low", "high", "refiner"]
+    assert config.spec.family == "regression" and list(config.trained) == ["image", "low", "high", "refiner"]
     assert (trained / "high" / "strips" / "0000004.png").exists()
 
 
@@ -268,13 +268,13 @@ def test_a_phase_does_not_go_on_from_one_that_was_stopped(tmp_path, world):
     image, low = nano_phase("image", steps=4), nano_phase("low", steps=2)
     folder = run(tmp_path, world, dataclasses.replace(image, steps=2))
     config = folder.config
-    del config["trained"]["image"]  # as if it had been killed at step 2
+    del config.trained["image"]  # as if it had been killed at step 2
     folder.write_config(config)
     recipe = dataclasses.replace(recipes.find("direct-tiny"), preset="direct-nano", phases=(image, low))
     with pytest.raises(ValueError, match="low starts from image, which was stopped before its end"):
         loop.train(Run(recipe, tmp_path, world, NANO, [low], Options(quiet=True)))
     loop.train(Run(recipe, tmp_path, world, NANO, [image, low], Options(quiet=True)))
-    assert {name: row["steps"] for name, row in folder.config["trained"].items()} == {"image": 4, "low": 2}
+    assert {name: row.steps for name, row in folder.config.trained.items()} == {"image": 4, "low": 2}
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, world):
@@ -328,7 +328,7 @@ def test_another_model_is_inherited_by_what_fits(trained, nano, tmp_path, world,
     part = inherit.new_part(spec, "regression", 7)
     part.get_ready(1.0, [0])
     picture.save("regression", part)
-    picture.write_config({**spec.to_dict(), "words": [], "trained": {}})
+    picture.write_config(FolderConfig(spec, trained={}))
     picture.write_text(folder.text().model)
     grown = run(tmp_path / "grown", world, stopped, init=picture).load("regression")
     assert torch.equal(grown.generation.weight, part.generation.weight)
@@ -526,7 +526,7 @@ def test_the_command_line_makes_and_describes_it(trained, tmp_path):
     estimated = cogvideo("estimate", model)
     assert all(row in estimated for row in ("\nregression ", "\nrefiner ", "\nframes ", "\nupscale "))
     seeded = cogvideo(*make, str(tmp_path / "seeded.gif"), "--seed", "2")  # accepted and ignored
-    assert "seed" not in seeded
+    assert ", seed" not in seeded
     assert (tmp_path / "seeded.gif").read_bytes() == (tmp_path / "dog.gif").read_bytes()
     why = cogvideo(*make, str(tmp_path / "no.gif"), "--num-videos", "2", fails=True)
     assert "num_videos_per_prompt is not supported: this model is deterministic" in why

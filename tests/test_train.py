@@ -68,8 +68,8 @@ def test_all_phases_make_a_model_that_generates(trained):
     clips = CogVideo.from_pretrained(trained / "model")("a dog runs to the right", seed=1, progress=False)
     assert clips[0].frames.shape == (33, 16, 16, 3)
     config = ModelFolder(trained / "model").config
-    assert list(config["trained"]) == PHASES
-    assert "dog" in config["words"]
+    assert list(config.trained) == PHASES
+    assert "dog" in config.words
 
 
 def test_every_phase_reports(trained):

@@ -22,7 +22,7 @@ from cogvideo.convert.sat import Checkpoint
 from cogvideo.files import replacing_folder
 from cogvideo.model import presets
 from cogvideo.model.families import CogVideoSpec
-from cogvideo.model.folder import ModelFolder, Piece
+from cogvideo.model.folder import FolderConfig, ModelFolder, Piece
 from cogvideo.model.superres import SuperResConfig
 from cogvideo.text import START
 
@@ -96,25 +96,25 @@ class Output:
 def open_output(path: Path) -> Iterator[Output]:
     """Yield a new model folder, or that of an earlier conversion, to which parts are added."""
     before = ModelFolder(path)
-    spec = replace(presets.find("cogvideo-9b"), superres=None)
-    config: dict[str, Any] = {
-        "family": "cogvideo",
-        "about": ABOUT,
-        "languages": ["zh"],
-        "prompts": PROMPTS,
-        "sampling": SAMPLING,
-        "converted": {},
-    }
+    config = FolderConfig(
+        spec=replace(presets.released(), superres=None),
+        about=ABOUT,
+        languages=("zh",),
+        prompts=PROMPTS,
+        sampling=SAMPLING,
+        converted={},
+    )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not (path / "config.json").exists() or "converted" not in before.config:
+        if not (path / "config.json").exists() or before.config.converted is None:
             raise ValueError(f"{path} exists and is not the output of a conversion; choose another name")
         config = before.config
-        spec = before.spec()
+    spec = config.spec
+    assert isinstance(spec, CogVideoSpec)  # nothing else is converted
 
     with replacing_folder(path) as work:
-        output = Output(before, ModelFolder(work), spec, config["converted"])
+        output = Output(before, ModelFolder(work), spec, dict(config.converted or {}))
         yield output
-        output.work.write_config(config | output.spec.to_dict())
+        output.work.write_config(replace(config, spec=output.spec, converted=output.sources))
 
 
 def convert_sat(

@@ -28,9 +28,10 @@ from cogvideo.generate.parts import Parts, refine
 from cogvideo.generate.pipeline import Image, Pipeline, Prompt, Video
 from cogvideo.generate.prompts import Prompts
 from cogvideo.generate.regression import RegressionPipeline
-from cogvideo.generate.sampling import STAGES, Sampling, new_seeds, sample, stages, uniforms
+from cogvideo.generate.sampling import Sampling, new_seeds, sample, stages, uniforms
 from cogvideo.hardware import free_memory, has_fast_bfloat16
 from cogvideo.layout import SECONDS, Layout, rounds
+from cogvideo.model.config import STAGES
 from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import ModelError, ModelFolder, find_model, read_clusters
 from cogvideo.model.vqvae import to_frames, to_pictures
@@ -93,11 +94,11 @@ class CogVideo(Pipeline):
         self.config = folder.config
         self.parts = Parts(folder, self.device, self.dtype)
         self.text = folder.text()
-        self.prompts = Prompts(self.text, self.config.get("words", ()), self.config.get("languages", ()))
-        self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.get("prompts", {})
+        self.prompts = Prompts(self.text, self.config.words, self.config.languages)
+        self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.prompts
         try:
             self._check_sizes()
-            self.sampling = stages(self.config.get("sampling", {}), self._clusters())
+            self.sampling = stages(self.config.sampling, self._clusters())
             for template in self.templates.values():
                 self.text.prompt("", SECONDS, template)
         except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:

@@ -39,8 +39,7 @@ class RegressionPipeline(Pipeline):
             raise ModelError(f"{folder.path} is no model of the family regression")
         super().__init__(folder, spec, device, dtype)
         self.spec: RegressionSpec = spec
-        words = folder.config.get("words", ())
-        self.prompts = Prompts(folder.text(), words)
+        self.prompts = Prompts(folder.text(), folder.config.words)
 
     @cached_property
     def model(self) -> RegressionTransformer:

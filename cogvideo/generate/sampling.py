@@ -5,45 +5,43 @@ Shapes: B samples, V codes.
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
-STAGES = ("image", "stage1", "stage2", "superres")
+from cogvideo.model.config import STAGES, SamplingConfig, read_value
+
 MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How tokens are sampled. `top_k` 0 keeps all; `guidance_scale` 1 is no guidance.
+class Sampling(SamplingConfig):
+    """How tokens are sampled.
 
-    With `clusters`, codes that look alike: one of the `top_k` likeliest clusters is drawn, then one of its
-    codes, at `temperature` times `token_temperature` (docs/reference.md, "Sampling by clusters").
+    With `clusters`, codes that look alike: one of the `top_k` likeliest clusters is sampled, then one of its
+    codes, at `temperature` times `token_temperature` (docs/reference.md, "Sampling").
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    guidance_scale: float = 1.0
-    text_boost: float = 0.0  # added to the scores of frames towards text where there is no guidance
-    token_temperature: float = 1.0
     clusters: Tensor | None = field(default=None, repr=False, compare=False)  # [V] the cluster of each code
 
     def __post_init__(self) -> None:
-        least = {"temperature": 0, "top_k": 0, "guidance_scale": 1, "text_boost": 0}
-        for name, low in (least | {"token_temperature": 1e-6}).items():
-            if not low <= (value := getattr(self, name)) < float("inf"):
-                raise ValueError(f"{name} must be {low:g} or more; got {value}")
+        for name, hint in get_type_hints(SamplingConfig, include_extras=True).items():
+            read_value(hint, getattr(self, name), name)
 
     @property
     def guided(self) -> bool:
         return self.guidance_scale > 1
 
 
-def stages(chosen: Mapping[str, Mapping[str, Any]], clusters: Tensor | None = None) -> dict[str, Sampling]:
-    """How each stage draws its tokens, by the options that a model folder gives."""
-    return {stage: Sampling(**chosen.get(stage, {}), clusters=clusters) for stage in STAGES}
+def stages(chosen: Mapping[str, SamplingConfig], clusters: Tensor | None = None) -> dict[str, Sampling]:
+    """How each stage samples its tokens, by the options of a model folder."""
+    found = {}
+    for stage in STAGES:
+        options = chosen.get(stage, SamplingConfig())
+        found[stage] = Sampling(**asdict(options), clusters=clusters)
+    return found
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:

@@ -9,7 +9,8 @@ refiner       decoded frames to larger ones
 superres      codes to more codes
 regression    the encoder-decoder transformer of the regression family
 features      frozen feature networks, for losses and metrics
+config        frozen dataclasses from JSON: types, ranges, errors that name the key
 families      the parts of a model and their sizes
 presets       one table of models
-folder        a model as a folder of safetensors
+folder        a model as a folder of safetensors, and its config.json
 """

@@ -18,17 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.hardware import constant
+from cogvideo.model.config import Id, Ids, Size, SmallCount, SmallSize
 from cogvideo.model.vqvae import VQVAE, ResidualBlock, VQVAEConfig, decoder_of
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    pieces: int  # text ids, counted from the first one of text
-    first_text: int  # the first id of text
-    pad: int  # id of padding
-    text_len: int = 32  # tokens of a caption
-    heads: int = 4
-    read: int = 3  # residual blocks, from the codes on, that are followed by a look at the caption
+    pieces: Ids  # text ids, counted from the first one of text
+    first_text: Id  # the first id of text
+    pad: Id  # id of padding
+    text_len: Size = 32  # tokens of a caption
+    heads: SmallSize = 4
+    read: SmallCount = 3  # residual blocks, from the codes on, that are followed by a look at the caption
     mix: bool = True  # whether every residual block is followed by a look at the frames before and after
 
 

@@ -18,7 +18,7 @@ refiner      frames to larger ones (optional)
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from cogvideo.layout import rounds
+from cogvideo.model.config import ConfigError, read_table
 from cogvideo.model.decoder import DecoderConfig, VideoDecoder
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.regression import RegressionConfig, RegressionTransformer
@@ -34,15 +35,6 @@ from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel
 from cogvideo.model.vqvae import VQVAE, HierarchicalVQVAE, VQVAEConfig
 from cogvideo.text import PLAIN, TEMPLATE
 
-CONFIGS = {
-    "model": ModelConfig,
-    "vqvae": VQVAEConfig,
-    "decoder": DecoderConfig,
-    "refiner": RefinerConfig,
-    "superres": SuperResConfig,
-    "itersr": SuperResConfig,
-    "regression": RegressionConfig,
-}
 BASES = ("base", "superres_base", "itersr_base")
 
 
@@ -155,7 +147,26 @@ class CogVideoSpec(Spec):
 
     def __post_init__(self) -> None:
         if self.model.rotary and (self.superres or self.itersr):
-            raise ValueError("super-resolution of codes needs a transformer without rotary positions")
+            raise ValueError("model.rotary must be false: super-resolution of codes does not know it")
+        for base in self.bases:
+            if base not in BASES[1:] or not getattr(self, base.removesuffix("_base")):
+                raise ValueError(f"bases must name those of superres and itersr; got {base!r}")
+        if self.decoder is not None:
+            self._check_decoder(self.decoder)
+
+    def _check_decoder(self, decoder: DecoderConfig) -> None:
+        if decoder.pad >= decoder.first_text + decoder.pieces:
+            raise ValueError(
+                f"decoder.pad must be less than first_text + pieces, {decoder.first_text + decoder.pieces}; "
+                f"got {decoder.pad}"
+            )
+        for multiplier in self.vqvae.multipliers:
+            width = self.vqvae.channels * multiplier
+            if decoder.read and width % decoder.heads:
+                raise ValueError(
+                    f"decoder.heads must divide the {width} channels of every level of vqvae; got "
+                    f"{decoder.heads}"
+                )
 
     @property
     def parts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -270,16 +281,22 @@ class RegressionSpec(Spec):
         raise self._unknown(part)
 
 
-FAMILIES: dict[str, Any] = {kind.family: kind for kind in (CogVideoSpec, RegressionSpec)}
+FAMILIES: dict[str, type[CogVideoSpec] | type[RegressionSpec]] = {
+    CogVideoSpec.family: CogVideoSpec,
+    RegressionSpec.family: RegressionSpec,
+}
 
 
-def read_spec(values: dict[str, Any]) -> Any:
-    """The CogVideoSpec or RegressionSpec that `to_dict` wrote; ValueError for an unknown family."""
+def read_spec(values: dict[str, Any]) -> Spec:
+    """The spec of the keys of config.json that describe one; ConfigError names a key that is wrong."""
     family = values.get("family", CogVideoSpec.family)
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
-    parts: dict[str, Any] = {"bases": tuple(values["bases"])} if "bases" in values else {}
-    for name, kind in CONFIGS.items():
-        if given := values.get(name):
-            parts[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    return FAMILIES[family](**parts)
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
+    kind = FAMILIES[family]
+    sizes = {field.name: values[field.name] for field in fields(kind) if field.name in values}
+    try:
+        return read_table(kind, sizes)
+    except ConfigError as error:
+        if "family" in values:
+            raise
+        raise ConfigError(f"{error}; family is missing, so {family} is meant") from None

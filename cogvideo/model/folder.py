@@ -10,8 +10,9 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cogvideo.files import replacing
-from cogvideo.model.families import read_spec
+from cogvideo.model.config import STAGES, ConfigError, SamplingConfig, TrainedPhase, read_table
+from cogvideo.model.families import FAMILIES, Spec, read_spec
 from cogvideo.text import GPT2Tokenizer, TextTokenizer
 
 HUB_ID = r"[\w.-]+/[\w.-]+"  # owner/name
@@ -52,15 +54,86 @@ class Piece(NamedTuple):
     make: Callable[[], Tensor]
 
 
+@dataclass(frozen=True)
+class FolderConfig:
+    """What config.json holds."""
+
+    spec: Spec  # the family and the sizes of its parts
+    preset: str = ""  # the row of the table of models
+    recipe: str = ""  # that it is trained by
+    about: str = ""  # one sentence, for `cogvideo models`
+    text: Literal["sentencepiece", "gpt2"] = "sentencepiece"
+    words: tuple[str, ...] = ()  # of the captions of its training; none if they are not known
+    languages: tuple[str, ...] = ()  # that prompts must be in; none: any
+    prompts: dict[str, str] = field(default_factory=dict)  # by stage: the template of its text
+    sampling: dict[str, SamplingConfig] = field(default_factory=dict)  # by stage
+    trained: dict[str, TrainedPhase] | None = None  # by phase; None: it was not trained here
+    begun: dict[str, str] = field(default_factory=dict)  # what a training run started from
+    measured: dict[str, str] = field(default_factory=dict)  # numbers with their units
+    converted: dict[str, str] | None = None  # by part, the foreign file that it comes from
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "sampling"):
+            for stage in getattr(self, name):
+                if stage not in STAGES:
+                    raise ConfigError(f"unknown key {name}.{stage}; choose from {', '.join(STAGES)}")
+        for stage, template in self.prompts.items():
+            try:
+                template.format(prompt="", seconds=1.0)
+            except (KeyError, IndexError, ValueError, AttributeError) as error:
+                raise ConfigError(
+                    f"prompts.{stage} must be a text with {{prompt}} and {{seconds}}; got {template!r} "
+                    f"({error})"
+                ) from None
+
+    @classmethod
+    def read(cls, values: object) -> "FolderConfig":
+        """Read a table of JSON; ConfigError names the key that is wrong, and what would be right."""
+        if not isinstance(values, dict):
+            raise ConfigError("the file holds no table")
+        values = renamed(values)
+        spec = read_spec(values)
+        sizes = {"family", *(one.name for kind in FAMILIES.values() for one in fields(kind))}
+        rest = {name: value for name, value in values.items() if name not in sizes}
+        return read_table(cls, rest, spec=spec)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table of JSON that `read` reads."""
+        table: dict[str, Any] = {"preset": self.preset, "recipe": self.recipe, **self.spec.to_dict()}
+        for name in ("about", "text", "words", "languages", "prompts", "begun", "measured", "converted"):
+            value = getattr(self, name)
+            if value or name == "converted" and value is not None:
+                table[name] = value
+        table["sampling"] = {stage: _changed(options) for stage, options in self.sampling.items()}
+        if self.trained is not None:
+            table["trained"] = {name: asdict(row) for name, row in self.trained.items()}
+        return table
+
+
+def _changed(options: SamplingConfig) -> dict[str, float]:
+    """The options that are not the defaults."""
+    default = asdict(SamplingConfig())
+    return {name: value for name, value in asdict(options).items() if value != default[name]}
+
+
 def renamed(config: dict[str, Any]) -> dict[str, Any]:
     """A config.json whose family and parts have their present names."""
     now = {former: name for name, former in FORMER.items()}
     config = {now.get(key, key): value for key, value in config.items()}
-    if config.get("family") in now:
-        config["family"] = now[config["family"]]
-    for row in (config.get("trained") or {}).values():
-        row["parts"] = [now.get(part, part) for part in row["parts"]]
+    family = config.get("family")
+    if isinstance(family, str):
+        config["family"] = now.get(family, family)
+    trained = config.get("trained")
+    if isinstance(trained, dict):
+        config["trained"] = {name: _renamed_row(row, now) for name, row in trained.items()}
     return config
+
+
+def _renamed_row(row: object, now: dict[str, str]) -> object:
+    if not isinstance(row, dict) or not isinstance(row.get("parts"), list):
+        return row
+    parts = [now.get(part, part) if isinstance(part, str) else part for part in row["parts"]]
+    return {**row, "parts": parts}
 
 
 class ModelFolder:
@@ -70,24 +143,23 @@ class ModelFolder:
         self.path = Path(path)
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> FolderConfig:
+        """What config.json says; ModelError names the file and the key that is wrong."""
         file = self.path / "config.json"
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
+            values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ModelError(f"{self.path} is not a model folder: {file.name} is missing") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ModelError(f"{file} is damaged: {error}") from None
-        if not isinstance(config, dict):
-            raise ModelError(f"{file} is damaged: it holds no table")
-        return renamed(config)
-
-    def spec(self) -> Any:
-        """The CogVideoSpec or RegressionSpec that the folder holds."""
         try:
-            return read_spec(self.config)
-        except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-            raise ModelError(f"{self.path / 'config.json'} does not describe a model: {error}") from None
+            return FolderConfig.read(values)
+        except ConfigError as error:
+            raise ModelError(f"{file} does not describe a model: {error}") from None
+
+    def spec(self) -> Spec:
+        """The parts of the model and their sizes."""
+        return self.config.spec
 
     def check(self, parts: Iterable[str]) -> None:
         """Raise ModelError unless the files of these parts are there and whole; reads their tables only."""
@@ -110,8 +182,8 @@ class ModelFolder:
     def finishing(self) -> list[str]:
         """Parts that make codes or frames larger: those of the model, but for what its training has not come
         to."""
-        trained = self.config.get("trained")
-        done = {part for row in (trained or {}).values() for part in row["parts"]}
+        trained = self.config.trained
+        done = {part for row in (trained or {}).values() for part in row.parts}
         return [part for part in self.spec().finishing if trained is None or part in done or self.has(part)]
 
     def has(self, part: str) -> bool:
@@ -128,7 +200,7 @@ class ModelFolder:
     ) -> nn.Module:
         """Build a part and fill it from its file; floating-point weights become `dtype`. With None they stay
         what they are, on a CPU as views of the mapped file, which is read when they are."""
-        module: nn.Module = self.spec().outline(part)
+        module = self.outline(part)
         try:
             state = load_file(self.file(part), device=str(device))
         except FileNotFoundError:
@@ -144,6 +216,15 @@ class ModelFolder:
             raise ModelError(f"{self.file(part)} does not fit {self.path / 'config.json'}: {error}") from None
         return module.eval().requires_grad_(False)
 
+    def outline(self, part: str) -> nn.Module:
+        """A part without memory; ModelError if its sizes do not fit together."""
+        try:
+            module: nn.Module = self.spec().outline(part)
+        except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            file = self.path / "config.json"
+            raise ModelError(f"{file} does not describe a model: {part}: {error}") from None
+        return module
+
     def load_as(
         self,
         kind: type[M],
@@ -157,7 +238,7 @@ class ModelFolder:
         return module
 
     def text(self) -> TextTokenizer:
-        if self.config.get("text") == "gpt2":
+        if self.config.text == "gpt2":
             return GPT2Tokenizer()
         file = self.path / "text.model"
         try:
@@ -169,9 +250,11 @@ class ModelFolder:
 
     # -- writing
 
-    def write_config(self, config: dict[str, Any]) -> None:
+    def write_config(self, config: FolderConfig) -> None:
         with replacing(self.path / "config.json") as file:
-            file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            file.write_text(
+                json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
     def write_text(self, model: bytes) -> None:
         with replacing(self.path / "text.model") as file:

@@ -1,17 +1,18 @@
 """One table of models. `tiny` and `direct-tiny` are shipped; `cogvideo-9b` has the exact sizes of the
 released CogVideo, `direct` is the reference of the regression family."""
 
-from typing import Any
+from dataclasses import replace
 
+from cogvideo.model.config import SamplingConfig
 from cogvideo.model.decoder import DecoderConfig
-from cogvideo.model.families import CogVideoSpec, RegressionSpec
+from cogvideo.model.families import CogVideoSpec, RegressionSpec, Spec
 from cogvideo.model.refiner import RefinerConfig
 from cogvideo.model.regression import RegressionConfig
 from cogvideo.model.superres import SuperResConfig
 from cogvideo.model.transformer import ModelConfig
 from cogvideo.model.vqvae import VQVAEConfig
 
-PRESETS = {
+PRESETS: dict[str, Spec] = {
     # layers, width, heads, grid of tokens a frame; codes and text pieces
     "tiny": CogVideoSpec(
         ModelConfig(
@@ -123,19 +124,26 @@ PRESETS = {
 }
 
 
-_DRAWN = {"temperature": 1.05, "top_k": 12, "token_temperature": 0.89, "text_boost": 1.4}
-SAMPLING: dict[str, dict[str, Any]] = {  # where not the defaults are meant (docs/reference.md, "Inference")
+RELEASED = SamplingConfig(temperature=1.05, top_k=12, token_temperature=0.89, text_boost=1.4)
+SAMPLING: dict[str, dict[str, SamplingConfig]] = {  # where not the defaults (docs/reference.md, "Inference")
     "cogvideo-9b": {
-        "image": _DRAWN | {"temperature": 1.0, "top_k": 16},
-        "stage1": _DRAWN | {"guidance_scale": 3.0},
-        "stage2": _DRAWN,
-        "superres": {"temperature": 1.0, "top_k": 6, "token_temperature": 0.6},
+        "image": replace(RELEASED, temperature=1.0, top_k=16),
+        "stage1": replace(RELEASED, guidance_scale=3.0),
+        "stage2": RELEASED,
+        "superres": SamplingConfig(temperature=1.0, top_k=6, token_temperature=0.6),
     },
 }
 
 
-def find(name: str) -> Any:
-    """A CogVideoSpec or a RegressionSpec."""
+def find(name: str) -> Spec:
+    """The spec of a row of the table; ValueError names the rows."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def released() -> CogVideoSpec:
+    """The spec of the released CogVideo."""
+    spec = PRESETS["cogvideo-9b"]
+    assert isinstance(spec, CogVideoSpec)
+    return spec

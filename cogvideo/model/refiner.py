@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideo.model.config import Size, SmallCount, SmallSize
+
 
 @dataclass(frozen=True)
 class RefinerConfig:
-    scale: int = 4
-    width: int = 64
-    blocks: int = 6
-    reach: int = 1  # neighbours on each side
+    scale: SmallSize = 4
+    width: Size = 64
+    blocks: SmallCount = 6
+    reach: SmallCount = 1  # neighbours on each side
 
 
 class Refiner(nn.Module):

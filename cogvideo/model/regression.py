@@ -21,31 +21,34 @@ D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideo.model.config import Id, Ids, Range, Size, SmallCount, SmallSize
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.transformer import init_normal, text_ranks
+
+Fps = Annotated[float, Range(0.01, 1000)]
 
 
 @dataclass(frozen=True)
 class RegressionConfig:
-    layers: int  # of the encoder, and as many of the decoder
-    width: int
-    heads: int
-    vocab: int  # ids of text; a frame-rate token for each of `rates` follows them
-    pad: int
-    text_len: int = 256
-    resolution: int = 64  # pixels a side of a frame
-    patch: int = 64  # of a patch
-    frames: int = 32  # of a clip at the full rate
-    rates: tuple[float, ...] = (1.0, 8.0)  # frames a second; the last is the full rate
-    refine_width: int = 32
-    refine_blocks: int = 2
+    layers: SmallSize  # of the encoder, and as many of the decoder
+    width: Size
+    heads: SmallSize
+    vocab: Ids  # ids of text; a frame-rate token for each of `rates` follows them
+    pad: Id
+    text_len: Size = 256
+    resolution: Size = 64  # pixels a side of a frame
+    patch: Size = 64  # of a patch
+    frames: SmallSize = 32  # of a clip at the full rate
+    rates: tuple[Fps, ...] = (1.0, 8.0)  # frames a second; the last is the full rate
+    refine_width: Size = 32
+    refine_blocks: SmallCount = 2
 
     def __post_init__(self) -> None:
         if self.resolution % self.patch:

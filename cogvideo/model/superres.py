@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.model.attention import Attention
+from cogvideo.model.config import Id, Size, SmallSize
 from cogvideo.model.transformer import Base, ModelConfig, init_normal, text_bias, text_ranks
 
 TILE = 12  # queries a side, about: speed only
@@ -40,12 +41,12 @@ TILE = 12  # queries a side, about: speed only
 
 @dataclass(frozen=True)
 class SuperResConfig:
-    grid: int  # codes a side of the small map
-    scale: int  # of the large map: grid * scale codes a side
-    text_len: int
-    pad: int  # id of padding, in front of short texts; it may be the id of a code, which is never text
-    window: tuple[int, int]  # rows and columns seen of the large map, both odd
-    cross: tuple[int, int] | None = None  # rows and columns seen of the small map, both odd; None: iterative
+    grid: SmallSize  # codes a side of the small map
+    scale: SmallSize  # of the large map: grid * scale codes a side
+    text_len: Size
+    pad: Id  # id of padding, in front of short texts; it may be the id of a code, which is never text
+    window: tuple[SmallSize, SmallSize]  # rows and columns seen of the large map, both odd
+    cross: tuple[SmallSize, SmallSize] | None = None  # the same of the small map; None: iterative
 
     def __post_init__(self) -> None:
         for name, sides in (("window", self.window), ("cross", self.cross or (1, 1))):

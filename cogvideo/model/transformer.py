@@ -14,7 +14,7 @@ Ids: image codes first, [0, codes), then text. Legend: B batch, T text_len, S fr
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple, Protocol, cast
+from typing import Annotated, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from cogvideo.model.attention import (
     turns_of,
 )
 from cogvideo.model.cache import Cache, Channel, ChannelCache
+from cogvideo.model.config import Id, Ids, Range, Size, SmallCount, SmallSize
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -48,36 +49,48 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    layers: int
-    width: int
-    heads: int
-    vocab: int  # image codes and text pieces together
-    codes: int  # image codes, the first ids
-    pad: int  # id of padding, in front of short texts
-    start: int  # id of start-of-image, in slot 0 of every frame
-    text_len: int
-    grid: int
-    frames: int = 5  # of one window
-    text_positions: int = 0  # rows of the position table before those of frame 0; 0 means text_len
-    window: int = 0  # of the temporal channel of stage 2; stage 1 has full attention
-    dropout: float = 0.0
+    layers: SmallSize
+    width: Size
+    heads: SmallSize
+    vocab: Ids  # image codes and text pieces together
+    codes: Ids  # image codes, the first ids
+    pad: Id  # id of padding, in front of short texts
+    start: Id  # id of start-of-image, in slot 0 of every frame
+    text_len: Size
+    grid: SmallSize
+    frames: SmallSize = 5  # of one window
+    text_positions: Id = 0  # rows of the position table before those of frame 0; 0 means text_len
+    window: SmallCount = 0  # of the temporal channel of stage 2; stage 1 has full attention
+    dropout: Annotated[float, Range(0, 0.99)] = 0.0
     # what the original has not, each off by default
     rotary: bool = False  # queries and keys are rotated by time, row and column
     qk_norm: bool = False  # queries and keys are normalised
     activation: str = "gelu"  # of the MLP: gelu, or relu2 (Primer, So 2021)
     norm: str = "sandwich"  # layer norms before and after each half of a block, or pre: before it
     zero_init: bool = False  # the last matrix of each half of a block starts at 0
-    skew: int = 0  # codes are predicted a diagonal at a time (`Layout`)
+    skew: SmallCount = 0  # codes are predicted a diagonal at a time (`Layout`)
 
     def __post_init__(self) -> None:
         for name, choices in {"activation": ACTIVATIONS, "norm": NORMS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
-        for name, value in vars(self).items():
-            if name in ("activation", "norm"):
-                continue
-            if not isinstance(value, (int, float)) or value < 0:
-                raise ValueError(f"{name} must be a number, 0 or more; got {value!r}")
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide the width {self.width}; got {self.heads}")
+        if self.rotary and self.width // self.heads % 2:
+            raise ValueError(f"heads must have an even width to be rotated; got {self.width} / {self.heads}")
+        if self.window and self.grid % self.window:
+            raise ValueError(f"window must divide the grid {self.grid}; got {self.window}")
+        for name in ("pad", "start"):
+            value = getattr(self, name)
+            if value >= self.vocab:
+                raise ValueError(f"{name} must be less than the vocab {self.vocab}; got {value}")
+        if self.codes > self.vocab:
+            raise ValueError(f"codes must be at most the vocab {self.vocab}; got {self.codes}")
+        if self.text_positions and self.text_positions < self.text_len:
+            raise ValueError(
+                f"text_positions must be 0, or at least the text_len {self.text_len}; got "
+                f"{self.text_positions}"
+            )
 
     @property
     def frame_len(self) -> int:

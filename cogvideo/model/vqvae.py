@@ -15,7 +15,7 @@ Shapes: B images, R resolution in pixels, N = grid * grid codes, C channels.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import torch
@@ -23,29 +23,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.hardware import constant
+from cogvideo.model.config import Ids, Range, Size, SmallCount, SmallSize
 from cogvideo.video import Frames
 
 NEIGHBOURS = 16  # nearest codes, one of which replaces a perturbed code
 
 
+Positive = Annotated[float, Range(1e-6, 1e6)]
+
+
 @dataclass(frozen=True)
 class VQVAEConfig:
-    resolution: int = 48  # pixels, square
-    channels: int = 32  # of the first level; level i has channels * multipliers[i]
-    multipliers: tuple[int, ...] = (1, 2, 4)  # one level each, resolution halves between levels
-    encoder_blocks: int = 1  # residual blocks a level
-    decoder_blocks: int = 1
+    resolution: Size = 48  # pixels, square
+    channels: Size = 32  # of the first level; level i has channels * multipliers[i]
+    multipliers: tuple[SmallSize, ...] = (1, 2, 4)  # one level each, resolution halves between levels
+    encoder_blocks: SmallSize = 1  # residual blocks a level
+    decoder_blocks: SmallSize = 1
     mid_attention: bool = True
-    codes: int = 1024
-    code_width: int = 32
-    groups: int = 16  # of every GroupNorm
-    patch: int = 1  # pixels a side that the first layer folds into channels, and the last one unfolds
+    codes: Ids = 1024
+    code_width: Size = 32
+    groups: Size = 16  # of every GroupNorm
+    patch: SmallSize = 1  # pixels a side that the first layer folds into channels, and the last one unfolds
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # pixels in [0, 1] are normalised by these
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
     # of a HierarchicalVQVAE
-    rates: tuple[int, ...] = ()  # pixels a side that one code stands for, each twice the one before
-    rate: int = 0  # the one of `rates` that is meant when none is named
-    attended: tuple[int, ...] = ()  # levels in which attention follows every residual block
+    rates: tuple[SmallSize, ...] = ()  # pixels a side that one code stands for, each twice the one before
+    rate: SmallCount = 0  # the one of `rates` that is meant when none is named
+    attended: tuple[SmallCount, ...] = ()  # levels in which attention follows every residual block
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.multipliers) <= 12:
+            raise ValueError(f"multipliers must be 1 to 12 numbers; got {len(self.multipliers)}")
+        for multiplier in self.multipliers:
+            channels = self.channels * multiplier
+            if channels % self.groups:
+                raise ValueError(
+                    f"groups must divide the channels of every level; got {self.groups} for {channels} "
+                    f"(channels {self.channels}, multipliers {self.multipliers})"
+                )
+        if self.rates and (len(self.rates) > 8 or self.rate not in (0, *self.rates)):
+            raise ValueError(f"rate must be one of the rates, of at most 8; got {self.rate} of {self.rates}")
+        side = self.rate or self.patch * 2 ** (len(self.multipliers) - 1)
+        if self.resolution % side:
+            raise ValueError(
+                f"resolution must be a multiple of the {side} pixels that a code stands for (patch "
+                f"{self.patch}, multipliers {self.multipliers}, rate {self.rate}); got {self.resolution}"
+            )
 
     @property
     def grid(self) -> int:

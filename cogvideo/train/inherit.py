@@ -5,6 +5,7 @@ are taken: of `embed` the image codes, the words if both models have the same te
 equal frame rates; of the decoder's `words` all or none; of `frame_positions` the moments that both have.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from cogvideo.data.loader import read_captions
 from cogvideo.files import replacing_folder
 from cogvideo.model.decoder import VideoDecoder
 from cogvideo.model.families import Spec
-from cogvideo.model.folder import ModelFolder
+from cogvideo.model.folder import FolderConfig, ModelFolder
 from cogvideo.model.regression import RegressionTransformer
 from cogvideo.model.transformer import Base
 from cogvideo.model.vqvae import VQVAE
@@ -50,7 +51,7 @@ def shared_parts(spec: Spec, init: ModelFolder) -> list[str]:
 
 def text_model(init: ModelFolder, spec: Spec) -> bytes | None:
     """The text model of `init`, if `init` has the embedding of its pieces and they fit into this model."""
-    if init.config.get("text") == "gpt2" or spec.reader not in shared_parts(spec, init):
+    if init.config.text == "gpt2" or spec.reader not in shared_parts(spec, init):
         return None
     text = init.text()
     return text.model if spec.first_text + len(text) <= spec.speaks.vocab else None
@@ -76,10 +77,10 @@ def check(
         asked = _asked(init, init_embedding)
         if folder.spec() != spec:
             raise ValueError(
-                f"{folder.path} holds another model, {config.get('preset')}, than the recipe "
+                f"{folder.path} holds another model, {config.preset}, than the recipe "
                 f"{recipe.name} trains, {recipe.preset}; choose another --out"
             )
-        if asked and asked != (begun := config.get("begun", {})):
+        if asked and asked != (begun := config.begun):
             raise ValueError(
                 f"the run in {folder.path.parent} has begun with {begun or 'new weights'}; to "
                 f"begin with {asked} choose another --out"
@@ -114,24 +115,18 @@ def prepare(
     configuration. The text model is trained on `captions` captions, CAPTIONS by default."""
     if (folder.path / "config.json").exists():
         return
-    config = {
-        "preset": recipe.preset,
-        "recipe": recipe.name,
-        **spec.to_dict(),
-        "trained": {},
-        "begun": _asked(init, init_embedding),
-    }
+    config = FolderConfig(spec, recipe.preset, recipe.name, trained={}, begun=_asked(init, init_embedding))
     if recipe.pieces:
         read = list(read_captions(source, captions or CAPTIONS, recipe.seed))
         words = sorted({word for caption in read for word in split_words(caption)})
-        config |= {"text": "sentencepiece", "words": words}
+        config = replace(config, words=tuple(words))
         theirs = text_model(init, spec) if init else None
         text = _own_text(folder) or theirs or train_text(read, recipe.pieces)
         same_words = text == theirs
     else:
-        config |= {"text": "gpt2", "words": []}  # which knows all words
+        config = replace(config, text="gpt2")  # which knows all words
         text = b""
-        same_words = bool(init and init.config.get("text") == "gpt2")
+        same_words = bool(init and init.config.text == "gpt2")
     parts = _first_parts(spec, recipe.seed, init, init_embedding, same_words)
     with replacing_folder(folder.path) as path:
         new = ModelFolder(path)

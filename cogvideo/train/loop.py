@@ -19,6 +19,7 @@ from cogvideo.data.loader import Batch, batches
 from cogvideo.data.tokens import Reuse, recurring
 from cogvideo.hardware import gemm_rate
 from cogvideo.layout import SECONDS
+from cogvideo.model.config import TrainedPhase
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import VQVAE
@@ -249,12 +250,8 @@ def finish(work: Work) -> None:
     if work.machine.first:
         work.report.end()
         config = folder.config
-        config["trained"][phase.name] = {
-            "steps": phase.steps,
-            "batch": phase.batch,
-            "parts": list(phase.trains),
-        }
-        folder.write_config(config)
+        row = TrainedPhase(phase.steps, phase.batch, phase.trains)
+        folder.write_config(replace(config, trained={**(config.trained or {}), phase.name: row}))
     work.machine.wait()
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from cogvideo.data.cut import Source
 from cogvideo.data.loader import Batch, batches
 from cogvideo.hardware import find_device, free_memory, idle_cores
+from cogvideo.model.config import TrainedPhase
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.train import checkpoint, inherit, parallel
@@ -105,13 +106,11 @@ class Run:
     # -- what is there
 
     @property
-    def finished(self) -> dict[str, dict[str, Any]]:
+    def finished(self) -> dict[str, TrainedPhase]:
         """The phases that reached their last step, with their steps."""
         if not (self.folder.path / "config.json").exists():
             return {}
-        config = self.folder.config
-        trained: dict[str, dict[str, Any]] = config.get("trained", {})
-        return trained
+        return self.folder.config.trained or {}
 
     def previous(self, phase: Phase) -> Path | None:
         """The state of the last phase before this one that trains the same part."""
@@ -189,8 +188,8 @@ class Run:
         finished = self.finished
         remaining = []
         for phase in self.phases:
-            steps = finished.get(phase.name, {}).get("steps", 0)
-            if steps >= phase.steps and self.state(phase).exists():
+            row = finished.get(phase.name)
+            if row is not None and row.steps >= phase.steps and self.state(phase).exists():
                 continue
             later = self.later(phase)
             if later is not None:
