@@ -215,6 +215,8 @@ def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output
     parts: dict[str, Any] = {"vqvae": replace(spec.vqvae, codes=fields["codes"], resolution=resolution)}
     if part == "stage2":
         fields["window"] = window
+    elif c.window and grid % c.window:  # that of the released stage 2, which this is not
+        fields["window"] = 0
     if part not in STAGES:
         reach = described.get("kernel_size", 5)
         cross = described.get("kernel_size2", 5)

@@ -6,12 +6,11 @@ Shapes: B samples, V codes.
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
-from cogvideo.model.config import STAGES, SamplingConfig, read_value
+from cogvideo.model.config import STAGES, SamplingConfig
 
 MAX_SEED = 2**32 - 1
 
@@ -27,8 +26,11 @@ class Sampling(SamplingConfig):
     clusters: Tensor | None = field(default=None, repr=False, compare=False)  # [V] the cluster of each code
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(SamplingConfig, include_extras=True).items():
-            read_value(hint, getattr(self, name), name)
+        least = {"temperature": 0, "top_k": 0, "guidance_scale": 1, "text_boost": 0}
+        for name, low in (least | {"token_temperature": 1e-6}).items():
+            value = getattr(self, name)
+            if not low <= value < float("inf"):
+                raise ValueError(f"{name} must be {low:g} or more; got {value}")
 
     @property
     def guided(self) -> bool:

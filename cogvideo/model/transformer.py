@@ -86,11 +86,6 @@ class ModelConfig:
                 raise ValueError(f"{name} must be less than the vocab {self.vocab}; got {value}")
         if self.codes > self.vocab:
             raise ValueError(f"codes must be at most the vocab {self.vocab}; got {self.codes}")
-        if self.text_positions and self.text_positions < self.text_len:
-            raise ValueError(
-                f"text_positions must be 0, or at least the text_len {self.text_len}; got "
-                f"{self.text_positions}"
-            )
 
     @property
     def frame_len(self) -> int:
