@@ -33,7 +33,7 @@ from cogvideo.model.system import System
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.train import loop, objectives, recipes
 from cogvideo.train.recipes import Phase
-from cogvideo.weights import ModelFolder
+from cogvideo.weights import ModelFolder, find_model
 
 Row = dict[str, float]
 
@@ -170,7 +170,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=list(PARTS))
-    parser.add_argument("--model", type=Path, required=True, help="a model folder with a trained tokenizer")
+    parser.add_argument("--model", required=True, help="a model with a trained tokenizer")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--layers", type=int, default=8, help="of the base")
     parser.add_argument("--width", type=int, default=384, help="of the base: a multiple of 64")
@@ -186,7 +186,7 @@ def main() -> None:
         parser.error(f"--variants: no {', '.join(sorted(unknown))}; choose from {', '.join(variants)}")
     torch.set_num_threads(1)
     rows: dict[str, Row] = {}
-    init = tokenizer_of(ModelFolder(args.model), args.out / "tokenizer")
+    init = tokenizer_of(ModelFolder(find_model(args.model)), args.out / "tokenizer")
     for name in names:
         out = args.out / args.part / name.replace(" ", "-")
         row = measure(args, variants[name], init, out)
