@@ -31,7 +31,7 @@ from cogvideo.files import replacing
 from cogvideo.model import presets
 from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.features import PictureFeatures
-from cogvideo.model.folder import ModelFolder
+from cogvideo.model.folder import ModelFolder, find_model
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.train import inputs, loop, losses, recipes
 from cogvideo.train.phase import Phase
@@ -87,9 +87,12 @@ DECODER = {
 }
 
 
-def train_for(minutes: float, phase: Phase, spec: CogVideoSpec, init: ModelFolder, out: Path) -> ModelFolder:
-    """Train one phase in `out`. Its number of steps is decided once and kept in steps.json."""
-    recipe = replace(recipes.find("tiny"), phases=(phase,))
+def train_for(
+    minutes: float, phase: Phase, spec: CogVideoSpec, init: ModelFolder, out: Path, names: tuple[str, ...]
+) -> ModelFolder:
+    """Train one phase in `out` on these sprites. Its number of steps is decided once and kept in
+    steps.json."""
+    recipe = replace(recipes.find("tiny"), phases=(phase,), sprites=len(names))
     source = open_source("tinyworld", sprites=recipe.sprites)
     kept = out / "steps.json"
     if not kept.exists():
@@ -107,9 +110,9 @@ def train_for(minutes: float, phase: Phase, spec: CogVideoSpec, init: ModelFolde
 
 
 @torch.inference_mode()
-def loss_of(folder: ModelFolder, count: int = 64) -> float:
+def loss_of(folder: ModelFolder, names: tuple[str, ...], count: int = 64) -> float:
     """Nats a code on `count` held-out pictures, every code alike."""
-    world = TinyWorld(sprites(), 555, True, varied=True)
+    world = TinyWorld(names, 555, True, varied=True)
     phase = recipes.find("tiny").phase("image")
     batch = next(batches(world, phase.cut, count, seed=9))
     c, text = folder.spec().model, folder.text()
@@ -119,9 +122,11 @@ def loss_of(folder: ModelFolder, count: int = 64) -> float:
     return float(losses.token_loss(model, c.layout("image"), ids, codes)[0])
 
 
-def recognised(folder: ModelFolder, judge: frame_judge.FrameJudge, count: int) -> float:
+def recognised(
+    folder: ModelFolder, judge: frame_judge.FrameJudge, count: int, names: tuple[str, ...]
+) -> float:
     """Share of first frames, generated for held-out prompts, whose sprite the judge names."""
-    batch = ladder.draw_batch(sprites(), count, seed=31)
+    batch = ladder.draw_batch(names, count, seed=31)
     pipe = CogVideo.from_pretrained(folder.path)
     draft = pipe.first_frames(batch.prompts, batch.seeds, guidance_scale=2.0)
     frames = pipe.parts.vqvae.decode(draft.codes[:, 0])
@@ -139,20 +144,22 @@ def tokenizer_of(model: ModelFolder, out: Path) -> ModelFolder:
 
 def ablate_base(args: argparse.Namespace, variant: Variant, init: ModelFolder, out: Path) -> Row:
     judge = frame_judge.load(args.judge)
-    spec, size = SPEC, {"layers": args.layers, "width": args.width, "heads": args.width // 64}
-    spec = replace(spec, model=replace(spec.model, **size, **variant.part))
+    size = {"layers": args.layers, "width": args.width, "heads": args.width // 64}
+    spec = replace(SPEC, model=replace(SPEC.model, **size, **variant.part))
     phase = replace(recipes.find("tiny").phase("image"), **variant.phase)
-    folder = train_for(args.minutes, phase, spec, init, out)
-    right = recognised(folder, judge, args.clips)
-    return {"nats a code": loss_of(folder), "sprite recognised %": 100 * right}
+    names = sprites(args.sprites)
+    folder = train_for(args.minutes, phase, spec, init, out, names)
+    right = recognised(folder, judge, args.clips, names)
+    return {"nats a code": loss_of(folder, names), "sprite recognised %": 100 * right}
 
 
 def ablate_decoder(args: argparse.Namespace, variant: Variant, init: ModelFolder, out: Path) -> Row:
     judge = frame_judge.load(args.judge)
     spec = replace(SPEC, decoder=replace(SPEC.decoder, **variant.part))
     phase = replace(recipes.find("tiny").phase("decoder"), decay=1.0, **variant.phase)
-    folder = train_for(args.minutes, phase, spec, init, out)
-    pipe, batch = CogVideo.from_pretrained(folder.path), ladder.draw_batch(sprites(), args.clips, seed=1000)
+    names = sprites(args.sprites)
+    folder = train_for(args.minutes, phase, spec, init, out, names)
+    pipe, batch = CogVideo.from_pretrained(folder.path), ladder.draw_batch(names, args.clips, seed=1000)
     rungs = ("codes", "replaced")
     found = ladder.climb(pipe, batch, rungs, judge, PictureFeatures())
     ladder.save(found, out / "ladder", {"model": str(folder.path), "seed": 1000})
@@ -173,10 +180,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=list(PARTS))
-    parser.add_argument("--model", type=Path, required=True, help="a model folder with a trained tokenizer")
+    parser.add_argument("--model", required=True, help="a model with a trained tokenizer")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--layers", type=int, default=8, help="of the base")
     parser.add_argument("--width", type=int, default=384, help="of the base: a multiple of 64")
+    parser.add_argument("--sprites", type=int, default=96, help="fewer are learnt sooner")
     parser.add_argument("--clips", type=int, default=192, help="generated frames, or decoded clips, judged")
     parser.add_argument("--variants", nargs="+", help="default: all")
     parser.add_argument("--judge", type=Path, default=frame_judge.FILE)
@@ -188,7 +196,7 @@ def main() -> None:
         parser.error(f"--variants: no {', '.join(sorted(unknown))}; choose from {', '.join(variants)}")
     torch.set_num_threads(1)
     rows: dict[str, Row] = {}
-    init = tokenizer_of(ModelFolder(args.model), args.out / "tokenizer")
+    init = tokenizer_of(ModelFolder(find_model(args.model)), args.out / "tokenizer")
     for name in names:
         out = args.out / args.part / name.replace(" ", "-")
         row = measure(args, variants[name], init, out)

@@ -117,6 +117,12 @@ SHORTENED = {
     "python -m benchmarks.ablate decoder --model runs/tiny/model": nano(
         more="--variants recipe --minutes 0.01 --clips 2"
     ),
+    "python -m benchmarks.ablate base --model tiny --layers 4 --width 256 --sprites 12 --minutes 13": nano(
+        ("4", "1"), ("256", "64"), ("13", "0.01"), more="--variants recipe --clips 2"
+    ),
+    "python -m benchmarks.ablate decoder --model tiny --minutes 7 --clips 24": nano(
+        ("7", "0.01"), ("24", "2"), more="--variants recipe"
+    ),
     "python -m benchmarks.classifier": Shorter(more="--steps 2 --count 2"),
     "python -m benchmarks.classifier --judge frame": Shorter(more="--steps 2 --count 2"),
     "python -m benchmarks.ladder --model tiny --clips 32": nano(("32", "1"), more="--shown 1"),
