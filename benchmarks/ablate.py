@@ -27,10 +27,10 @@ from cogvideo import CogVideo
 from cogvideo.data.loader import batches
 from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, sprites
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 from cogvideo.model import presets
 from cogvideo.model.families import CogVideoSpec
-from cogvideo.model.features import PictureFeatures
+from cogvideo.model.features import ImageFeatures
 from cogvideo.model.folder import ModelFolder, find_model
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.train import inputs, loop, losses, recipes
@@ -161,7 +161,7 @@ def ablate_decoder(args: argparse.Namespace, variant: Variant, init: ModelFolder
     folder = train_for(args.minutes, phase, spec, init, out, names)
     pipe, batch = CogVideo.from_pretrained(folder.path), ladder.draw_batch(names, args.clips, seed=1000)
     rungs = ("codes", "replaced")
-    found = ladder.climb(pipe, batch, rungs, judge, PictureFeatures())
+    found = ladder.climb(pipe, batch, rungs, judge, ImageFeatures())
     ladder.save(found, out / "ladder", {"model": str(folder.path), "seed": 1000})
     row: Row = {}
     for rung in rungs:
@@ -202,7 +202,7 @@ def main() -> None:
         row = measure(args, variants[name], init, out)
         rows[name] = {"steps": json.loads((out / "steps.json").read_text()), **row}
         print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in rows[name].items()), flush=True)
-        with replacing(args.out / f"{args.part}.json") as file:
+        with atomic_path(args.out / f"{args.part}.json") as file:
             file.write_text(json.dumps({"minutes": args.minutes, "rows": rows}, indent=2))
 
 

@@ -29,9 +29,9 @@ from benchmarks.classifier import FRAMES, HEADS, SIZE, ClipClassifier
 from benchmarks.fidelity import reconstruct, trained_sprites
 from cogvideo.data.tinyworld import MOTIONS, PLACES, Scene, TinyWorld, render, sprites
 from cogvideo.eval.metrics import frechet_distance
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 from cogvideo.model.folder import ModelFolder
-from cogvideo.model.vqvae import to_frames, to_pictures
+from cogvideo.model.vqvae import to_frames, to_images
 
 if TYPE_CHECKING:
     from cogvideo import CogVideo
@@ -96,7 +96,7 @@ def to_small(frames: np.ndarray) -> np.ndarray:
     """Frames uint8 [F, H, H, 3] to the judge's size, uint8 [F, 48, 48, 3], by the mean over areas."""
     if frames.shape[1] == SIZE:
         return frames
-    return to_frames(torch.nn.functional.interpolate(to_pictures(frames), size=(SIZE, SIZE), mode="area"))
+    return to_frames(torch.nn.functional.interpolate(to_images(frames), size=(SIZE, SIZE), mode="area"))
 
 
 def generate(pipe: "CogVideo", split: Split, seed: int, batch: int, frames: int, out: Path) -> np.ndarray:
@@ -116,7 +116,7 @@ def generate(pipe: "CogVideo", split: Split, seed: int, batch: int, frames: int,
             continue
         made_now = pipe(prompts, seed=seed + start, num_frames=frames, progress=False)
         clips.append(np.stack([to_small(clip.frames) for clip in made_now]))
-        with replacing(file) as part:
+        with atomic_path(file) as part:
             np.savez_compressed(part, clips=clips[-1], prompts=np.array(prompts))
         made += len(prompts)
         pace = (time.time() - begun) / made
@@ -135,7 +135,7 @@ def claim(out: Path, folder: ModelFolder, **options: object) -> None:
     if file.exists() and file.read_text() != claimed:
         what = f"clips of other weights, or another --{', --'.join(options)}"
         raise ValueError(f"{out} holds {what} (see {file}); choose another --out")
-    with replacing(file) as part:
+    with atomic_path(file) as part:
         part.write_text(claimed)
 
 
@@ -148,7 +148,7 @@ def through_tokenizer(folder: ModelFolder, scenes: Sequence[Scene]) -> np.ndarra
         times = TIMES[::4] if refiner is None else TIMES  # a refiner looks at the neighbours in time
         frames, _ = reconstruct(vqvae, render(scene, times, vqvae.config.resolution))
         if refiner is not None:
-            frames = to_frames(refiner(to_pictures(frames)[None])[0])[::4]
+            frames = to_frames(refiner(to_images(frames)[None])[0])[::4]
         clips.append(to_small(frames))
     return np.stack(clips)
 
@@ -296,7 +296,7 @@ def main() -> None:
             judged[name] = judge_split(net, split, others, generated=clips)
     text = report(f"{args.model}: adherence, {len(names)} sprites", judged)
     print(text)
-    with replacing(args.out / ("bounds.md" if args.reconstructions else "report.md")) as part:
+    with atomic_path(args.out / ("bounds.md" if args.reconstructions else "report.md")) as part:
         part.write_text(text)
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from cogvideo.data.tinyworld import Scene, TinyWorld, render, sprites
 from cogvideo.data.tinyworld.world import SceneVideo
 from cogvideo.eval.metrics import psnr, ssim
-from cogvideo.model.features import PictureFeatures, perceptual_distance
+from cogvideo.model.features import ImageFeatures, perceptual_distance
 from cogvideo.model.folder import ModelFolder, find_model
 from cogvideo.model.refiner import Refiner, resize
-from cogvideo.model.vqvae import VQVAE, to_frames, to_pictures
+from cogvideo.model.vqvae import VQVAE, to_frames, to_images
 from cogvideo.text import split_words
 
 TIMES = np.arange(33) / 8  # seconds
@@ -50,23 +50,23 @@ def reconstruct(vqvae: VQVAE, frames: np.ndarray, batch: int = 64) -> tuple[np.n
     """Frames uint8 [M, R, R, 3] through the tokenizer and back: (frames uint8 [M, R, R, 3], ids [M, N])."""
     made, ids = [], []
     for i in range(0, len(frames), batch):
-        ids.append(vqvae.encode(to_pictures(frames[i : i + batch])))
+        ids.append(vqvae.encode(to_images(frames[i : i + batch])))
         made.append(to_frames(vqvae.decode(ids[-1])))
     return np.concatenate(made), torch.cat(ids)
 
 
 @torch.inference_mode()
-def compare(net: PictureFeatures, made: np.ndarray, real: np.ndarray, batch: int = 32) -> dict[str, float]:
+def compare(net: ImageFeatures, made: np.ndarray, real: np.ndarray, batch: int = 32) -> dict[str, float]:
     """Mean PSNR (dB), SSIM and perceptual distance of frames uint8 [M, H, W, 3] to the real ones."""
     rows = []
     for i in range(0, len(made), batch):
-        a, b = to_pictures(made[i : i + batch]), to_pictures(real[i : i + batch])
+        a, b = to_images(made[i : i + batch]), to_images(real[i : i + batch])
         rows.append(torch.stack((psnr(a, b), ssim(a, b), perceptual_distance(net, a, b))))
     means = torch.cat(rows, 1).mean(1).tolist()
     return dict(zip(("psnr", "ssim", "perceptual"), means))
 
 
-def measure_tokenizer(vqvae: VQVAE, net: PictureFeatures, scenes: Sequence[Scene]) -> dict[str, float]:
+def measure_tokenizer(vqvae: VQVAE, net: ImageFeatures, scenes: Sequence[Scene]) -> dict[str, float]:
     """The tokenizer on 9 frames of every scene; codes in use and their perplexity, of all there are."""
     size = vqvae.config.resolution
     real = np.concatenate([render(scene, TIMES[::4], size) for scene in scenes])
@@ -84,7 +84,7 @@ def measure_tokenizer(vqvae: VQVAE, net: PictureFeatures, scenes: Sequence[Scene
 
 @torch.inference_mode()
 def measure_refiner(
-    vqvae: VQVAE, refiner: Refiner, net: PictureFeatures, scenes: Sequence[Scene]
+    vqvae: VQVAE, refiner: Refiner, net: ImageFeatures, scenes: Sequence[Scene]
 ) -> dict[str, dict[str, float]]:
     """Refiner and bicubic on the same decoded clips, against the scenes rendered large.
 
@@ -94,7 +94,7 @@ def measure_refiner(
     made: dict[str, list] = {"bicubic": [], "refiner": []}
     for scene in scenes:
         decoded, _ = reconstruct(vqvae, render(scene, TIMES, size))
-        clip = to_pictures(decoded)[None]  # [1, 33, 3, R, R]
+        clip = to_images(decoded)[None]  # [1, 33, 3, R, R]
         real = render(scene, TIMES[::4], size * scale)
         for name, large in (("bicubic", resize(clip, scale)), ("refiner", refiner(clip))):
             made[name].append(compare(net, to_frames(large[0, ::4]), real))
@@ -128,7 +128,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = ModelFolder(find_model(args.model))
     names = sprites(args.sprites or trained_sprites(folder))
-    net, vqvae = PictureFeatures(), folder.load("vqvae")
+    net, vqvae = ImageFeatures(), folder.load("vqvae")
     scenes = unseen_scenes(names, args.count, args.seed)
     size, of = vqvae.config.resolution, f"of {len(names)} sprites"
     numbers = {"tokenizer": measure_tokenizer(vqvae, net, scenes)}

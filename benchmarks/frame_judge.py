@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cogvideo.data.tinyworld import LOOKS, PLACES, Scene, TinyWorld, path, render, sample_scene, sprites
 from cogvideo.data.tinyworld.cast import shape
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 
 SIZE, CROP = 192, 128
 FILE = Path("runs/judge/frame.safetensors")
@@ -284,7 +284,7 @@ def train(
             )
             recent.clear()
             out.mkdir(parents=True, exist_ok=True)
-            with replacing(out / FILE.name) as part:
+            with atomic_path(out / FILE.name) as part:
                 save_file({k: v.contiguous() for k, v in net.state_dict().items()}, part)
     return net.eval()
 
@@ -310,5 +310,5 @@ def run(args: argparse.Namespace) -> None:
         train(args.out, steps, crops, args.init, seed=args.seed)
     ceiling = test(load(args.out / FILE.name), 64)
     print(json.dumps(ceiling, indent=2))
-    with replacing(args.out / "frame.json") as part:
+    with atomic_path(args.out / "frame.json") as part:
         part.write_text(json.dumps(ceiling, indent=2))

@@ -20,8 +20,8 @@ from benchmarks.adherence import TIMES, judge, through_tokenizer
 from benchmarks.fidelity import compare, reconstruct, unseen_scenes
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
 from cogvideo.model import presets
-from cogvideo.model.features import PictureFeatures
-from cogvideo.model.vqvae import to_pictures
+from cogvideo.model.features import ImageFeatures
+from cogvideo.model.vqvae import to_images
 from cogvideo.train import loop, recipes
 from cogvideo.train.losses import LossWeights, temporal_distance
 from cogvideo.train.run import Options, Run
@@ -40,8 +40,8 @@ def measure(folder, scenes) -> list[float]:
     vqvae, size = folder.load("vqvae"), folder.spec().resolution
     real = np.stack([render(scene, TIMES[8:12], size) for scene in scenes])  # four neighbouring frames
     made = reconstruct(vqvae, real.reshape(-1, size, size, 3))[0].reshape(real.shape)
-    row = compare(PictureFeatures(), made.reshape(-1, size, size, 3), real.reshape(-1, size, size, 3))
-    flow = float(temporal_distance(to_pictures(made), to_pictures(real)).mean())
+    row = compare(ImageFeatures(), made.reshape(-1, size, size, 3), real.reshape(-1, size, size, 3))
+    flow = float(temporal_distance(to_images(made), to_images(real)).mean())
     verdict = judge(classifier.load(), through_tokenizer(folder, scenes), scenes).right.float().mean(0)
     return [
         row["psnr"],

@@ -43,13 +43,13 @@ from benchmarks.frame_judge import SIZE, TIMES, FrameJudge, Sight
 from cogvideo.data.tinyworld import Scene, TinyWorld, cover, path, render, sample_scene, sprites
 from cogvideo.data.tinyworld.world import SceneVideo
 from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 from cogvideo.generate.cogvideo import CogVideo
 from cogvideo.generate.draft import Draft, DraftStore
 from cogvideo.generate.regression import RegressionPipeline
-from cogvideo.model.features import PictureFeatures
+from cogvideo.model.features import ImageFeatures
 from cogvideo.model.folder import ModelFolder, find_model
-from cogvideo.model.vqvae import VQVAE, to_frames, to_pictures
+from cogvideo.model.vqvae import VQVAE, to_frames, to_images
 from cogvideo.video import Clip
 
 FPS = 8.0
@@ -93,7 +93,7 @@ class TokenizerOnly:
     @torch.inference_mode()
     def encode(self, clips: Sequence[Clip], prompts: Sequence[str], seeds: Sequence[int]) -> Draft:
         small = [clip.square(self.vqvae.config.resolution).frames for clip in clips]
-        codes = torch.stack([self.vqvae.encode(to_pictures(frames)) for frames in small])
+        codes = torch.stack([self.vqvae.encode(to_images(frames)) for frames in small])
         return Draft(codes, clips[0].fps, tuple(prompts), tuple(seeds))
 
     def superresolve(self, draft: Draft) -> Draft:
@@ -275,14 +275,14 @@ class Measured:
 
 def measure(
     judge: FrameJudge,
-    net: PictureFeatures | None,
+    net: ImageFeatures | None,
     frames: np.ndarray,
     real: np.ndarray,
     scene: Scene,
     true: bool,
 ) -> Measured:
     """Judge a clip uint8 [F, S, S, 3]; if it is a `true` one, compare it with the rendered clip `real`."""
-    pictures = to_pictures(frames)
+    pictures = to_images(frames)
     numbers = {"flicker": float(flicker(pictures)), "sharpness": float(sharpness(pictures))}
     if true:
         numbers["object flicker"] = object_flicker(pictures, scene)
@@ -311,7 +311,7 @@ def to_size(frames: np.ndarray) -> np.ndarray:
     """Frames uint8 [F, H, H, 3], bicubically resized to 192 px if they are not of this size."""
     if frames.shape[1] == SIZE:
         return frames
-    resized = F.interpolate(to_pictures(frames), size=(SIZE, SIZE), mode="bicubic", antialias=True)
+    resized = F.interpolate(to_images(frames), size=(SIZE, SIZE), mode="bicubic", antialias=True)
     return to_frames(resized)
 
 
@@ -332,7 +332,7 @@ def climb(
     batch: Batch,
     rungs: Sequence[str],
     judge: FrameJudge,
-    net: PictureFeatures | None = None,
+    net: ImageFeatures | None = None,
     at_once: int = 4,
     shown: int = 8,
     keep: Path | None = None,
@@ -388,7 +388,7 @@ def reconstruction_rungs(
     clips: int = 64,
     names: Sequence[str] | None = None,
     seed: int = 1000,
-    net: PictureFeatures | None = None,
+    net: ImageFeatures | None = None,
 ) -> Ladder:
     """The rungs of a tokenizer alone on `clips` held-out scenes of the sprites `names` (default: all 96)."""
     batch = draw_batch(names or sprites(), clips, seed)
@@ -455,9 +455,9 @@ def save(ladder: Ladder, out: Path, about: dict[str, Any]) -> None:
     """Write report.json, table.md and sheets of four clips each."""
     out.mkdir(parents=True, exist_ok=True)
     report = {**about, "clips": len(ladder.batch.scenes), "rungs": ladder.rows}
-    with replacing(out / "report.json") as part:
+    with atomic_path(out / "report.json") as part:
         part.write_text(json.dumps(report, indent=2) + "\n")
-    with replacing(out / "table.md") as part:
+    with atomic_path(out / "table.md") as part:
         part.write_text(table(ladder) + "\n")
     count = len(ladder.shown["rendered"])
     for first in range(0, count, 4):
@@ -496,7 +496,7 @@ def main() -> None:
     if missing:
         raise SystemExit(f"this model has no rung {missing[0]}; choose from {', '.join(rungs_of(pipe))}")
     batch = draw_batch(sprites(args.sprites), args.clips, args.seed)
-    ladder = climb(pipe, batch, rungs, judge, PictureFeatures(), args.batch, args.shown, args.out / "codes")
+    ladder = climb(pipe, batch, rungs, judge, ImageFeatures(), args.batch, args.shown, args.out / "codes")
     about = {"model": str(args.vqvae or find_model(args.model)), "sprites": args.sprites, "seed": args.seed}
     save(ladder, args.out, about)
     print(table(ladder))

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import adherence, classifier
 from cogvideo.data.tinyworld import Scene, sample_scene, sprites
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 from cogvideo.generate.prompts import Prompts
 from cogvideo.model.folder import ModelFolder
 
@@ -108,7 +108,7 @@ def main() -> None:
         verdicts |= {split.name: judged.generated, f"{split.name}: rendered": judged.rendered}
     text = f"# {args.model}: phrasings\n\n{adherence.accuracy_table(verdicts)}\n"
     print(text)
-    with replacing(args.out / "report.md") as part:
+    with atomic_path(args.out / "report.md") as part:
         part.write_text(text)
 
 

@@ -33,12 +33,12 @@ from benchmarks.hierarchical import ROWS
 from cogvideo import CogVideo
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
 from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 from cogvideo.generate.regression import RegressionPipeline
 from cogvideo.model import presets
-from cogvideo.model.features import PictureFeatures
+from cogvideo.model.features import ImageFeatures
 from cogvideo.model.folder import ModelFolder
-from cogvideo.model.vqvae import to_frames, to_pictures
+from cogvideo.model.vqvae import to_frames, to_images
 from cogvideo.text import PLAIN
 from cogvideo.train import loop, recipes
 from cogvideo.train.losses import temporal_distance
@@ -50,7 +50,7 @@ RECIPE = recipes.find("direct-tiny")
 def train(out: Path, phases: Sequence[recipes.Phase], begin: Path | None = None) -> ModelFolder:
     """Train phases in a folder, which begins as a copy of another run's model; goes on where it stopped."""
     if begin is not None and not (out / "model").exists():
-        with replacing(out / "model") as copy:
+        with atomic_path(out / "model") as copy:
             shutil.copytree(begin / "model", copy)
     world = TinyWorld(sprites(RECIPE.sprites), RECIPE.seed, even=True)
     spec = presets.find(RECIPE.preset)
@@ -125,8 +125,8 @@ def losses_table(out: Path, steps: int, count: int) -> None:
         folder = train(out / f"loss-{name.replace(', ', '-')}", [phase], out / "image")
         pipe = RegressionPipeline(folder)
         made = np.stack([clip.frames for clip in pipe.regress(prompts, 5)])
-        row = compare(PictureFeatures(), made.reshape(-1, 48, 48, 3), real.reshape(-1, 48, 48, 3))
-        flow = float(temporal_distance(to_pictures(made), to_pictures(real)).mean())
+        row = compare(ImageFeatures(), made.reshape(-1, 48, 48, 3), real.reshape(-1, 48, 48, 3))
+        flow = float(temporal_distance(to_images(made), to_images(real)).mean())
         print(f"| {name} | {row['psnr']:.2f} | {row['perceptual']:.3f} | {flow:.3f} ", end="")
         print(f"| {mean(flicker, made):.2f} | {mean(sharpness, made):.2f} |", flush=True)
         strips.append(strip(made[:3]))
@@ -135,7 +135,7 @@ def losses_table(out: Path, steps: int, count: int) -> None:
 
 
 def mean(measure, clips: np.ndarray) -> float:
-    return float(torch.stack([measure(to_pictures(clip)) for clip in clips]).mean())
+    return float(torch.stack([measure(to_images(clip)) for clip in clips]).mean())
 
 
 def strip(clips: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`, for a file or folder; rename it to `path` on success.
 
     On failure the temporary path is removed; one left by a killed process is removed by the next call.
@@ -30,7 +30,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `path`; on success move its files to `path`, config.json last.
 
     Files of the same name in `path` are replaced, the others stay. On failure the temporary folder is

@@ -7,7 +7,7 @@ Progress = Callable[[str, int, int], None]  # task, steps done, steps in all
 
 
 @contextmanager
-def telling(progress: bool | Progress) -> Iterator[Progress | None]:
+def open_progress(progress: bool | Progress) -> Iterator[Progress | None]:
     """Yield the function to report progress to: the caller's own, a bar on the terminal, or None."""
     if not isinstance(progress, bool) or not progress:
         yield progress or None

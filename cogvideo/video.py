@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 
 if TYPE_CHECKING:
     import av
@@ -69,7 +69,7 @@ class Clip:
         A video stores the caption as its title. Its sides are even: an odd one is padded by a pixel.
         """
         path = check_output(path)
-        with replacing(path) as part:
+        with atomic_path(path) as part:
             _WRITERS[path.suffix.lower()](self, part)
 
     @classmethod

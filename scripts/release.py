@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 from cogvideo.model.config import SamplingConfig, read_table
 from cogvideo.model.folder import FolderConfig, ModelFolder
 from cogvideo.train import recipes
@@ -61,7 +61,7 @@ def main() -> None:
         target.write_text(source.text().model)
     target.write_config(config)
 
-    with replacing(target.path / "README.md") as file:
+    with atomic_path(target.path / "README.md") as file:
         file.write_text(model_card(target.path.name, config, source.spec().family, arguments.how))
     size = sum(file.stat().st_size for file in target.path.iterdir()) / 1e6
     print(f"{target.path}: {size:.1f} MB")

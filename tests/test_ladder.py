@@ -11,9 +11,9 @@ from benchmarks import frame_judge, ladder
 from benchmarks.frame_judge import SIZE, TIMES, FrameJudge, Sight
 from cogvideo.data.tinyworld import Scene, cover, draw_place, render, sprites
 from cogvideo.generate.cogvideo import CogVideo
-from cogvideo.model.features import PictureFeatures
+from cogvideo.model.features import ImageFeatures
 from cogvideo.model.folder import ModelFolder
-from cogvideo.model.vqvae import VQVAEConfig, to_pictures
+from cogvideo.model.vqvae import VQVAEConfig, to_images
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_followed_object_stands_still(motion):
     inside = ladder.follow(torch.from_numpy(cover(scene, TIMES, SIZE))[:, None], scene) > 0.98
     inside = inside[0] & inside[24]  # a sprite's loop has 24 frames
     assert inside.float().mean() > 0.2
-    raw = to_pictures(render(scene, TIMES, SIZE))
+    raw = to_images(render(scene, TIMES, SIZE))
     followed = ladder.follow(raw, scene)
     moved = (followed[24] - followed[0]).abs().mean(0, keepdim=True)[inside].mean()
     assert moved < 0.02
@@ -80,7 +80,7 @@ def test_followed_object_stands_still(motion):
 
 def test_frozen_clip_does_not_flicker_and_a_blinking_one_does():
     scene = Scene("owl", "stays", "night sky")
-    frozen = to_pictures(render(scene, TIMES[:1], SIZE)).repeat(9, 1, 1, 1)
+    frozen = to_images(render(scene, TIMES[:1], SIZE)).repeat(9, 1, 1, 1)
     assert ladder.object_flicker(frozen, scene) == 0
     blinking = frozen.clone()
     blinking[1::2] += 0.1
@@ -89,7 +89,7 @@ def test_frozen_clip_does_not_flicker_and_a_blinking_one_does():
 
 def test_blinking_outside_the_object_is_no_flicker_of_the_object():
     scene = Scene("owl", "stays", "night sky")
-    clip = to_pictures(render(scene, TIMES[:1], SIZE)).repeat(9, 1, 1, 1)
+    clip = to_images(render(scene, TIMES[:1], SIZE)).repeat(9, 1, 1, 1)
     outside = torch.from_numpy(cover(scene, TIMES[:9], SIZE))[:, None] == 0
     near = torch.nn.functional.max_pool2d((~outside).float(), 9, 1, 4) > 0  # bicubic reaches a little further
     clip[1::2] += 0.1 * (~near[1::2])
@@ -98,7 +98,7 @@ def test_blinking_outside_the_object_is_no_flicker_of_the_object():
 
 def test_blurred_object_is_less_sharp():
     scene = Scene("owl", "stays", "night sky")
-    clip = to_pictures(render(scene, TIMES[:3], SIZE))
+    clip = to_images(render(scene, TIMES[:3], SIZE))
     blurred = torch.nn.functional.avg_pool2d(clip, 5, 1, 2)
     assert ladder.object_sharpness(blurred, scene) < 0.5 * ladder.object_sharpness(clip, scene)
     background = torch.rand(clip.shape, generator=torch.Generator().manual_seed(0))
@@ -154,7 +154,7 @@ def test_missing_judge_names_the_command(tmp_path):
 
 
 def test_perfect_reconstruction_is_the_rendered_row(judge):
-    row = ladder.reconstruction_rungs(Lossless(), judge, 1, net=PictureFeatures())
+    row = ladder.reconstruction_rungs(Lossless(), judge, 1, net=ImageFeatures())
     assert list(row.rows) == ["rendered", "codes", "replaced"]  # nothing is coded small
     real, codes = row.rows["rendered"], row.rows["codes"]
     assert {key: codes[key] for key in real} == real

@@ -13,7 +13,7 @@ from cogvideo.data.cut import Cut, cut
 from cogvideo.data.loader import Cuts, batches, read_captions
 from cogvideo.data.tinyworld import MOTIONS, TinyWorld, sprites
 from cogvideo.data.tokens import Reuse, recurring
-from cogvideo.model.vqvae import to_pictures
+from cogvideo.model.vqvae import to_images
 from cogvideo.text import split_words
 from cogvideo.video import Clip
 
@@ -78,7 +78,7 @@ def test_a_batch_is_pictures_and_words():
 def test_pictures_keep_their_colours():
     frames = np.zeros((2, 4, 6, 3), np.uint8)
     frames[..., 0] = 255
-    pictures = to_pictures(frames)
+    pictures = to_images(frames)
     assert pictures.shape == (2, 3, 4, 6) and pictures[:, 0].eq(1).all() and pictures[:, 1:].eq(0).all()
 
 

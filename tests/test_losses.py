@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogvideo.model.features import PictureFeatures, perceptual_distance
+from cogvideo.model.features import ImageFeatures, perceptual_distance
 from cogvideo.train.losses import HierarchicalLoss, LossWeights, optical_flow, temporal_distance, warp
 
 
@@ -51,7 +51,7 @@ def test_temporal_gradient_points_the_right_way():
 
 
 def test_perceptual_distance():
-    net = PictureFeatures("efficientnet-lite0")
+    net = ImageFeatures("efficientnet-lite0")
     picture = texture(64).expand(1, 3, -1, -1)
     blurred = F.interpolate(F.avg_pool2d(picture, 4), scale_factor=4)
     brighter = (picture + (blurred - picture).square().mean().sqrt()).clamp(0, 1)  # the same squared error
@@ -69,4 +69,4 @@ def test_levels_are_weighted_and_left_out():
 
 def test_unknown_feature_network_is_refused():
     with pytest.raises(ValueError, match="efficientnet-lite0, vgg16"):
-        PictureFeatures("resnet")
+        ImageFeatures("resnet")

@@ -1,7 +1,7 @@
 import torch
 
 from cogvideo.model import presets
-from cogvideo.model.vqvae import VQVAE, Codebook, to_frames, to_pictures
+from cogvideo.model.vqvae import VQVAE, Codebook, to_frames, to_images
 
 CONFIG = presets.find("nano").vqvae
 
@@ -79,5 +79,5 @@ def test_unfilled_codebook_passes_latents_through():
 
 def test_frames_and_pictures_are_inverse():
     frames = torch.randint(0, 256, (2, 5, 4, 4, 3), dtype=torch.uint8).numpy()
-    assert (to_frames(to_pictures(frames)) == frames).all()
-    assert to_pictures(frames).shape == (2, 5, 3, 4, 4)
+    assert (to_frames(to_images(frames)) == frames).all()
+    assert to_images(frames).shape == (2, 5, 3, 4, 4)

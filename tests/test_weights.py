@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogvideo.files import replacing, replacing_folder
+from cogvideo.files import atomic_folder, atomic_path
 from cogvideo.generate.int8 import Int8Linear
 from cogvideo.model.folder import ModelError, ModelFolder, Piece, find_model
 
@@ -116,7 +116,7 @@ def test_damaged_text_model(copy):
 def test_nothing_half_written_stays(tmp_path):
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(RuntimeError), replacing(target) as file:
+    with pytest.raises(RuntimeError), atomic_path(target) as file:
         file.write_text("half")
         raise RuntimeError
     assert target.read_text() == "old" and list(tmp_path.iterdir()) == [target]
@@ -173,11 +173,11 @@ def test_a_folder_is_replaced_at_the_end(tmp_path, before):
         for name, text in before.items():
             (target / name).write_text(text)
     there = sorted(path.name for path in tmp_path.rglob("*"))
-    with pytest.raises(RuntimeError), replacing_folder(target) as work:
+    with pytest.raises(RuntimeError), atomic_folder(target) as work:
         (work / "a").write_text("new")
         raise RuntimeError
     assert sorted(path.name for path in tmp_path.rglob("*")) == there
-    with replacing_folder(target) as work:
+    with atomic_folder(target) as work:
         (work / "a").write_text("new")
         assert sorted(path.name for path in target.rglob("*")) == sorted(before or ())
     expected = {**(before or {}), "a": "new"}

@@ -19,7 +19,7 @@ from typing import Any
 from cogvideo.convert import keys, sat
 from cogvideo.convert.keys import Rule
 from cogvideo.convert.sat import Checkpoint
-from cogvideo.files import replacing_folder
+from cogvideo.files import atomic_folder
 from cogvideo.model import presets
 from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import FolderConfig, ModelFolder, Piece
@@ -111,7 +111,7 @@ def open_output(path: Path) -> Iterator[Output]:
     spec = config.spec
     assert isinstance(spec, CogVideoSpec)  # nothing else is converted
 
-    with replacing_folder(path) as work:
+    with atomic_folder(path) as work:
         output = Output(before, ModelFolder(work), spec, dict(config.converted or {}))
         yield output
         output.work.write_config(replace(config, spec=output.spec, converted=output.sources))

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cogvideo.data.cut import Cut, Sample, Source, cut
-from cogvideo.model.vqvae import to_pictures
+from cogvideo.model.vqvae import to_images
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def batches(
 
 def _collate(found: list[Found]) -> Batch:
     numbers, samples, skips, _ = zip(*found)
-    frames = tuple(to_pictures(np.stack(same_size)) for same_size in zip(*(s.frames for s in samples)))
+    frames = tuple(to_images(np.stack(same_size)) for same_size in zip(*(s.frames for s in samples)))
     covers = [s.cover for s in samples if s.cover is not None]
     cover = torch.from_numpy(np.stack(covers)) if covers else None
     captions = [s.caption for s in samples]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from cogvideo.data.cut import Cut, Source
 from cogvideo.data.loader import Batch, Cuts, Found, is_dropped
-from cogvideo.model.vqvae import to_pictures
+from cogvideo.model.vqvae import to_images
 
 
 @dataclass(frozen=True)
@@ -151,4 +151,4 @@ def _caption(source: Source, index: int, seed: int, k: int, drop: float) -> str:
 def _encoded(found: list[Found], encode: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
     """int32 codes [F, N] of new clips, one by one: so they do not depend on what else is new."""
     for _, sample, _, _ in found:
-        yield encode(to_pictures(sample.frames[0])[None])[0].int()
+        yield encode(to_images(sample.frames[0])[None])[0].int()

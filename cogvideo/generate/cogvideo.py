@@ -34,8 +34,8 @@ from cogvideo.layout import SECONDS, Layout, rounds
 from cogvideo.model.config import STAGES
 from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import ModelError, ModelFolder, find_model, read_clusters
-from cogvideo.model.vqvae import to_frames, to_pictures
-from cogvideo.progress import Progress, telling
+from cogvideo.model.vqvae import to_frames, to_images
+from cogvideo.progress import Progress, open_progress
 from cogvideo.text import TEMPLATE
 from cogvideo.video import VIDEOS, Clip, VideoFile, read_image
 
@@ -168,7 +168,7 @@ class CogVideo(Pipeline):
         request = Request(prompts, seeds, num_frames, fps, guidance_scale, begin)
         store = DraftStore(keep, self._describe(request), self.device)
 
-        with telling(progress) as report:
+        with open_progress(progress) as report:
             draft = self._draft(request, store, report)
             large = self.superresolve(
                 draft, begin=store.load("larger"), each=partial(store.save, "larger"), progress=report
@@ -483,7 +483,7 @@ class CogVideo(Pipeline):
             raise ValueError("all clips must have the same number of frames and the same fps")
         codes = []
         for clip in clips:
-            images = to_pictures(clip.square(self.spec.resolution).frames).to(self.device)
+            images = to_images(clip.square(self.spec.resolution).frames).to(self.device)
             codes.append(self.parts.vqvae.encode(images))
         return Draft(torch.stack(codes), clips[0].fps, tuple(prompts), tuple(seeds))
 

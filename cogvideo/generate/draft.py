@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Draft:
 
     def save(self, file: str | Path) -> None:
         """Write the tokens and all that belongs to them as .npz."""
-        with replacing(Path(file)) as new, new.open("wb") as stream:
+        with atomic_path(Path(file)) as new, new.open("wb") as stream:
             np.savez(stream, codes=self.codes.cpu(), fps=self.fps, prompts=self.prompts, seeds=self.seeds)
 
     @classmethod

@@ -20,7 +20,7 @@ from cogvideo.model.folder import ModelFolder
 from cogvideo.model.refiner import Refiner
 from cogvideo.model.superres import SuperRes, SuperResChannel
 from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
-from cogvideo.model.vqvae import VQVAE, to_frames, to_pictures
+from cogvideo.model.vqvae import VQVAE, to_frames, to_images
 from cogvideo.progress import Progress
 from cogvideo.video import Clip
 
@@ -109,7 +109,7 @@ def refine(refiner: Refiner, clips: Sequence[Clip], progress: Progress | None = 
     larger = []
     device = next(refiner.parameters()).device
     for i, clip in enumerate(clips):
-        small = to_pictures(clip.frames).to(device)
+        small = to_images(clip.frames).to(device)
         larger.append(replace(clip, frames=to_frames(refiner(small[None])[0])))
         if progress is not None:
             progress("upscale", i + 1, len(clips))

@@ -18,7 +18,7 @@ from cogvideo.model.folder import ModelError, ModelFolder
 from cogvideo.model.refiner import Refiner
 from cogvideo.model.regression import RegressionTransformer
 from cogvideo.model.vqvae import to_frames
-from cogvideo.progress import Progress, telling
+from cogvideo.progress import Progress, open_progress
 from cogvideo.video import Clip
 
 
@@ -86,7 +86,7 @@ class RegressionPipeline(Pipeline):
         prompts = self.check_prompts(prompt)
         self.folder.check(["regression", *self.folder.finishing])
         num_frames = self.check_frames(num_frames)
-        with telling(progress) as report:
+        with open_progress(progress) as report:
             return self.upscale(self.regress(prompts, num_frames, progress=report), progress=report)
 
     @torch.inference_mode()

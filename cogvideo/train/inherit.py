@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cogvideo.convert.gpt2 import read_embedding
 from cogvideo.data.cut import Source
 from cogvideo.data.loader import read_captions
-from cogvideo.files import replacing_folder
+from cogvideo.files import atomic_folder
 from cogvideo.model.decoder import VideoDecoder
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import FolderConfig, ModelFolder
@@ -128,7 +128,7 @@ def prepare(
         text = b""
         same_words = bool(init and init.config.text == "gpt2")
     parts = _first_parts(spec, recipe.seed, init, init_embedding, same_words)
-    with replacing_folder(folder.path) as path:
+    with atomic_folder(folder.path) as path:
         new = ModelFolder(path)
         if recipe.pieces:
             new.write_text(text)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cogvideo.hardware import constant
 from cogvideo.layout import Layout
-from cogvideo.model.features import PictureFeatures, perceptual_distance, weighted
+from cogvideo.model.features import ImageFeatures, perceptual_distance, weighted
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.model.vqvae import VQVAE
 
@@ -128,7 +128,7 @@ class HierarchicalLoss(nn.Module):
     def __init__(self, weights: LossWeights):
         super().__init__()
         self.weights = weights
-        self.net = PictureFeatures(weights.features, weights.weights or None) if weights.perceptual else None
+        self.net = ImageFeatures(weights.features, weights.weights or None) if weights.perceptual else None
 
     def forward(
         self, prediction: Tensor, target: Tensor, weights: Tensor | None = None

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cogvideo.data.loader import Batch
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 from cogvideo.generate.cogvideo import CogVideo
 from cogvideo.layout import SECONDS
 from cogvideo.model.folder import ModelFolder
@@ -32,7 +32,7 @@ PREVIEW_CLIPS = 6  # of a batch
 def probe(folder: ModelFolder, parts: Parts, phase: Phase, batch: Batch, out: Path) -> None:
     """Write the preview of a phase, with its parts in their present state, to the image `out`."""
     image = phase.objective.preview(folder, parts, phase, batch)
-    with replacing(out) as file:
+    with atomic_path(out) as file:
         Image.fromarray(image).save(file)
 
 

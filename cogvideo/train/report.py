@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from cogvideo.files import replacing
+from cogvideo.files import atomic_path
 
 
 class Report:
@@ -45,7 +45,7 @@ class Report:
         """Drop the rows after step `first`, which will be repeated. Only one process calls this."""
         if self.log.exists():
             kept = [row for row in read_log(self.log) if row["step"] <= first]
-            with replacing(self.log) as whole:
+            with atomic_path(self.log) as whole:
                 whole.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
 
     def step(self, step: int, lr: float, numbers: dict[str, float]) -> None:
@@ -87,7 +87,7 @@ class Report:
         """Note the videos that were skipped, and why, in one file for the whole phase."""
         if skipped.keys() - self.skipped.keys():
             self.skipped |= skipped
-            with replacing(self.log.with_name("skipped.json")) as file:
+            with atomic_path(self.log.with_name("skipped.json")) as file:
                 file.write_text(json.dumps(self.skipped, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def end(self) -> None:
