@@ -192,7 +192,7 @@ def _open_video(data: Path | bytes, name: str) -> Iterator[tuple["InputContainer
     try:
         with av.open(file, "r") as container:
             if not container.streams.video:
-                raise ValueError(f"cannot read {name}: it has sound but no pictures")
+                raise ValueError(f"cannot read {name}: it has sound but no images")
             yield container, container.streams.video[0]
     except (av.FFmpegError, OSError, StopIteration) as error:
         why = getattr(error, "strerror", None) or "it has no frames"

@@ -430,7 +430,7 @@ def test_unusable_videos_are_passed_over_and_counted(kitchen, tmp_path, films):
     whole = take(0)
     skipped = {Path(name).name: why for batch in whole for name, why in batch.skipped.items()}
     assert skipped.keys() == {"cut.mp4", "sound.mp4", "short.mp4"}
-    assert "sound but no pictures" in skipped["sound.mp4"] and "too few for 5 frames" in skipped["short.mp4"]
+    assert "sound but no images" in skipped["sound.mp4"] and "too few for 5 frames" in skipped["short.mp4"]
     assert {caption for batch in whole for caption in batch.captions} == {"the film a", "the film c"}
     for one, two in zip(whole[2:], take(2)):
         assert torch.equal(one.frames[0], two.frames[0]) and one.skipped == two.skipped

@@ -61,9 +61,10 @@ class Speed:
             x = torch.randn(rows, 2048, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
             taken = _fastest(partial(_through, copies, x))
             weights.append(taken / (8 * wide.weight.numel()))
-        picture, kernel = torch.randn(1, 128, 96, 96), torch.randn(128, 128, 3, 3)
-        conv = _fastest(lambda: nn.functional.conv2d(picture, kernel, padding=1))
-        return cls(dtype, tuple(weights), _a_layer(), bandwidth(), 2 * picture.numel() * 128 * 9 / conv)
+        image = torch.randn(1, 128, 96, 96)
+        kernel = torch.randn(128, 128, 3, 3)
+        conv = _fastest(lambda: nn.functional.conv2d(image, kernel, padding=1))
+        return cls(dtype, tuple(weights), _a_layer(), bandwidth(), 2 * image.numel() * 128 * 9 / conv)
 
 
 def bandwidth() -> float:

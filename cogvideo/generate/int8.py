@@ -1,11 +1,10 @@
-"""Linear layers as a CPU computes them fastest when there are few rows, and reading weights takes the time.
+"""Linear layers as a CPU computes them fastest for few rows, when reading weights takes most of the time.
 
-int8: weights are rounded once, a scale for each output; inputs are rounded as they come, a scale for each
-row, so that a row does not depend on the others of its batch; products are exact in int32. A quarter of the
-bytes of float32, and none of its precision where it is not needed: norms, softmax, gates and embeddings stay
-in float32.
+int8: weights are quantised once, with a scale for each output; inputs are quantised on the fly, with a scale
+for each row, so a row does not depend on the rest of its batch; products are exact in int32. Weights take a
+quarter of the bytes of float32. Norms, softmax, gates and embeddings stay in float32.
 
-float32, bfloat16: the same numbers, in the order in which oneDNN reads them, up to six times as fast.
+float32, bfloat16: the same numbers in the order in which oneDNN reads them, up to six times as fast.
 """
 
 import warnings
@@ -25,7 +24,7 @@ from cogvideo.model.transformer import (
 )
 
 WIDEST_JOINED = 1024
-ROWS = 256  # that are brought to range and back while they lie in the cache of the processor
+ROWS = 256  # quantised per chunk, to stay in the processor's cache
 
 
 class PackedLinear(nn.Module):
@@ -45,8 +44,7 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weights were rounded to int8: [..., inputs] to [..., outputs], float32, CPU
-    only."""
+    """A linear layer with int8 weights: [..., inputs] to [..., outputs], float32, CPU only."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -93,16 +91,18 @@ class Int8Linear(nn.Module):
 
 
 def unpack(linear: nn.Module) -> tuple[Tensor, Tensor]:
-    """The rounded weights and the bias of an `Int8Linear`, in float32."""
+    """Return the quantised weights and the bias of an `Int8Linear`, in float32."""
     assert isinstance(linear, Int8Linear)
     weight, _ = torch.ops.quantized.linear_unpack(linear.packed)
     return weight.dequantize()[:, : weight.shape[1] - linear.shown], linear.bias
 
 
 def pack(part: nn.Module, dtype: str) -> nn.Module:
-    """Replace every linear layer of a loaded part, and the head of a base, in place. The rest becomes
-    `dtype`, float32 for int8; but an embedding whose rows become float32 when they meet their positions stays
-    as it is, so that most of a mapped vocabulary is never read."""
+    """Replace every linear layer of a loaded part, and the head of a base, in place.
+
+    The rest becomes `dtype`, float32 for int8. An embedding keeps its dtype, for its rows become float32 when
+    positions are added: so most of a memory-mapped vocabulary is never read.
+    """
     rest = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     make = Int8Linear if dtype == "int8" else partial(PackedLinear, dtype=rest)
     packs = dtype == "int8" or torch.backends.mkldnn.is_available()

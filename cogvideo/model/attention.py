@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from cogvideo.layout import Layout
 from cogvideo.model.cache import Cache, Channel, ChannelCache
 
-PADDED = -1e4  # added to the scores of what is not seen, where -inf might leave nothing that is
-ROWS = 192  # queries that attend together: enough to fill a matrix, few enough to leave out what none sees
+PADDED = -1e4  # added to scores of padding, where -inf could leave a row without any key
+ROWS = 192  # queries that attend together: enough to fill a matrix, few enough to skip keys that none sees
 
 
 class Attention(nn.Module):
-    """One channel of one layer: queries, keys and values as thirds [q | k | v] of one matrix, and the way
-    out. With `qk_norm`, queries and keys are normalised, each head by itself (Dehghani 2023)."""
+    """One channel of one layer: queries, keys and values as thirds [q | k | v] of one matrix, and the output
+    projection. With `qk_norm`, queries and keys are normalised for each head (Dehghani 2023)."""
 
     def __init__(
         self,

@@ -1,16 +1,15 @@
-"""What a whole model consists of: the configurations of its parts, and the parts by name. There are two
-families.
+"""The two families of models: the parts of each by name, and their sizes.
 
 "cogvideo", the autoregressive one:
 vqvae      frames to codes and back
 base       the text-to-image transformer, shared by both stages
-stage1     the temporal channel that makes key frames
+stage1     the temporal channel that generates key frames
 stage2     the temporal channel that interpolates
 decoder    codes of a clip to frames, with their neighbours and the caption (optional)
 refiner    decoded frames to larger ones (optional)
-superres   what the base needs to make larger maps of codes out of small ones (optional)
-itersr     what it needs to make a large map better, some codes at a time (optional)
-superres_base, itersr_base: the transformers of these two, where that is not `base`
+superres   what the base needs to generate a larger map of codes from a small one (optional)
+itersr     what it needs to improve a large map, some codes at a time (optional)
+superres_base, itersr_base: the transformers of these two, if they do not use `base`
 
 "regression":
 regression   captions to frames
@@ -39,7 +38,7 @@ BASES = ("base", "superres_base", "itersr_base")
 
 
 class _Unfilled(TorchFunctionMode):
-    """Nothing is drawn for new weights: what takes no memory has no numbers, and asking for them costs two
+    """Skips the random numbers of new weights: tensors on "meta" hold none, and drawing them would cost two
     seconds of imports."""
 
     def __torch_function__(
@@ -54,7 +53,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 class Spec:
-    """What a whole model of any family can be asked for."""
+    """The parts of a model and their sizes: what every family can be asked."""
 
     family: ClassVar[str]
     reader: ClassVar[str]  # the part that embeds text
@@ -64,16 +63,16 @@ class Spec:
     refiner: RefinerConfig | None
 
     def build(self, part: str) -> Any:
-        """A part with fresh weights, a module of the class that the part is."""
+        """Build a part with new weights."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, str]:
-        """What a user may want to know of it."""
+        """Sizes for `cogvideo models`, each with its title."""
         raise NotImplementedError
 
     @property
     def speaks(self) -> ModelConfig | RegressionConfig:
-        """What says which text it reads: `vocab` ids, `text_len` of them at most."""
+        """The config of the part that reads text: `vocab` ids, at most `text_len` of them."""
         raise NotImplementedError
 
     @property
@@ -98,13 +97,12 @@ class Spec:
 
     @property
     def finishing(self) -> tuple[str, ...]:
-        """The parts that make codes or frames of a generated clip larger or better; training comes to them
-        last."""
+        """The parts that enlarge or improve a generated clip; training comes to them last."""
         raise NotImplementedError
 
     @property
     def resolution(self) -> int:
-        """Pixels a side of the frames, before they are made larger."""
+        """Pixels a side of the frames, before a refiner enlarges them."""
         raise NotImplementedError
 
     def check_dtype(self, dtype: str) -> None:
@@ -116,7 +114,7 @@ class Spec:
             )
 
     def outline(self, part: str) -> Any:
-        """A part whose tensors take no memory (device "meta"): to be filled, or only measured."""
+        """Build a part on the device "meta", where its tensors take no memory, to fill or measure it."""
         with torch.device("meta"), _Unfilled():
             return self.build(part)
 
@@ -139,7 +137,7 @@ class CogVideoSpec(Spec):
     refiner: RefinerConfig | None = None
     superres: SuperResConfig | None = None
     itersr: SuperResConfig | None = None
-    bases: tuple[str, ...] = ()  # beside `base`: which of superres and itersr have one of their own
+    bases: tuple[str, ...] = ()  # of superres and itersr, where they have one of their own
     family: ClassVar[str] = "cogvideo"
     reader: ClassVar[str] = "base"
     template: ClassVar[str] = TEMPLATE

@@ -1,9 +1,9 @@
 """A model is a folder: `config.json`, one safetensors file a part, `text.model`, and a README (its card).
 
 Nothing is unpickled from a model folder. Parts are built without memory on the meta device and filled
-strictly: a missing, unknown or misshapen tensor is an error that names it. Files are written beside their
-place and renamed, so a folder never holds half a file. A part that is larger than memory is written and
-compared piece by piece.
+strictly: a missing, unknown or misshapen tensor is an error that names it. Files are written under a
+temporary name and renamed, so a folder never holds half a file. A part that is larger than memory is written
+and compared piece by piece.
 """
 
 import json
@@ -47,7 +47,7 @@ class ModelError(ValueError):
 
 
 class Piece(NamedTuple):
-    """A tensor of a part, before it is made."""
+    """A tensor of a part that is built when it is written."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -162,7 +162,7 @@ class ModelFolder:
         return self.config.spec
 
     def check(self, parts: Iterable[str]) -> None:
-        """Raise ModelError unless the files of these parts are there and whole; reads their tables only."""
+        """Raise ModelError unless the files of these parts exist and are complete. Only headers are read."""
         for file in map(self.file, parts):
             try:
                 with safe_open(file, "pt"):
@@ -173,15 +173,14 @@ class ModelFolder:
                 raise ModelError(f"{file} is damaged: {error}") from None
 
     def version(self) -> list[tuple[str, int, int]]:
-        """What tells this model from others: place, sizes and times of the files that it is made of."""
+        """Fingerprint: path, size and modification time of its files."""
         kinds = (".safetensors", ".model", ".npy")
         files = sorted(file for file in self.path.resolve().iterdir() if file.suffix in kinds)
         return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     @property
     def finishing(self) -> list[str]:
-        """Parts that make codes or frames larger: those of the model, but for what its training has not come
-        to."""
+        """The parts that enlarge or improve a generated clip, except parts not trained yet."""
         trained = self.config.trained
         done = {part for row in (trained or {}).values() for part in row.parts}
         return [part for part in self.spec().finishing if trained is None or part in done or self.has(part)]
@@ -198,8 +197,8 @@ class ModelFolder:
     def load(
         self, part: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
     ) -> nn.Module:
-        """Build a part and fill it from its file; floating-point weights become `dtype`. With None they stay
-        what they are, on a CPU as views of the mapped file, which is read when they are."""
+        """Load a part and convert its floating-point weights to `dtype`. None keeps the stored dtypes, and on
+        a CPU the weights are lazily memory-mapped."""
         module = self.outline(part)
         try:
             state = load_file(self.file(part), device=str(device))
@@ -217,7 +216,7 @@ class ModelFolder:
         return module.eval().requires_grad_(False)
 
     def outline(self, part: str) -> nn.Module:
-        """A part without memory; ModelError if its sizes do not fit together."""
+        """Build a part without memory; ModelError if its sizes do not fit together."""
         try:
             module: nn.Module = self.spec().outline(part)
         except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
@@ -232,7 +231,7 @@ class ModelFolder:
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = torch.float32,
     ) -> M:
-        """As `load`, of the class that the part has."""
+        """As `load`, for a part of a known class."""
         module = self.load(part, device, dtype)
         assert isinstance(module, kind), f"{part} is a {type(module).__name__}, not a {kind.__name__}"
         return module

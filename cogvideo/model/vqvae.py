@@ -72,7 +72,7 @@ class VQVAEConfig:
 
     @property
     def grid(self) -> int:
-        """Codes a side of the picture."""
+        """Codes a side of an image."""
         return self.resolution // (self.rate or self.patch * 2 ** (len(self.multipliers) - 1))
 
 

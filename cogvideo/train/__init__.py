@@ -13,7 +13,7 @@ parallel       several processes or devices, applied from outside
 inherit        what a new run begins with
 checkpoint     save and resume
 report         log, loss curve
-preview        pictures of progress
+preview        images of progress
 cost           floating-point operations of a step
 pace           how fast a recipe trains here
 """

@@ -1,6 +1,6 @@
 """A discriminator of short clips, which teaches the video decoder the sharpness that no distance asks for.
 
-A distance to the true picture is smallest for the mean of all plausible pictures, which is blurred. The
+A distance to the true image is smallest for the mean of all plausible images, which is blurred. The
 discriminator learns to tell decoded clips from true ones, the decoder learns to make that hard (Goodfellow
 2014). It scores patches of a few frames, so it sees flicker as well as blur. Notable:
 - A small weight and a penalty on its slope at true clips keep it stable from the first step, as in MAGVIT

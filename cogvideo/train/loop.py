@@ -227,7 +227,7 @@ def save(work: Work, step: int) -> None:
 
 
 def preview(work: Work, step: int, batch: Batch) -> None:
-    """Hand the model's parts to the probe, which writes a picture of them; all processes call this."""
+    """Hand the model's parts to the probe, which writes an image of them; all processes call this."""
     work.container.eval()
     known = {*work.phase.uses, *work.phase.trains}  # without what the model folder does not keep
     parts = {name: module for name, module in work.parts.items() if name in known}

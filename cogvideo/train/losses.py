@@ -159,7 +159,7 @@ def temporal_distance(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def optical_flow(a: Tensor, b: Tensor, levels: int = 3, rounds: int = 2, window: int = 7) -> Tensor:
-    """Flow in pixels from picture a to picture b, both [B, 1, H, W] in [0, 1]: [B, 2, H, W] as (x, y).
+    """Flow in pixels from image a to image b, both [B, 1, H, W] in [0, 1]: [B, 2, H, W] as (x, y).
 
     Pyramidal Lucas-Kanade (Lucas 1981, Bouguet 2001): on each level, coarse to fine, b is warped back by the
     flow so far and the remaining shift solves a 2 x 2 least-squares system over a window. The damping keeps
@@ -177,16 +177,16 @@ def optical_flow(a: Tensor, b: Tensor, levels: int = 3, rounds: int = 2, window:
     return flow
 
 
-def warp(picture: Tensor, flow: Tensor) -> Tensor:
-    """Sample picture [B, C, H, W] at each pixel moved by flow [B, 2, H, W] pixels; the border repeats
+def warp(image: Tensor, flow: Tensor) -> Tensor:
+    """Sample image [B, C, H, W] at each pixel moved by flow [B, 2, H, W] pixels; the border repeats
     beyond itself."""
-    h, w = picture.shape[-2:]
+    h, w = image.shape[-2:]
     y, x = torch.meshgrid(
         torch.arange(h, device=flow.device), torch.arange(w, device=flow.device), indexing="ij"
     )
     x, y = x + flow[:, 0], y + flow[:, 1]  # [B, H, W]
     grid = torch.stack((2 * x / max(w - 1, 1) - 1, 2 * y / max(h - 1, 1) - 1), -1)
-    return F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=True)
 
 
 def _shift(a: Tensor, b: Tensor, window: int, damping: float = 1e-3) -> Tensor:

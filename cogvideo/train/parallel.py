@@ -2,14 +2,14 @@
 
 `cogvideo train` starts one process a CPU core (`launch`); torchrun starts one a device, also on several
 machines. Together N processes take the steps that one process would take:
-- A batch is shared out, N-th parts in order; losses and gradients are averaged over the processes.
-- Every process holds all weights. Gradients travel in one flat all-reduce (`average_gradients`); each process
-  orthogonalises an N-th of Muon's matrices and sends the others the result (`split_muon`).
+- Each process takes an N-th of a batch, in order; losses and gradients are averaged over the processes.
+- Every process holds all weights. One flat all-reduce averages the gradients (`average_gradients`); each
+  process orthogonalises an N-th of Muon's matrices and sends the result to the others (`split_muon`).
 - Where that does not fit, weights, gradients and optimizer states are cut into N shards (FSDP2,
-  `fully_shard`). A block, or a matrix of a temporal channel, is put together when it is needed and freed
-  again. What is left (embeddings, positions, norms, gates) is there for the whole step: `Step` is the module
+  `fully_shard`). A block, or a matrix of a temporal channel, is gathered when it is needed and freed again.
+  The rest (embeddings, positions, norms, gates) stays gathered for the whole step: `Step` is the module
   around everything, so that models may use their tables as they like.
-- The tokenizer's codebook follows the vectors of all processes.
+- The tokenizer's codebook is updated by the vectors of all processes.
 """
 
 import ctypes
@@ -46,8 +46,8 @@ BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def share(phase: Phase, ranks: int, shard: bool = False) -> int:
-    """Clips of a batch that fall to each of `ranks` processes; ValueError if it cannot be shared. With shards
-    every process must put the model together equally often, for windows and for whole frames."""
+    """Return the clips of a batch for each of `ranks` processes; ValueError if it cannot be shared. With
+    shards every process must gather the model equally often, for windows and for whole frames."""
     if phase.batch % ranks:
         raise ValueError(
             f"a batch of {phase.batch} clips cannot be shared by {ranks} processes; choose a multiple of "
@@ -65,7 +65,7 @@ def share(phase: Phase, ranks: int, shard: bool = False) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on: this process's device, and its place among others."""
+    """What a run computes on: the device of this process, and its rank."""
 
     device: torch.device
     mesh: DeviceMesh | None = None  # weights are cut into shards over it; without one, each process has all
@@ -102,9 +102,12 @@ class Machine:
         return {key: value for one in found for key, value in one.items()}
 
     def arithmetic(self, precision: str) -> ExitStack:
-        """A context for a step: matrix products in `precision`. On a CPU, the fused attention of short rows
-        takes three times as long as plain matrix products in bfloat16, above all on the way back; frames
-        attend by matrix products of their own (`model/attention.py`), and this is for what else attends."""
+        """A context for a step, with matrix products in `precision`.
+
+        On a CPU in bfloat16, fused attention of short rows takes three times as long as plain matrix
+        products, above all in the backward pass. Frames have an attention of their own for that
+        (`model/attention.py`); this context is for all other attention.
+        """
         stack = ExitStack()
         stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"))
         if self.device.type == "cpu" and precision == "bfloat16":
@@ -124,7 +127,7 @@ class Machine:
             p.grad = grad.view_as(p)
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         if self.ranks > 1:
             dist.barrier()
 
@@ -182,10 +185,9 @@ def fitting_processes(phases: list[Phase], device: torch.device) -> int:
 
 
 @contextmanager
-def launch(ranks: int, work: Callable[[Member], Any]) -> Iterator[Member | None]:
-    """Start `work(member)` in `ranks` - 1 new processes; this one is the first of them all and does its part
-    in the body of the `with`. OSError if one of them ended too early. They end when this process does,
-    however that comes about.
+def launch(ranks: int, work: Callable[[Member], object]) -> Iterator[Member | None]:
+    """Start `work(member)` in `ranks` - 1 new processes; this one is the first and works in the body of the
+    `with`. OSError if one of them ended too early. They end when this process ends, for whatever reason.
 
     `work` is pickled: a function of a module, or a `partial` of one.
     """
@@ -218,7 +220,7 @@ def launch(ranks: int, work: Callable[[Member], Any]) -> Iterator[Member | None]
                 process.kill()
 
 
-def _member(work: Callable[[Member], Any], member: Member, threads: int, parent: int) -> None:
+def _member(work: Callable[[Member], object], member: Member, threads: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
     if sys.platform == "linux":  # elsewhere the broken connection ends it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -259,7 +261,7 @@ def place(step: Step, machine: Machine, precision: str) -> None:
     """Bring all parts of a step to the machine: to its device, or in shards over its mesh.
 
     Recomputing goes inside compiling, compiling inside sharding. With bfloat16 on cuda the shards travel as
-    bfloat16 and gradients are summed in float32; autocast decides what is computed in which, as ever.
+    bfloat16 and gradients are summed in float32; autocast decides which operation computes in which.
     """
     if machine.recompute:
         _recompute_blocks(step)
@@ -321,7 +323,7 @@ class CodebookPeers:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards; all processes call this."""
+    """Gather a tensor from its shards; all processes call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -336,14 +338,14 @@ def share_muon(optimizers: list[torch.optim.Optimizer], machine: Machine) -> Non
 
 
 def split_muon(optimizer: torch.optim.Optimizer, machine: Machine) -> None:
-    """Each process takes the steps of its share of the matrices, and sends the others what became of them.
+    """Each process updates its share of the matrices and sends the result to the others.
 
     Only the process that `owners` names for a matrix keeps its momentum up to date; `gather_momentum` brings
     all of them together.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     owner = owners(params, machine.ranks)
-    for p in params:  # as Muon begins, on every process
+    for p in params:  # Muon's initial state, on every process
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def leave_to_others(*_: Any) -> None:
@@ -379,7 +381,8 @@ def _send_from_owners(values: dict[Tensor, Tensor], owner: dict[Tensor, int], ma
 
 
 def owners(params: list[Tensor], ranks: int) -> dict[Tensor, int]:
-    """The process that takes Muon's step of each matrix: dear ones first, each to who has least to do."""
+    """Assign each matrix to the process that updates it: the most expensive ones first, each to the process
+    with the least work."""
     cost = {p: p.numel() * min(p.shape) for p in params}
     found, load = {}, [0] * ranks
     for p in sorted(params, key=lambda p: -cost[p]):
@@ -389,7 +392,7 @@ def owners(params: list[Tensor], ranks: int) -> dict[Tensor, int]:
 
 
 def _gather(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Let Muon see whole gradients of sharded matrices: what it makes of a matrix is no matter of its rows.
+    """Gather the gradients of sharded matrices for Muon, whose update cannot be computed row by row.
 
     `torch.optim.Muon` takes shards as well, but then gathers in each of its iterations, and rounds otherwise.
     Between steps its momentum is whole too: 4 bytes a hidden weight on every device.

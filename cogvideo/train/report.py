@@ -1,4 +1,4 @@
-"""The report of a run: lines on the terminal, a JSONL log, the loss curve as a picture."""
+"""The report of a run: lines on the terminal, a JSONL log, the loss curve as an image."""
 
 import json
 import time
@@ -128,12 +128,12 @@ def draw_curve(log: Path, out: Path, key: str = "loss", size: tuple[int, int] = 
             height - bottom - (y - low) / max(high - low, 1e-9) * (height - top - bottom),
         )
 
-    picture = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(image)
     for share in (0, 0.25, 0.5, 0.75, 1):
         y = low + share * (high - low)
         pen.line([pixel(first, y), pixel(last, y)], fill="#dddddd")
         pen.text((6, pixel(first, y)[1] - 6), f"{y:.3g}", fill="#444444")
     pen.line([pixel(x, y) for x, y in points], fill="#1f6fb4", width=2)
     pen.text((left, height - 20), f"{key}, steps {first} to {last}", fill="#444444")
-    picture.save(out)
+    image.save(out)
