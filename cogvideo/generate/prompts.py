@@ -1,4 +1,4 @@
-"""What is asked of a model: captions, refused before any work or with hints, as the ids that it reads."""
+"""Validate prompts, hint at unknown words, encode them."""
 
 import difflib
 import json
@@ -14,7 +14,7 @@ from cogvideo.text import TextTokenizer, split_words
 
 @lru_cache(1)
 def _near() -> dict[str, Any]:
-    """Words that say nothing, words that are read as others, and what a hint names for a word."""
+    """Filler words, words that are read as others, and the words that a hint names for a word."""
     file = Path(__file__).parent.parent / "data" / "tinyworld" / "near.json"
     table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return table
@@ -28,10 +28,10 @@ def _forms(word: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Prompts:
-    """How a model is spoken to."""
+    """Checks and encodes prompts for one model."""
 
     text: TextTokenizer
-    words: Sequence[str] = ()  # of the captions of its training; none: it is not known
+    words: Sequence[str] = ()  # of the captions of its training; none if they are not known
     languages: Sequence[str] = ()
 
     def ids(
@@ -42,18 +42,18 @@ class Prompts:
         return [self.text.pad_left(self.text.prompt(one, seconds, template), length, pad) for one in read]
 
     def check(self, prompt: str) -> None:
-        """Raise ValueError if a prompt says nothing."""
+        """Raise ValueError if a prompt has no tokens."""
         if not self.text.encode(prompt.strip()):
             raise ValueError(
                 "the prompt is empty; write a sentence such as 'a dog runs to the right across a green field'"
             )
 
     def read(self, prompt: str) -> str:
-        """The prompt in words that the model knows, as far as there are any.
+        """Replace words of a prompt by words that the model knows, where there are any.
 
-        A plural that no caption of the training has becomes the singular, a word that says nothing is left
-        out, and some words are read as others: "Please show dogs on the beach" as "show dog on the sand". The
-        words of the training's captions stay as they are.
+        A plural that no training caption has becomes the singular, a filler word is dropped, and some words
+        are read as others: "Please show dogs on the beach" becomes "show dog on the sand". Words of the
+        training captions stay as they are.
         """
         if not self.words:
             return prompt
@@ -63,8 +63,8 @@ class Prompts:
         return re.sub(" +", " ", prompt).strip()
 
     def unknown_words(self, prompt: str) -> dict[str, list[str]]:
-        """Words of a prompt that were in no caption of the training, in singular or plural, each with the
-        word that it is read as or the nearest words that were."""
+        """Words of a prompt that no training caption has, in singular or plural, each with the word that it
+        is read as, or with the nearest known words."""
         if not self.words:
             return {}
         found = {word: [other] for word, other in self._chinese_read_as(prompt).items()}
@@ -82,11 +82,11 @@ class Prompts:
         return known or ("" if word.lower() in _near()["fillers"] else word)
 
     def _known_form(self, word: str) -> str:
-        """A word, its singular or its plural, whichever is known, or ""."""
+        """A word, its singular or its plural, whichever is known, or an empty string."""
         return next((form for form in _forms(word) if form in self.words), "")
 
     def _stands_for(self, word: str) -> str:
-        """The known word that an unknown one is read as, or ""."""
+        """The known word that an unknown one is read as, or an empty string."""
         other = next((_near()["read as"][w] for w in _forms(word) if w in _near()["read as"]), "")
         return other if all(part in self.words for part in split_words(other)) else ""
 
