@@ -397,7 +397,7 @@ def reconstruction_rungs(
 
 def rungs_of(pipe: Any) -> list[str]:
     """The rungs that a pipeline or tokenizer has; bicubic only if less than 192 px are coded."""
-    if not getattr(pipe, "draws", True):
+    if isinstance(pipe, RegressionPipeline):
         return ["rendered", "generated"]
     rungs = RECONSTRUCTIONS if isinstance(pipe, TokenizerOnly) else RUNGS
     return [rung for rung in rungs if rung != "bicubic" or coded_size(pipe) < SIZE]
