@@ -170,9 +170,9 @@ def test_new_frames_begin_between_those_that_were_trained(model):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"patch": 7}, "frames of 16 pixels cannot be cut into patches of 7"),
-        ({"heads": 3}, "width 16 does not divide by 3 heads"),
-        ({"rates": (3.0, 8.0)}, "the full rate 8 must be a multiple"),
+        ({"patch": 7}, "patch must divide the 16 pixels of a frame .resolution.; got 7"),
+        ({"heads": 3}, "heads must divide the width 16; got 3"),
+        ({"rates": (3.0, 8.0)}, "rates must divide the last one, the full rate 8"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):

@@ -96,14 +96,7 @@ class CogVideo(Pipeline):
         self.text = folder.text()
         self.prompts = Prompts(self.text, self.config.words, self.config.languages)
         self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.prompts
-        try:
-            self._check_sizes()
-            self.sampling = stages(self.config.sampling, self._clusters())
-            for template in self.templates.values():
-                self.text.prompt("", SECONDS, template)
-        except (TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
-            file = folder.path / "config.json"
-            raise ModelError(f"{file} does not describe a model that generates: {error}") from None
+        self.sampling = stages(self.config.sampling, self._clusters())
 
     @classmethod
     def from_pretrained(
@@ -116,13 +109,6 @@ class CogVideo(Pipeline):
         """Open a model, as `load` does: one of the regression family is a `RegressionPipeline`, which is
         called in the same way."""
         return load(model, device, dtype, reference_quirks)
-
-    def _check_sizes(self) -> None:
-        c = self.spec.model
-        v = self.spec.vqvae
-        cut = c.width % c.heads or (c.window and c.grid % c.window)
-        if cut or (c.codes, c.grid) != (v.codes, v.grid):
-            raise ValueError("its grid, codes, window, width and heads do not fit together")
 
     def _clusters(self) -> Tensor | None:
         """The cluster of each code [V], if the folder says it."""

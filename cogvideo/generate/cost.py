@@ -16,6 +16,7 @@ from cogvideo.generate.sampling import Sampling
 from cogvideo.layout import Layout, rounds
 from cogvideo.model.families import CogVideoSpec, RegressionSpec, Spec
 from cogvideo.model.transformer import Base, ModelConfig
+from cogvideo.model.vqvae import VQVAE
 
 BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
 CHANNELS = ("stage1", "stage2", "superres")  # of which one at a time must be in memory
@@ -121,7 +122,9 @@ def matrices(c: ModelConfig, temporal: bool) -> int:
 
 
 def _decode_flops(spec: CogVideoSpec, grid: int) -> float:
-    vqvae, codes = spec.outline("vqvae"), torch.zeros(1, grid * grid, dtype=torch.long, device="meta")
+    vqvae = spec.outline("vqvae")
+    assert isinstance(vqvae, VQVAE)
+    codes = torch.zeros(1, grid * grid, dtype=torch.long, device="meta")
     return _flops(lambda: vqvae.decode(codes))
 
 

@@ -35,6 +35,7 @@ SmallSize = Annotated[int, Range(1, 1024)]  # layers, heads, frames, codes a sid
 SmallCount = Annotated[int, Range(0, 1024)]
 Id = Annotated[int, Range(0, 10**7)]  # of a token
 Ids = Annotated[int, Range(1, 10**7)]  # how many there are
+MOST_WEIGHTS = 10**12  # of a matrix of every layer: a model that no machine holds is refused
 Total = Annotated[int, Range(1, 10**9)]  # steps, clips
 
 

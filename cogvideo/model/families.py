@@ -16,6 +16,7 @@ regression   captions to frames
 refiner      frames to larger ones (optional)
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -52,38 +53,42 @@ class _Unfilled(TorchFunctionMode):
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
 
 
-class Spec:
+class Spec(ABC):
     """The parts of a model and their sizes: what every family can be asked."""
 
     family: ClassVar[str]
     reader: ClassVar[str]  # the part that embeds text
     template: ClassVar[str]  # of the text that it is trained with
     dtypes: ClassVar[tuple[str, ...]]  # that generation can compute in; the first is the fastest on a CPU
-    parts: tuple[str, ...]
     refiner: RefinerConfig | None
 
-    def build(self, part: str) -> Any:
-        """Build a part with new weights."""
-        raise NotImplementedError
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[str, ...]:
+        """The names of the parts."""
 
+    @abstractmethod
+    def build(self, part: str) -> nn.Module:
+        """Build a part with new weights."""
+
+    @abstractmethod
     def describe(self) -> dict[str, str]:
         """Sizes for `cogvideo models`, each with its title."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def speaks(self) -> ModelConfig | RegressionConfig:
         """The config of the part that reads text: `vocab` ids, at most `text_len` of them."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def first_text(self) -> int:
         """The first id of text."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def clip_frames(self) -> int:
         """Frames of a clip of the full length."""
-        raise NotImplementedError
 
     @property
     def generating(self) -> tuple[str, ...]:
@@ -91,19 +96,23 @@ class Spec:
         return self.parts
 
     @property
+    @abstractmethod
     def pixel_parts(self) -> tuple[str, ...]:
         """The parts that compute pixels, in float32."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def finishing(self) -> tuple[str, ...]:
         """The parts that enlarge or improve a generated clip; training comes to them last."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def resolution(self) -> int:
         """Pixels a side of the frames, before a refiner enlarges them."""
-        raise NotImplementedError
+
+    def check_together(self) -> None:
+        """Raise ConfigError if the parts of a finished model do not fit together."""
+        return None
 
     def check_dtype(self, dtype: str) -> None:
         """Raise ValueError for a dtype that generation cannot compute in."""
@@ -113,7 +122,7 @@ class Spec:
                 f"{', '.join(self.dtypes)}"
             )
 
-    def outline(self, part: str) -> Any:
+    def outline(self, part: str) -> nn.Module:
         """Build a part on the device "meta", where its tensors take no memory, to fill or measure it."""
         with torch.device("meta"), _Unfilled():
             return self.build(part)
@@ -152,6 +161,17 @@ class CogVideoSpec(Spec):
         if self.decoder is not None:
             self._check_decoder(self.decoder)
 
+    def check_together(self) -> None:
+        c = self.model
+        v = self.vqvae
+        if c.codes != v.codes:
+            raise ConfigError(f"vqvae.codes must equal model.codes, {c.codes}; got {v.codes}")
+        if c.grid != v.grid:
+            raise ConfigError(
+                f"model.grid must be the codes a side of vqvae, {v.grid} (its resolution, patch, "
+                f"multipliers, rate); got {c.grid}"
+            )
+
     def _check_decoder(self, decoder: DecoderConfig) -> None:
         if decoder.pad >= decoder.first_text + decoder.pieces:
             raise ValueError(
@@ -167,7 +187,7 @@ class CogVideoSpec(Spec):
                 )
 
     @property
-    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+    def parts(self) -> tuple[str, ...]:
         optional = (part for part in ("decoder", "refiner", "superres", "itersr") if getattr(self, part))
         return ("vqvae", "base", "stage1", "stage2", *optional, *self.bases)
 
@@ -207,7 +227,7 @@ class CogVideoSpec(Spec):
     def resolution(self) -> int:
         return self.vqvae.resolution
 
-    def build(self, part: str) -> Any:
+    def build(self, part: str) -> nn.Module:
         if part == "vqvae":
             return HierarchicalVQVAE(self.vqvae) if self.vqvae.rates else VQVAE(self.vqvae)
         if part in BASES:
@@ -237,7 +257,7 @@ class RegressionSpec(Spec):
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
     @property
-    def parts(self) -> tuple[str, ...]:  # type: ignore[override]
+    def parts(self) -> tuple[str, ...]:
         return ("regression", "refiner") if self.refiner else ("regression",)
 
     def describe(self) -> dict[str, str]:
@@ -271,7 +291,7 @@ class RegressionSpec(Spec):
     def resolution(self) -> int:
         return self.regression.resolution
 
-    def build(self, part: str) -> Any:
+    def build(self, part: str) -> nn.Module:
         if part == "regression":
             return RegressionTransformer(self.regression)
         if part == "refiner" and self.refiner:

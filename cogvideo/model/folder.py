@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from string import Formatter
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -73,18 +74,13 @@ class FolderConfig:
     converted: dict[str, str] | None = None  # by part, the foreign file that it comes from
 
     def __post_init__(self) -> None:
+        self.spec.check_together()
         for name in ("prompts", "sampling"):
             for stage in getattr(self, name):
                 if stage not in STAGES:
                     raise ConfigError(f"unknown key {name}.{stage}; choose from {', '.join(STAGES)}")
         for stage, template in self.prompts.items():
-            try:
-                template.format(prompt="", seconds=1.0)
-            except (KeyError, IndexError, ValueError, AttributeError) as error:
-                raise ConfigError(
-                    f"prompts.{stage} must be a text with {{prompt}} and {{seconds}}; got {template!r} "
-                    f"({error})"
-                ) from None
+            _check_template(f"prompts.{stage}", template)
 
     @classmethod
     def read(cls, values: object) -> "FolderConfig":
@@ -98,16 +94,41 @@ class FolderConfig:
         return read_table(cls, rest, spec=spec)
 
     def to_dict(self) -> dict[str, Any]:
-        """The table of JSON that `read` reads."""
-        table: dict[str, Any] = {"preset": self.preset, "recipe": self.recipe, **self.spec.to_dict()}
-        for name in ("about", "text", "words", "languages", "prompts", "begun", "measured", "converted"):
-            value = getattr(self, name)
-            if value or name == "converted" and value is not None:
-                table[name] = value
-        table["sampling"] = {stage: _changed(options) for stage, options in self.sampling.items()}
+        """The table of JSON that `read` reads. Values that say nothing are left out."""
+        table: dict[str, Any] = {"preset": self.preset, "recipe": self.recipe}
+        table = {name: value for name, value in table.items() if value}
+        table |= self.spec.to_dict()
         if self.trained is not None:
             table["trained"] = {name: asdict(row) for name, row in self.trained.items()}
+            table["begun"] = self.begun
+        table["text"] = self.text
+        for name in ("words", "about", "languages", "prompts"):
+            if getattr(self, name) or name == "words" and self.trained is not None:
+                table[name] = getattr(self, name)
+        if self.sampling:
+            table["sampling"] = {stage: _changed(options) for stage, options in self.sampling.items()}
+        if self.measured:
+            table["measured"] = self.measured
+        if self.converted is not None:
+            table["converted"] = self.converted
         return table
+
+
+def _check_template(key: str, template: str) -> None:
+    """Raise ConfigError unless a template is a text with {prompt} and {seconds}, as in {seconds:.1f}."""
+    allowed = {"prompt": "", "seconds": r"(\.\d)?[fg]?"}  # by field, the pattern of its format
+    try:
+        pieces = list(Formatter().parse(template))
+    except ValueError:
+        pieces = [("", "", "", "")]
+    for _, field_name, form, conversion in pieces:
+        if field_name is None:
+            continue
+        if field_name not in allowed or conversion or not re.fullmatch(allowed[field_name], form or ""):
+            raise ConfigError(
+                f"{key} must be a text with {{prompt}} and {{seconds}}, as in '{{seconds:.1f}} s: "
+                f"{{prompt}}'; got {template[:60]!r}"
+            )
 
 
 def _changed(options: SamplingConfig) -> dict[str, float]:
@@ -150,7 +171,7 @@ class ModelFolder:
             values = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ModelError(f"{self.path} is not a model folder: {file.name} is missing") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of numbers without end
             raise ModelError(f"{file} is damaged: {error}") from None
         try:
             return FolderConfig.read(values)

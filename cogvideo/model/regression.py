@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideo.model.config import Id, Ids, Range, Size, SmallCount, SmallSize
+from cogvideo.model.config import MOST_WEIGHTS, Id, Ids, Range, Size, SmallCount, SmallSize
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.transformer import init_normal, text_ranks
 
@@ -53,13 +53,18 @@ class RegressionConfig:
     def __post_init__(self) -> None:
         if self.resolution % self.patch:
             raise ValueError(
-                f"frames of {self.resolution} pixels cannot be cut into patches of "
-                f"{self.patch}; choose a patch that divides them"
+                f"patch must divide the {self.resolution} pixels of a frame (resolution); got {self.patch}"
             )
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide by {self.heads} heads")
+            raise ValueError(f"heads must divide the width {self.width}; got {self.heads}")
+        if not self.rates:
+            raise ValueError("rates must name a frame rate; got none")
         if any(self.rates[-1] % rate for rate in self.rates):
-            raise ValueError(f"the full rate {self.rates[-1]:g} must be a multiple of the rates {self.rates}")
+            raise ValueError(
+                f"rates must divide the last one, the full rate {self.rates[-1]:g}; got {self.rates}"
+            )
+        if self.layers * self.width**2 > MOST_WEIGHTS:
+            raise ValueError(f"width {self.width} is too large for {self.layers} layers (layers)")
 
     @property
     def grid(self) -> int:

@@ -30,7 +30,7 @@ from cogvideo.model.attention import (
     turns_of,
 )
 from cogvideo.model.cache import Cache, Channel, ChannelCache
-from cogvideo.model.config import Id, Ids, Range, Size, SmallCount, SmallSize
+from cogvideo.model.config import MOST_WEIGHTS, Id, Ids, Range, Size, SmallCount, SmallSize
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -78,6 +78,8 @@ class ModelConfig:
             raise ValueError(f"heads must divide the width {self.width}; got {self.heads}")
         if self.rotary and self.width // self.heads % 2:
             raise ValueError(f"heads must have an even width to be rotated; got {self.width} / {self.heads}")
+        if self.layers * self.width**2 > MOST_WEIGHTS:
+            raise ValueError(f"width {self.width} is too large for {self.layers} layers (layers)")
         if self.window and self.grid % self.window:
             raise ValueError(f"window must divide the grid {self.grid}; got {self.window}")
         for name in ("pad", "start"):

@@ -6,7 +6,7 @@ equal frame rates; of the decoder's `words` all or none; of `frame_positions` th
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,19 @@ Rows = list[tuple[int, int]]  # here and there
 CAPTIONS = 40_000  # that the text model is trained on
 
 
-def new_part(spec: Spec, name: str, seed: int) -> Any:
-    """A part with fresh weights, the same for the same seed."""
+@runtime_checkable
+class SelfInitialised(Protocol):
+    """A part that initialises its own weights."""
+
+    def init_weights(self, generator: torch.Generator) -> None: ...
+
+
+def new_part(spec: Spec, name: str, seed: int) -> nn.Module:
+    """Build a part with new weights, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         part = spec.build(name)
-    if hasattr(part, "init_weights"):
+    if isinstance(part, SelfInitialised):
         part.init_weights(torch.Generator().manual_seed(seed))
     return part
 
