@@ -27,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "runs" / "same"
+FORMER = {"direct": "regression"}  # names that changed, and what they are now
 LIMIT = 900  # seconds for a command, on a busy machine
 SPEEDS = ("clips_per_second", "mfu")  # keys of a log that no two runs have in common
 SKIPPED = (".pt", ".html")  # the weights of a state are in the model folder as well
@@ -106,7 +107,7 @@ def cases() -> dict[str, Case]:
     found["train clips that recur"] = train("tiny", "image", "--image.reuse 3")
     found["train own data"] = Case(
         "cogvideo train tiny --data ../files/my_videos --phases image --init ../models/tiny --out out "
-        "--processes 1 --threads 1 --image.steps 5 --log-every 1",
+        "--processes 1 --threads 1 --image.steps 5 --log-every 1 --image.drop 0",
         "nano",
     )
     found["convert"] = Case(
@@ -190,8 +191,18 @@ def run(case: Case, tree: Tree, commit: Tree, place: Path) -> dict[str, str]:
     return found or {"failed": "nothing in out"}
 
 
+def present(value: object) -> object:
+    """A value of config.json with the present names of family and parts."""
+    if isinstance(value, dict):
+        return {FORMER.get(key, key): present(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [present(one) for one in value]
+    return FORMER.get(value, value) if isinstance(value, str) else value
+
+
 def digests(file: Path, name: str) -> Iterator[tuple[str, str]]:
     """Names of what a file holds, each with its digest."""
+    name = name.replace(file.stem, FORMER.get(file.stem, file.stem))
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -215,7 +226,7 @@ def digests(file: Path, name: str) -> Iterator[tuple[str, str]]:
             row = {key: value for key, value in row.items() if key not in SPEEDS}
             yield f"{name}: step {row.get('step')}", hashed(json.dumps(row, sort_keys=True))
     elif file.suffix == ".json":
-        yield name, hashed(json.dumps(json.loads(file.read_text()), sort_keys=True))
+        yield name, hashed(json.dumps(present(json.loads(file.read_text())), sort_keys=True))
     elif file.name != "loss.png":  # which shows the same rows
         yield name, hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
