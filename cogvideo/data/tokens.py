@@ -59,6 +59,9 @@ class _Clip:
     cover: torch.Tensor | None
 
 
+Clips = list[tuple[int, int]]  # of a batch: block and number of each
+
+
 class _Plan:
     """The clips of each step of one rank, and which of them are new. It runs ahead of the training, since the
     data loader does."""
@@ -69,9 +72,7 @@ class _Plan:
         self.step = step
         self.all = batch * ranks
         self.positions = range(rank * batch, (rank + 1) * batch)  # in the batch of all ranks
-        self.planned: deque[tuple[int, list[tuple[int, int]]]] = (
-            deque()
-        )  # step, block and number of its clips
+        self.planned: deque[tuple[int, Clips]] = deque()  # by step
 
     def missing(self) -> Iterator[list[int]]:
         """The numbers of each step's new clips."""
@@ -88,7 +89,7 @@ class _Plan:
             yield new
             k += 1
 
-    def next(self) -> tuple[int, list[tuple[int, int]]]:
+    def next(self) -> tuple[int, Clips]:
         """The next step, and the block and number of each of its clips."""
         return self.planned.popleft()
 
