@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cogvideo.data import loader
+from cogvideo.data import loader, tokens
 from cogvideo.data.sources import open_source
 from cogvideo.hardware import gemm_rate
 from cogvideo.model import attention, presets
@@ -88,7 +88,7 @@ def take_steps(
     """A short run of a phase, one way or the other, in the folder that `model` is in."""
     if way == "before":
         attention.by_matrices = lambda x: False
-    loop.Reuse = partial(loader.Reuse, pool=1)  # a small pool is soon full
+    loop.Reuse = partial(tokens.Reuse, pool=1)  # a small pool is soon full
     torch.set_num_threads(cores if way == "before" else 1)
     phase = replace(phase, steps=steps, warmup=0, reuse=1 if way == "before" else reuse)
     source = open_source("tinyworld", seed=1, sprites=recipe.sprites)
