@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import loosen
+from torch._dynamo.testing import CompileCounter
 
 from cogvideo.layout import Layout
 from cogvideo.model import attention
@@ -239,3 +240,23 @@ def test_inherited_channel_copies_the_base():
     for mine, block in zip(channel.attention, base.blocks):
         assert torch.equal(mine.qkv.weight, block.attention.qkv.weight)
         assert mine.qkv.weight is not block.attention.qkv.weight
+
+
+def test_layers_of_one_kind_are_compiled_once():
+    """Dynamo compiles code again for each new constant and gives up at a limit: layers must not differ in
+    one."""
+    window, layout = STAGES["stage2"]
+    text, codes = example(layout)
+    tokens = torch.cat((text, layout.inputs(codes, CONFIG.start)), 1)
+    counts = []
+    for layers in (4, 12):
+        torch._dynamo.reset()
+        model = make(window, dataclasses.replace(CONFIG, layers=layers))
+        model(tokens, layout)  # fills the caches of groups and rotations, which are compiled as well
+        counter = CompileCounter()
+        for block in model.base.blocks:
+            block.compile(backend=counter)
+        model(tokens, layout).sum().backward()
+        counts.append(counter.frame_count)
+    torch._dynamo.reset()
+    assert counts[0] == counts[1]

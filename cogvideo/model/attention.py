@@ -42,6 +42,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.channel = channel
         self.layer = layer
+        self.odd = layer % 2 == 1  # not asked of `layer` in training: each layer would be compiled by itself
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width // heads, bias=False) for _ in range(2 * qk_norm))
@@ -315,7 +316,7 @@ class SequenceView:
         if not self.layout.frames:
             return text_seen, frames[0].transpose(1, 2).flatten(2)  # [B, 0, D]
 
-        shifted = bool(self.window) and attention.layer % 2 == 1
+        shifted = bool(self.window) and attention.odd
         groups = groups_of(self.layout, attention.channel, self.window, shifted, qkv.device, self.bias.dtype)
         unboosted = self.layout.reference and temporal  # there the original boosts steps alone
         bias = self.bias - self.boost if unboosted else self.bias
