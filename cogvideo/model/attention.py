@@ -42,7 +42,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.channel = channel
         self.layer = layer
-        self.odd = layer % 2 == 1  # not asked of `layer` in training: each layer would be compiled by itself
+        self.odd = layer % 2 == 1  # torch.compile would specialise on `layer` and compile every layer
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width // heads, bias=False) for _ in range(2 * qk_norm))
