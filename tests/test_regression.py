@@ -472,7 +472,9 @@ def test_gpt2_gives_its_embedding(tmp_path, world, capsys):
     [
         ("guidance_scale", 3.0),
         ("image", "cat.png"),
+        ("image", np.zeros((8, 8, 3), np.uint8)),
         ("video", "cat.mp4"),
+        ("video", Clip(np.zeros((2, 8, 8, 3), np.uint8), 1.0)),
         ("keep", "made"),
         ("num_videos_per_prompt", 2),
     ],

@@ -82,7 +82,12 @@ class Pipeline(ABC):
     def check_supported(self, **arguments: object) -> None:
         """Raise ValueError for an argument of a call that this family cannot use."""
         for name, value in arguments.items():
-            if name in self.unsupported and value != self.unsupported[name]:
+            if name not in self.unsupported:
+                continue
+            neutral = self.unsupported[name]
+            # an array is never compared: that would give an array
+            unused = value is None if neutral is None else value == neutral
+            if not unused:
                 raise ValueError(
                     f"{name} is not supported: this model is deterministic, it generates the one clip that "
                     f"it knows for a prompt; leave it out, or choose a model such as tiny"
