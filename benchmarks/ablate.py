@@ -70,7 +70,7 @@ BASE = {
     "no zero initialisation": Variant({"zero_init": False}),
     "one code after another": Variant({"skew": 0}),
     "all codes count alike": Variant(phase={"object_weight": 0.0}),
-    "whole frames only": Variant(phase={"windowed": 0.0, "batch": 32}),
+    "whole frames only": Variant(phase={"crop_share": 0.0, "batch": 32}),
     "codes read with errors": Variant(phase={"corrupt": 0.05}),
     "adamw": Variant(phase={"optimizer": "adamw", "lr": 1e-3}),
     "half the batch": Variant(phase={"batch": 32}),
@@ -114,7 +114,7 @@ def loss_of(folder: ModelFolder, names: tuple[str, ...], count: int = 64) -> flo
     """Nats a code on `count` held-out pictures, every code alike."""
     world = TinyWorld(names, 555, True, varied=True)
     phase = recipes.find("tiny").phase("image")
-    batch = next(batches(world, phase.cut, count, seed=9))
+    batch = next(batches(world, phase.clips, count, seed=9))
     c, text = folder.spec().model, folder.text()
     ids = inputs.prepare_text(text, batch, c.text_len)
     codes = inputs.encode_clips(folder.load("vqvae"), batch.frames[0])

@@ -19,14 +19,14 @@ import av
 import numpy as np
 import torch
 
-from cogvideo.data.cut import Cut
+from cogvideo.data.cut import ClipSpec
 from cogvideo.data.loader import batches
 from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
 from cogvideo.data.videos import Videos
 from cogvideo.video import Clip
 
-CUT = Cut(33, (8,), sizes=(48,))
+CUT = ClipSpec(33, (8,), sizes=(48,))
 
 
 def write(folder: Path, videos: int, size: int, fps: float) -> Videos:

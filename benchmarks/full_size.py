@@ -97,7 +97,7 @@ def main() -> None:
     begin = time.perf_counter()
     pipe = CogVideo.from_pretrained(folder.path, dtype=arguments.dtype)
     print(f"opened in {time.perf_counter() - begin:.1f} s, {torch.get_num_threads()} threads", flush=True)
-    predicted = {one.name: speed.seconds(one) for one in pipe.estimate().work}
+    predicted = {one.name: speed.seconds(one) for one in pipe.estimate().costs}
     value, total = None, 0.0
     print(f"{'verb':<16}{'reading':>8}{'seconds':>9}{'predicted':>11}{'peak GB':>9}")
     part = arguments.out / "larger-so-far.npz"  # a frame takes minutes

@@ -39,7 +39,7 @@ def verbs(pipe: Any, prompts: list[str], seeds: list[int]) -> dict[str, Callable
             "frames": lambda nothing: pipe.regress(prompts, max(pipe.frame_counts)),
             "upscale": pipe.upscale,
         }
-    planned = [one.name for one in pipe.estimate().work]
+    planned = [one.name for one in pipe.estimate().costs]
     found = {
         "first frame": lambda nothing: pipe.first_frames(prompts, seeds),
         "key frames": lambda draft: pipe.keyframes(prompts, seeds, begin=draft),
@@ -92,7 +92,7 @@ def main() -> None:
     print(f"{arguments.model}, {pipe.dtype}, {threads} threads, memory {memory / 1e9:.1f} GB/s")
     print(f"{'verb':<14}{HEAD}{'share':>8}{'tokens/s':>10}{'MB/step':>9}{'of memory':>11}")
 
-    plan = {one.name: one for one in pipe.estimate(arguments.together).work}
+    plan = {one.name: one for one in pipe.estimate(arguments.together).costs}
     total = sum(map(statistics.median, taken.values()))
     for name, times in taken.items():
         work, middle = plan[name], statistics.median(times)

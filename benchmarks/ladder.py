@@ -165,7 +165,7 @@ def tokenizer_config(pipe: Any) -> Any:
 
 def has_decoder(pipe: Any) -> bool:
     """Whether a video decoder turns codes into frames."""
-    return isinstance(pipe, CogVideo) and "decoder" in pipe.folder.finishing
+    return isinstance(pipe, CogVideo) and "decoder" in pipe.folder.postprocessing_parts
 
 
 def rows_of(pipe: Any, rung: str) -> list[str]:

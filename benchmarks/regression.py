@@ -62,7 +62,7 @@ def regress(folder: ModelFolder, prompts: Sequence[str], rate: float) -> np.ndar
     """9 frames, 2 a second, for each prompt, with the rate's token, of a model that may know only some of
     them: uint8 [B, 9, R, R, 3]."""
     pipe = RegressionPipeline(folder)
-    pipe.model.get_ready(rate, [])
+    pipe.model.prepare(rate, [])
     text = torch.tensor(pipe.prompts.ids(prompts, 0.0, PLAIN, pipe.spec.regression.text_len))
     slots = range(0, pipe.spec.regression.frames, 4)
     made = [pipe.model(rows, rate, slots) for rows in text.split(16)]

@@ -21,17 +21,17 @@ from itertools import islice
 
 import torch
 
-from cogvideo.generate.cost import Work, matrices
+from cogvideo.generate.cost import Cost, matrices
 from cogvideo.generate.estimate import bandwidth
 from cogvideo.generate.int8 import join, pack
 from cogvideo.layout import Layout
 from cogvideo.model import presets
-from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig, TemporalChannel
+from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel, TransformerConfig
 
 SIZES = {"12 x 768": (12, 768, 12), "4 x 3072": (4, 3072, 48)}  # layers, width, heads
 
 
-def models(c: ModelConfig, window: int) -> Iterator[tuple[str, DualChannelTransformer]]:
+def models(c: TransformerConfig, window: int) -> Iterator[tuple[str, DualChannelTransformer]]:
     """The same random weights in each dtype."""
     generator = torch.Generator().manual_seed(0)
     base, temporal = Base(c), TemporalChannel(c, window)
@@ -51,19 +51,19 @@ def steps(
     """Steps after `known` frames: milliseconds, and tokens that each makes for a row."""
     c, generator = model.config, torch.Generator().manual_seed(1)
     text = torch.randint(c.codes, c.vocab, (rows, c.text_len), generator=generator)
-    codes = torch.randint(0, c.codes, (rows, layout.tokens), generator=generator)
+    codes = torch.randint(0, c.codes, (rows, layout.clip_tokens), generator=generator)
     cache = model.new_cache(layout, rows)
-    model.prefill(torch.cat((text, codes[:, : known * c.frame_len]), 1), layout, cache)
+    model.prefill(torch.cat((text, codes[:, : known * c.frame_tokens]), 1), layout, cache)
     for places in layout.waves(known, model.window):
         begin = time.perf_counter()
         model.step(codes[:, places], cache, places)
         yield 1e3 * (time.perf_counter() - begin), len(places)
 
 
-def read(c: ModelConfig, dtype: str, rows: int, known: int) -> float:
+def read(c: TransformerConfig, dtype: str, rows: int, known: int) -> float:
     """Bytes of a step of stage 1 in the frame after `known`, on average over its first tokens."""
-    seen = 2 * c.text_len + known * c.frame_len  # of the spatial channel the text, of the temporal one all
-    return Work("", weights=matrices(c, True), seen=rows * c.layers * 2 * seen * c.width).read(dtype)
+    seen = 2 * c.text_len + known * c.frame_tokens  # of the spatial channel the text, of the temporal one all
+    return Cost("", weights=matrices(c, True), seen=rows * c.layers * 2 * seen * c.width).read(dtype)
 
 
 def main() -> None:

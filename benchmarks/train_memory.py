@@ -36,7 +36,7 @@ def step(stage: str, runs: int) -> list[float]:
     make = Layout.keyframes if stage == "stage1" else Layout.interpolation
     layout = make(c.text_len, c.grid, c.frames)
     text = torch.randint(c.codes, c.vocab, (1, c.text_len), generator=generator)
-    codes = torch.randint(0, c.codes, (1, c.frames, c.frame_len), generator=generator)
+    codes = torch.randint(0, c.codes, (1, c.frames, c.frame_tokens), generator=generator)
     times = []
     for _ in range(runs + 1):
         begin = time.perf_counter()

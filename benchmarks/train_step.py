@@ -87,7 +87,7 @@ def take_steps(
 ) -> None:
     """A short run of a phase, one way or the other, in the folder that `model` is in."""
     if way == "before":
-        attention.by_matrices = lambda x: False
+        attention.uses_matrices = lambda x: False
     loop.Reuse = partial(tokens.Reuse, pool=1)  # a small pool is soon full
     torch.set_num_threads(cores if way == "before" else 1)
     phase = replace(phase, steps=steps, warmup=0, reuse=1 if way == "before" else reuse)
@@ -185,9 +185,9 @@ def show_kernels(recipe: recipes.Recipe, names: list[str]) -> None:
             parts = {part: folder.load(part) for part in (*phase.uses, *phase.trains)}
             for part in phase.trains:
                 parts[part].requires_grad_(True).train()
-            machine = parallel.Machine(torch.device("cpu"))
-            step = phase.objective.step(parts, folder.text(), phase)
-            batch = next(loader.batches(source, phase.cut, max(1, phase.batch // 4), seed=0))
+            machine = parallel.Distributed(torch.device("cpu"))
+            step = phase.objective.build_loss(parts, folder.text(), phase)
+            batch = next(loader.batches(source, phase.clips, max(1, phase.batch // 4), seed=0))
             for number in range(2):
                 with profile(activities=[ProfilerActivity.CPU]) as seen, machine.arithmetic(phase.precision):
                     loss, _ = step(batch, number)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["Clip", "CogVideo", "Pipeline", "load"]
 __version__ = "0.1.0"
 
-_ROOMS = {
+_EXPORTS = {
     "Clip": "cogvideo.video",
     "CogVideo": "cogvideo.generate.cogvideo",
     "Pipeline": "cogvideo.generate.pipeline",
@@ -26,6 +26,6 @@ _ROOMS = {
 
 def __getattr__(name: str) -> object:
     # torch takes seconds to import; the command line and its help must not wait for it
-    if name not in _ROOMS:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'cogvideo' has no attribute {name!r}")
-    return getattr(importlib.import_module(_ROOMS[name]), name)
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

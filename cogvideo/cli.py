@@ -21,7 +21,7 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 if TYPE_CHECKING:
     from cogvideo.generate.pipeline import Pipeline
 
-TOGETHER = 16  # videos per batch, saved before the next
+BATCH = 16  # videos per batch, saved before the next
 Short = Annotated[Path, arg(aliases=["-o"])]
 
 
@@ -48,7 +48,7 @@ def generate(
     """Generate videos from a sentence.
 
     Args:
-        prompt: What is to be seen, in English or Chinese.
+        prompt: A sentence about the video, in English or Chinese.
         out: Where to write: .mp4, .gif, .webp or .png. Several videos get numbers: out-0.mp4, out-1.mp4.
         model: A shipped model, a model folder, or a hub id.
         prompts: A text file with a prompt on each line, instead of one prompt.
@@ -57,14 +57,14 @@ def generate(
             text-to-image model alone.
         seed: The same seed gives the same video. Default: a random one, which is printed. A deterministic
             model accepts it and ignores it.
-        guidance_scale: How strongly the prompt is followed, 1 or more. Default: what suits the model.
-        image: An image to begin with.
+        guidance_scale: Strength of classifier-free guidance, 1 (none) or more. Default: the model's own.
+        image: An image that the video starts with.
         video: A video to continue.
         device: Where to compute: cpu, cuda, mps.
         threads: CPU threads. Default: as many as there are idle cores.
-        dtype: Numbers to compute with. Default: what is fastest on the device.
-        reference_quirks: Repeat what the original's inference does otherwise than its training.
-        ignore_memory: Try even if the model does not seem to fit.
+        dtype: Data type of the computation. Default: the fastest on the device.
+        reference_quirks: Reproduce where the original's inference differs from its training.
+        ignore_memory: Run even if the model does not seem to fit into memory.
         keep: A folder for the tokens after every step; rerun with the same seed to resume an interrupted run.
         quiet: Print nothing but errors.
     """
@@ -86,9 +86,9 @@ def generate(
     if keep is not None and seed is None:
         raise ValueError("--keep needs --seed, for the same command must ask for the same videos")
 
-    for first in range(0, len(asked), TOGETHER):
+    for first in range(0, len(asked), BATCH):
         clips = pipe(
-            asked[first : first + TOGETHER],
+            asked[first : first + BATCH],
             image=image,
             video=video,
             num_frames=num_frames,
@@ -198,21 +198,21 @@ def train(
             webdataset shards.
         subset: Of YouCook2. Default: training.
         out: The folder of the run. Default: runs/RECIPE.
-        init: A shipped model, a model folder, or a hub id whose parts a new run begins with.
+        init: A shipped model, a model folder, or a hub id whose parts a new run starts from.
         init_embedding: GPT-2's weights (a safetensors file or a hub id), for their embedding.
         phases: Only these phases, in the order of the recipe. Default: all.
         device: Where to compute: cpu, cuda, mps; auto is cuda if there is one, else cpu.
         processes: Processes that share the work. Default: one an idle core on a CPU, else one.
-        shard: Cut the weights into shards, one a process, instead of keeping all in each. Default where they
-            would not fit otherwise.
-        recompute: Compute the transformer's activations again in the backward pass, to save memory.
+        shard: Split the weights over the processes instead of keeping all in each. Default if they would not
+            fit otherwise.
+        recompute: Recompute the transformer's activations in the backward pass, to save memory.
         compile: Compile the transformer's blocks.
-        workers: Processes that read or render clips ahead, for each process. Default: 0 on a CPU, else the
-            cores, shared out.
-        threads: CPU threads of each process. Default: the idle cores, shared out.
-        save_every: Steps between saves to resume from.
+        workers: Processes that read or render clips in advance, for each training process. Default: 0 on a
+            CPU, else the number of cores divided by the processes.
+        threads: CPU threads of each process. Default: the idle cores divided by the processes.
+        save_every: Steps between checkpoints.
         log_every: Steps between lines of the log.
-        probe_every: Steps between sample strips.
+        probe_every: Steps between previews.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve each other
 
@@ -240,7 +240,7 @@ def train(
         probe_every=probe_every,
         probe=probe,
         init_embedding=init_embedding,
-    ).settled(some)
+    ).with_defaults(some)
     source = open_source(data, seed=chosen.seed, sprites=chosen.sprites, subset=subset)
     if init:
         options = replace(options, init=ModelFolder(find_model(init)))
@@ -267,7 +267,7 @@ def estimate(
 
     Args:
         model: A shipped model, a model folder, a hub id, or a row of the table in cogvideo/model/presets.py.
-        dtype: Numbers to compute with. Default: what is fastest on a CPU.
+        dtype: Data type of the computation. Default: the fastest on a CPU.
         num_videos: Videos at a time.
         train: A recipe to be measured, instead of generation.
         device: Where to train: cpu, cuda, mps; auto is cuda if there is one, else cpu.
@@ -303,12 +303,12 @@ def _estimate_training(recipe: str, device: str, processes: int | None, fields: 
 
     chosen = recipes.find(recipe).changed(fields)
     phases = [*chosen.phases]
-    options = Options(device=device, processes=processes, workers=None).settled(phases)
+    options = Options(device=device, processes=processes, workers=None).with_defaults(phases)
     count = options.processes or 1
     torch.set_num_threads(max(1, idle_cores() // count))
     source = open_source("tinyworld", seed=chosen.seed, sprites=chosen.sprites)
     print(f"measured by a few steps of each phase, {count} processes on {options.device}")
-    found = pace.measure(
+    paces = pace.measure(
         chosen,
         source,
         presets.find(chosen.preset),
@@ -317,11 +317,11 @@ def _estimate_training(recipe: str, device: str, processes: int | None, fields: 
         processes=count,
         workers=options.workers or 0,
     )
-    print(pace.table([*found]))
+    print(pace.table([*paces]))
 
 
 def models(model: Positional[str | None] = None, /) -> None:
-    """List the shipped models, or tell what a model knows: sizes, words, measured numbers."""
+    """List the shipped models, or describe one: its sizes, words and measured numbers."""
     from cogvideo.model.folder import ModelFolder, find_model, shipped
 
     if model is None:
@@ -356,7 +356,7 @@ def convert(
     /,
     codes: int | None = None,
 ) -> None:
-    """Make a model folder of the files of the original CogVideo.
+    """Convert the files of the original CogVideo to a model folder.
 
     cogvideo convert sat COGVIDEO-STAGE1 COGVIDEO-STAGE2 COGVIEW2-DSR OUT; then, into the same folder:
     cogvideo convert icetk ICETK_MODELS OUT.
@@ -365,7 +365,7 @@ def convert(
         kind: sat for checkpoint folders or the zips as downloaded, of any of the models; one of the others
             for those whose model_config.json is missing or does not tell the stage: cogvideo-stage1 and 2,
             CogView2's direct and iterative super-resolution; icetk for ice_text.model and ice_image.pt.
-        paths: Folders or zips to read, and last the model folder to make or to add to.
+        paths: Folders or zips to read, then the model folder to write or to extend.
         codes: How many of the checkpoint's ids are image codes. Default: 20000, as icetk has.
     """
     from cogvideo.convert.cogvideo import convert_sat
@@ -373,7 +373,9 @@ def convert(
 
     *sources, out = paths or (Path("."),)
     if not sources or (kind == "icetk" and len(sources) > 1):
-        raise ValueError(f"give what to read and then the folder to make: cogvideo convert {kind} SOURCE OUT")
+        raise ValueError(
+            f"give the files to read, then the folder to write: cogvideo convert {kind} SOURCE OUT"
+        )
     if kind == "icetk":
         convert_icetk(sources[0], out)
     else:
@@ -393,17 +395,19 @@ COMMANDS: dict[str, Any] = {
 
 
 def _take_fields(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """`--PHASE.FIELD VALUE` out of the arguments, as {"PHASE.FIELD": "VALUE"}, and the rest."""
-    fields, rest, left = {}, [], iter(arguments)
-    for argument in left:
+    """Split arguments into `--PHASE.FIELD VALUE`, as {"PHASE.FIELD": "VALUE"}, and the rest."""
+    fields = {}
+    rest = []
+    remaining = iter(arguments)
+    for argument in remaining:
         match = re.fullmatch(r"--(\w+(?:\.\w+)+)(?:=(.*))?", argument)
-        if match:
-            value = match[2] if match[2] is not None else next(left, None)
-            if value is None:
-                raise ValueError(f"{argument} needs a value")
-            fields[match[1]] = value
-        else:
+        if match is None:
             rest.append(argument)
+            continue
+        value = match[2] if match[2] is not None else next(remaining, None)
+        if value is None:
+            raise ValueError(f"{argument} needs a value")
+        fields[match[1]] = value
     return fields, rest
 
 
@@ -417,14 +421,17 @@ def main() -> None:
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
-    """The command with its arguments, to be run; ValueError, in one line, for what tyro says in a box."""
+    """Return the command with its arguments, to be called. Raise ValueError, as one line, for errors that
+    tyro prints in a box."""
     training = arguments[:1] in (["train"], ["estimate"])
-    fields, arguments = _take_fields(arguments) if training else ({}, arguments)
-    told = io.StringIO()
+    fields: dict[str, str] = {}
+    if training:
+        fields, arguments = _take_fields(arguments)
+    output = io.StringIO()
     try:
-        with redirect_stderr(told):
+        with redirect_stderr(output):
             command = tyro.extras.subcommand_cli_from_dict(
-                {name: _later(command) for name, command in COMMANDS.items()},
+                {name: _deferred(command) for name, command in COMMANDS.items()},
                 prog="cogvideo",
                 description="Text to video by the method of CogVideo.",
                 args=arguments,
@@ -433,12 +440,12 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
     except SystemExit as exit:
         if not exit.code:  # help was asked for
             raise
-        lines = [line.strip("│─ ") for line in told.getvalue().splitlines() if line[:1] not in "╭╰"]
+        lines = [line.strip("│─ ") for line in output.getvalue().splitlines() if line[:1] not in "╭╰"]
         raise ValueError(" ".join(lines)) from None
 
 
-def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """A command that is parsed and described like `command`, but gives back what is to be run."""
+def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """A command with the options and the help of `command` that returns the call instead of making it."""
     return wraps(command)(lambda *args, **options: partial(command, *args, **options))
 
 

@@ -25,12 +25,12 @@ def find_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):
         pass
 
-    found = ["cpu"]
+    available = ["cpu"]
     if torch.cuda.is_available():
-        found.append("cuda")
+        available.append("cuda")
     if torch.backends.mps.is_available():
-        found.append("mps")
-    raise ValueError(f"no device {str(name)!r} here; choose one of {', '.join(found)}")
+        available.append("mps")
+    raise ValueError(f"no device {str(name)!r} here; choose one of {', '.join(available)}")
 
 
 def constant(values: Sequence[float], like: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 A stage is a layout, not a class. The sequence is `text_len` text tokens, then the frames of `order`, each
 `grid * grid` tokens in raster order. `given` frames are known in advance and see one another in both
-directions.
+directions. (A call of generation may *know* frames that are not given: the first frame in stage 1, or those
+of a video to be continued. They keep the causal mask of training.)
 
     image     Layout.image(text_len, grid)      order 0             the first frame alone
     stage 1   Layout.keyframes(...)             order 0 1 2 3 4     key frames, each after the previous one
@@ -45,6 +46,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SECONDS = 4.0  # from the first key frame to the last
@@ -101,13 +103,14 @@ class Layout:
         return replace(self, frames=count, order=order, given=order[: len(self.given)])
 
     @property
-    def frame_len(self) -> int:
+    def frame_tokens(self) -> int:
+        """Tokens of one frame."""
         return self.grid * self.grid
 
     @property
-    def tokens(self) -> int:
-        """Frame tokens of the whole sequence."""
-        return self.frames * self.frame_len
+    def clip_tokens(self) -> int:
+        """Tokens of all frames."""
+        return self.frames * self.frame_tokens
 
     @property
     def trained(self) -> tuple[int, ...]:
@@ -122,11 +125,11 @@ class Layout:
     def steps(self) -> tuple[int, ...]:
         """[N] the step of its frame in which each position of the map is predicted."""
         if not self.skew:
-            return tuple(range(self.frame_len))
+            return tuple(range(self.frame_tokens))
         return tuple(column + self.skew * row for row in range(self.grid) for column in range(self.grid))
 
     @property
-    def length(self) -> int:
+    def frame_steps(self) -> int:
         """Steps of one frame."""
         return self.steps[-1] + 1
 
@@ -134,17 +137,17 @@ class Layout:
     def before(self) -> tuple[int, ...]:
         """[N] the position of the map whose code is the input at each position; -1: start-of-image."""
         if not self.skew:
-            return tuple(range(-1, self.frame_len - 1))
-        return (-1, *(k - 1 if k % self.grid else k - self.grid for k in range(1, self.frame_len)))
+            return tuple(range(-1, self.frame_tokens - 1))
+        return (-1, *(k - 1 if k % self.grid else k - self.grid for k in range(1, self.frame_tokens)))
 
     def entering(self, positions: Sequence[int]) -> list[int]:
         """The laid positions whose codes are the inputs at laid `positions`; -1: start-of-image."""
-        found = []
+        sources = []
         for position in positions:
-            raster = position % self.frame_len
+            raster = position % self.frame_tokens
             source = self.before[raster]
-            found.append(-1 if source < 0 else position - raster + source)
-        return found
+            sources.append(-1 if source < 0 else position - raster + source)
+        return sources
 
     # -- packing
 
@@ -171,24 +174,30 @@ class Layout:
     @lru_cache(maxsize=32)
     def loss_mask(self, device: torch.device | str = "cpu") -> Tensor:
         """[F * N] in laid order, 1 where the output is trained."""
-        with torch.inference_mode(False):  # the result is cached, and training must be able to use it
+        with torch.inference_mode(False):  # cached: training must not meet an inference tensor
             per_frame = torch.tensor([float(f in self.trained) for f in self.order], device=device)
-            return per_frame.repeat_interleave(self.frame_len)
+            return per_frame.repeat_interleave(self.frame_tokens)
 
     @lru_cache(maxsize=32)
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """[F * N] in laid order: the position in time and raster order, 0 at the first token of frame 0."""
         with torch.inference_mode(False):
-            frame = torch.tensor(self.order, device=device).repeat_interleave(self.frame_len)
-            return frame * self.frame_len + torch.arange(self.frame_len, device=device).repeat(self.frames)
+            frame = torch.tensor(self.order, device=device).repeat_interleave(self.frame_tokens)
+            raster = torch.arange(self.frame_tokens, device=device).repeat(self.frames)
+            return frame * self.frame_tokens + raster
 
     @lru_cache(maxsize=32)
     def axes(self, device: torch.device | str = "cpu") -> Tensor:
         """[F * N, 3] in laid order: time (in frames), row and column of each position."""
         with torch.inference_mode(False):
-            raster = self.positions(device) % self.frame_len
-            time = self.positions(device) // self.frame_len
+            raster = self.positions(device) % self.frame_tokens
+            time = self.positions(device) // self.frame_tokens
             return torch.stack((time, raster // self.grid, raster % self.grid), 1)
+
+    def axes_at(self, corners: Tensor) -> Tensor:
+        """[B, F * N, 3]: `axes` of crops of larger frames, whose first rows and columns are corners
+        [B, 2]."""
+        return self.axes(corners.device) + F.pad(corners, (1, 0))[:, None]
 
     # -- who sees whom
 
@@ -196,7 +205,7 @@ class Layout:
         """[N] the tile of each position of the map; a single tile if window is 0. On a rolled map the half
         tiles of opposite borders are one."""
         if window == 0:
-            return torch.zeros(self.frame_len, dtype=torch.long)
+            return torch.zeros(self.frame_tokens, dtype=torch.long)
         if self.grid % window:
             raise ValueError(f"windows of {window} do not divide a grid of {self.grid}")
         band = (torch.arange(self.grid) + (window - window // 2 if shifted else 0)) // window
@@ -206,10 +215,10 @@ class Layout:
 
     def sees(self, channel: str, window: int = 0, shifted: bool = False) -> Tensor:
         """Bool [F * N, F * N]: row sees column, in laid order. `channel` is "spatial" or "temporal"."""
-        position = torch.arange(self.tokens)
-        frame = position // self.frame_len
-        raster = position % self.frame_len
-        turn = frame * self.length + torch.tensor(self.steps)[raster]  # when a position is predicted
+        position = torch.arange(self.clip_tokens)
+        frame = position // self.frame_tokens
+        raster = position % self.frame_tokens
+        order_key = frame * self.frame_steps + torch.tensor(self.steps)[raster]  # when it is predicted
 
         given = frame < len(self.given)
         both = given[:, None] & given[None, :]
@@ -220,11 +229,11 @@ class Layout:
             tile = self.tiles(window, shifted, rolled=True)[raster]
             near |= both & (tile[:, None] == tile[None, :])
 
-        return ((turn[None, :] <= turn[:, None]) | both) & near
+        return ((order_key[None, :] <= order_key[:, None]) | both) & near
 
     def groups(self, channel: str, window: int = 0, shifted: bool = False) -> Tensor:
         """[G, n] laid positions that attend together (before the mask): frames, rolled windows, or all."""
-        positions = torch.arange(self.tokens).view(self.frames, self.grid, self.grid)
+        positions = torch.arange(self.clip_tokens).view(self.frames, self.grid, self.grid)
         if channel == "spatial":
             return positions.flatten(1)
         if window == 0:
@@ -241,24 +250,26 @@ class Layout:
         Each tile has a segment: the text, then its tokens, frame after frame, in the order of their steps.
         The spatial channel has a segment for each frame generated at the same time; later frames reuse them.
         """
-        segments = Segments(*([0] * self.tokens for _ in range(3)))
+        segments = Segments(*([0] * self.clip_tokens for _ in range(3)))
         for start, members in self._tile_segments(channel, window, shifted):
-            turns = sorted(map(self._turn, members))
-            for rank, position in enumerate(sorted(members, key=self._turn)):
+            ordered = sorted(members, key=self._order_key)
+            keys = [self._order_key(position) for position in ordered]
+            first = start + self.text_len
+            for i, position in enumerate(ordered):
                 segments.start[position] = start
-                segments.slot[position] = start + self.text_len + rank
-                segments.end[position] = start + self.text_len + bisect_right(turns, self._turn(position))
+                segments.slot[position] = first + i
+                segments.end[position] = first + bisect_right(keys, keys[i])
         return segments
 
-    def _turn(self, position: int) -> tuple[int, int]:
-        """When a laid position is predicted: the rank of its frame, and the step."""
-        return position // self.frame_len, self.steps[position % self.frame_len]
+    def _order_key(self, position: int) -> tuple[int, int]:
+        """When a laid position is predicted: its frame, counted in laid order, and its step."""
+        return position // self.frame_tokens, self.steps[position % self.frame_tokens]
 
     def _tile_segments(self, channel: str, window: int, shifted: bool) -> Iterator[tuple[int, Sequence[int]]]:
         """For each tile, where its segment starts and the laid positions in it."""
-        size = self.frame_len
+        size = self.frame_tokens
         if channel == "spatial":
-            parallel = -(-self.length // self.lag(window))  # frames generated at the same time
+            parallel = -(-self.frame_steps // self.lag(window))  # frames generated at the same time
             lanes = min(parallel, max(1, self.frames - len(self.given)))
             for frame in range(self.frames):
                 yield frame % lanes * (self.text_len + size), range(frame * size, (frame + 1) * size)
@@ -281,30 +292,30 @@ class Layout:
         attention that is the whole frame (CogVideo section 3.3.2: parallel generation).
         """
         if window == 0:
-            return self.length
+            return self.frame_steps
         steps = torch.tensor(self.steps)
         needs = 0
         for shifted in (False, True):
             tile = self.tiles(window, shifted)
-            last = torch.stack([steps[tile == one].max() for one in tile])
+            last = torch.stack([steps[tile == number].max() for number in tile])
             needs = max(needs, int((last - steps).max()))
-        return min(needs + 1, self.length)
+        return min(needs + 1, self.frame_steps)
 
     def waves(self, known: int, window: int) -> Iterator[list[int]]:
         """The laid positions after `known` frames, in groups that can be generated at the same time."""
         lag = self.lag(window)
         remaining = self.frames - known
-        rasters: list[list[int]] = [[] for _ in range(self.length)]  # of each step of a frame
+        rasters: list[list[int]] = [[] for _ in range(self.frame_steps)]  # of each step of a frame
         for raster, step in enumerate(self.steps):
             rasters[step].append(raster)
 
-        ticks = self.length + (remaining - 1) * lag if remaining else 0
+        ticks = self.frame_steps + (remaining - 1) * lag if remaining else 0
         for tick in range(ticks):
             wave: list[int] = []
             for k in range(remaining):
                 step = tick - k * lag
-                first = (known + k) * self.frame_len
-                if 0 <= step < self.length:
+                first = (known + k) * self.frame_tokens
+                if 0 <= step < self.frame_steps:
                     wave += [first + raster for raster in rasters[step]]
             yield wave
 
@@ -313,8 +324,8 @@ class Layout:
         rows = []
         for i, row in enumerate(self.sees(channel, window, shifted).tolist()):
             marks = "".join("#" if seen else "." for seen in row)
-            frames = [marks[k : k + self.frame_len] for k in range(0, len(marks), self.frame_len)]
+            frames = [marks[k : k + self.frame_tokens] for k in range(0, len(marks), self.frame_tokens)]
             rows.append(" ".join(frames))
-            if (i + 1) % self.frame_len == 0 and i + 1 < self.tokens:
+            if (i + 1) % self.frame_tokens == 0 and i + 1 < self.clip_tokens:
                 rows.append("")
         return "\n".join(rows)

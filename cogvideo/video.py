@@ -311,8 +311,8 @@ def _load_animation(path: Path) -> Clip:
             images.append(np.asarray(frame.convert("RGB")))
             durations.append(frame.info.get("duration") or 100)
     spans = np.stack(durations)
-    one = spans[spans < 1.5 * spans.min()].mean()  # the duration of a single frame, but for rounding
-    counts = np.maximum(np.round(spans / one), 1).astype(int)
+    single = spans[spans < 1.5 * spans.min()].mean()  # the duration of a single frame, but for rounding
+    counts = np.maximum(np.round(spans / single), 1).astype(int)
     fps = float(1000 * counts.sum() / spans.sum())
     return Clip(np.repeat(np.stack(images), counts, axis=0), fps)
 

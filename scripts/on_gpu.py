@@ -31,10 +31,11 @@ from cogvideo.data.tinyworld import sprites
 from cogvideo.data.tinyworld.canvas import Canvas, views
 from cogvideo.data.tinyworld.world import TinyWorld
 from cogvideo.layout import SECONDS, Layout
-from cogvideo.model.attention import groups_of, rotate, turns_of
+from cogvideo.model.attention import rotary_table, rotate
 from cogvideo.model.features import perceptual_distance, weighted
 from cogvideo.model.folder import ModelFolder
-from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel, text_ranks
+from cogvideo.model.groups import groups_of
+from cogvideo.model.transformer import Base, TemporalChannel, TransformerConfig, text_ranks
 from cogvideo.model.vqvae import VQVAE
 from cogvideo.text import TextTokenizer
 from cogvideo.train.discriminator import NOISE, SLOPE, new_discriminator
@@ -52,7 +53,7 @@ class Plan:
     keep: int  # frames of the five that are used
     batch: int
     lr: float
-    windowed: float = 0.75
+    crop_share: float = 0.75
     corrupt: float = 0.0
     object_weight: float = 2.0
     drop: float = 0.1
@@ -113,7 +114,7 @@ def encode(vqvae: VQVAE, frames: Tensor, chunk: int = 512) -> Tensor:
 
 
 def corners_of(cover: Tensor, side: int, step: int, uniform: Tensor) -> Tensor:
-    """[B, 2]: `inputs.window_corners` for all clips at once, by uniform numbers [B, 2]."""
+    """[B, 2]: `inputs.crop_corners` for all clips at once, by uniform numbers [B, 2]."""
     found = []
     covered = cover.amax(1) > 0.05  # [B, g, g]
     none = ~covered.any(2).any(1)
@@ -144,10 +145,10 @@ def normed(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
 
 
 def project(
-    h: Tensor, qkv: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor], turns: Tensor, heads: int
+    h: Tensor, qkv: tuple[Tensor, Tensor], norms: tuple[Tensor, Tensor], rotary: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = F.linear(h, *qkv).unflatten(-1, (3, heads, -1)).unbind(2)  # [B, S, H, d]
-    q, k = (rotate(F.layer_norm(x, x.shape[-1:], w), turns) for x, w in zip((q, k), norms))
+    q, k = (rotate(F.layer_norm(x, x.shape[-1:], w), rotary) for x, w in zip((q, k), norms))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -203,7 +204,7 @@ def layer(
     x: Tensor,
     own: tuple,
     more: tuple | None,
-    turns: Tensor,
+    rotary: Tensor,
     text_mask: Tensor,
     spatial: Tensor,
     temporal: Tensor | None,
@@ -215,11 +216,11 @@ def layer(
     """One block; `own` are its weights, `more` those of the temporal channel."""
     norm1, qkv, qk, out, norm2, up, down = own
     h = normed(x, norm1)
-    text, y = attend(*project(h, qkv, qk, turns, heads), t, spatial, text_mask, None, True, 0)
+    text, y = attend(*project(h, qkv, qk, rotary, heads), t, spatial, text_mask, None, True, 0)
     frames = F.linear(y, *out)
     if more is not None:
         qkv2, qk2, out2, gate = more
-        _, y2 = attend(*project(h, qkv2, qk2, turns, heads), t, temporal, text_mask, group, False, causal)
+        _, y2 = attend(*project(h, qkv2, qk2, rotary, heads), t, temporal, text_mask, group, False, causal)
         frames = torch.lerp(F.linear(y2, *out2), frames, gate.sigmoid())
     x = x + torch.cat((F.linear(text, *out), frames), 1)
     return x + F.linear(F.relu(F.linear(normed(x, norm2), *up)).square(), *down)
@@ -228,7 +229,7 @@ def layer(
 class Model:
     """Base, and a temporal channel if there is one, as dictionaries of weights."""
 
-    def __init__(self, config: ModelConfig, stage: str, device: torch.device, compiled: bool):
+    def __init__(self, config: TransformerConfig, stage: str, device: torch.device, compiled: bool):
         self.config, self.stage, self.device = config, stage, device
         self.window = {"image": 0, "stage1": 0, "stage2": config.window}[stage]
         self.layer = torch.compile(layer, dynamic=False) if compiled else layer
@@ -259,8 +260,8 @@ class Model:
         x = x + torch.cat((ranks, places.expand(len(ids), -1, -1)), 1)
 
         width = c.width // c.heads
-        turns = turns_of(F.pad(axes, (0, 0, t, 0)).flatten(0, 1), width)
-        turns = turns.unflatten(1, (len(axes), -1))[:, :, :, None].to(dtype)  # [2, B or 1, T + S, 1, d]
+        rotary = rotary_table(F.pad(axes, (0, 0, t, 0)).flatten(0, 1), width)
+        rotary = rotary.unflatten(1, (len(axes), -1))[:, :, :, None].to(dtype)  # [2, B or 1, T + S, 1, d]
         bias = torch.zeros(len(ids), 1, 1, t, dtype=dtype, device=self.device)
         bias = bias.masked_fill(ids[:, None, None] == c.pad, float("-inf"))
         text_mask = bias.expand(-1, -1, t, -1).contiguous()
@@ -270,7 +271,7 @@ class Model:
             count, _, n, _ = g.mask.shape
             sees = g.mask.expand(len(ids), count, 1, n, n)
             mask = torch.cat((bias[:, None].expand(-1, count, -1, n, -1), sees), -1).flatten(0, 1)
-            return mask, None if g.whole else (g.index, g.back)
+            return mask, None if g.is_identity else (g.index, g.inverse)
 
         spatial, _ = mask_of("spatial", False)
         temporal = [(None, None)] * 2
@@ -278,11 +279,11 @@ class Model:
             temporal = [
                 mask_of("temporal", shifted) for shifted in ((False, True) if self.window else (False,) * 2)
             ]
-        causal = layout.frame_len if self.stage == "stage1" else 0
+        causal = layout.frame_tokens if self.stage == "stage1" else 0
         for i in range(c.layers):
             own = self._own(base, i)
             plus = None if more is None else self._more(more, i)
-            x = self.layer(x, own, plus, turns, text_mask, spatial, *temporal[i % 2], t, c.heads, causal)
+            x = self.layer(x, own, plus, rotary, text_mask, spatial, *temporal[i % 2], t, c.heads, causal)
         return normed(x[:, t:], (base["norm.weight"], base["norm.bias"]))
 
     def loss(
@@ -520,7 +521,7 @@ class Trainer:
 
     def chances(self) -> dict[str, Tensor]:
         """Buffers of uniform numbers, drawn anew for each step."""
-        b, n = self.plan.batch, self.layout.frame_len
+        b, n = self.plan.batch, self.layout.frame_tokens
         shape = (b, self.plan.keep, n)
         return {
             "corner": torch.empty(b, 2, device=self.device),
@@ -547,9 +548,9 @@ class Trainer:
         base = self.learner.seen if self.more is None else self.fixed
         more = None if self.more is None else self.learner.seen
         grid = self.layout.grid
-        cut = int(len(ids) * self.plan.windowed)
+        cut = int(len(ids) * self.plan.crop_share)
         whole = [x[cut:].flatten(2) for x in (codes, context, weights)]
-        total = self.model.loss(base, more, ids[cut:], *whole, self.layout, None) * (1 - self.plan.windowed)
+        total = self.model.loss(base, more, ids[cut:], *whole, self.layout, None) * (1 - self.plan.crop_share)
         if cut:
             corners = corners_of(cover[:cut], self.side, self.model.window or 1, uniform[:cut])
             maps = (
@@ -558,7 +559,7 @@ class Trainer:
             )
             small = [window(x, corners, self.side) for x in maps]
             part = self.model.loss(base, more, ids[:cut], *small, self.small, corners)
-            total = total + part * self.plan.windowed
+            total = total + part * self.plan.crop_share
         return total
 
     @torch.no_grad()
@@ -683,7 +684,7 @@ class DecoderTrainer(Trainer):
         self._scenes(model, seed, workers)
 
     def chances(self) -> dict[str, Tensor]:
-        shape = (self.plan.batch, self.plan.keep, self.layout.frame_len)
+        shape = (self.plan.batch, self.plan.keep, self.layout.frame_tokens)
         found = {name: torch.empty(shape, device=self.device) for name in ("wrong", "which")}
         if self.plan.adversary:
             r = self.canvas.size
@@ -726,7 +727,7 @@ class DecoderTrainer(Trainer):
             clips = clips.unflatten(0, (b, f))
             loss = loss + w.temporal * temporal_distance(made, clips).mean()
             if self.plan.adversary:
-                loss = loss + self.opinion(made, clips, counts, chances["noise"])
+                loss = loss + self.adversarial_losses(made, clips, counts, chances["noise"])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
         self.adam.param_groups[0]["lr"].copy_(given["lr"])
@@ -737,8 +738,9 @@ class DecoderTrainer(Trainer):
             self.critic_adam.zero_grad()
         return loss.detach(), norm
 
-    def opinion(self, made: Tensor, right: Tensor, counts: Tensor, uniform: Tensor) -> Tensor:
-        """`discriminator.opinion`, with the noise given as uniform numbers of the same variance."""
+    def adversarial_losses(self, made: Tensor, right: Tensor, counts: Tensor, uniform: Tensor) -> Tensor:
+        """`discriminator.adversarial_losses`, with the noise given as uniform numbers of the same
+        variance."""
 
         def mean(values: Tensor) -> Tensor:
             return weighted(values.flatten(0, 1), counts).mean()

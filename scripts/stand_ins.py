@@ -47,11 +47,11 @@ def few(recipe: Any, pixels: int = 0) -> Any:
     """A recipe whose phases take 2 steps of 2 clips; at most `pixels` a side, if that is not 0."""
     phases = []
     for phase in recipe.phases:
-        cut = phase.cut
+        cut = phase.clips
         if pixels:
             sizes = (pixels, 2 * pixels)[: len(cut.sizes)]
             cut = replace(cut, sizes=sizes, cover=cut.cover and 4, crop=cut.crop and pixels // 2)
-        phases.append(replace(phase, steps=2, epochs=0, batch=2, warmup=1, cut=cut))
+        phases.append(replace(phase, steps=2, epochs=0, batch=2, warmup=1, clips=cut))
     pieces = recipe.pieces and 500 if pixels else recipe.pieces
     return replace(recipe, phases=tuple(phases), pieces=pieces)
 

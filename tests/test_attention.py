@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from cogvideo.layout import Layout
-from cogvideo.model.attention import MatrixAttention, attend_groups, attend_text, by_matrices, groups_of
+from cogvideo.model.attention import attend_groups, attend_text
+from cogvideo.model.groups import groups_of
+from cogvideo.model.matrix_attention import MatrixAttention, uses_matrices
 from cogvideo.train import parallel
 
 B, H, D, T = 2, 3, 8, 6  # clips, heads, width of a head, text tokens
@@ -21,7 +23,7 @@ CASES = [  # layout, channel, window, shifted
 def tensors(layout: Layout, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Queries, keys, values of frames; keys and values of text; a bias that hides padding; a direction."""
     generator = torch.Generator().manual_seed(0)
-    sizes = ((3, B, H, layout.tokens, D), (2, B, H, T, D), (B, layout.tokens, H * D))
+    sizes = ((3, B, H, layout.clip_tokens, D), (2, B, H, T, D), (B, layout.clip_tokens, H * D))
     frames, text, along = (torch.randn(size, generator=generator) for size in sizes)
     bias = torch.zeros(B, T)
     bias[0, :3] = float("-inf")
@@ -53,8 +55,8 @@ def test_in_bfloat16_it_rounds_no_more_than_that(layout, channel, window, shifte
     case = (channel, window, shifted)
     right = results(attend_groups, layout, case, torch.float32)
     ours = results(attend_groups, layout, case, torch.bfloat16)
-    monkeypatch.setattr("cogvideo.model.attention.by_matrices", lambda x: False)
-    with parallel.Machine(CPU).arithmetic("bfloat16"):
+    monkeypatch.setattr("cogvideo.model.attention.uses_matrices", lambda x: False)
+    with parallel.Distributed(CPU).arithmetic("bfloat16"):
         theirs = results(attend_groups, layout, case, torch.bfloat16)
     for exact, mine, other in zip(right, ours, theirs):
         assert 0 < (mine - exact).norm() < (other - exact).norm() < 0.01 * exact.norm()
@@ -69,13 +71,13 @@ def test_scores_may_be_large():
 
 def test_it_serves_training_only():
     x = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
-    assert by_matrices(x) and not by_matrices(x.detach()) and not by_matrices(x.float())
+    assert uses_matrices(x) and not uses_matrices(x.detach()) and not uses_matrices(x.float())
 
 
 def test_text_attends_alike_and_padding_alone_is_finite():
     _, text, bias, _ = tensors(CASES[0][0], torch.bfloat16)
     qkv = torch.cat((text, text[:1])).requires_grad_()
-    assert by_matrices(qkv)
+    assert uses_matrices(qkv)
     assert torch.allclose(attend_text(qkv, bias), attend_text(qkv.detach(), bias), atol=0.02, rtol=0.02)
     y = attend_text(qkv, torch.full_like(bias, float("-inf")))
     y.sum().backward()

@@ -83,7 +83,7 @@ def test_the_pipeline_decodes_by_it_with_the_prompt(nano):
     assert (frames - expected.clamp(0, 1)).abs().max() < 0.01
     folder = ModelFolder(nano)
     config = folder.config
-    assert "decoder" in folder.finishing and config.spec.decoder.pieces == 500
+    assert "decoder" in folder.postprocessing_parts and config.spec.decoder.pieces == 500
     apart = pipe.parts.vqvae.decode(draft.codes[0])
     assert (apart - expected.clamp(0, 1)).abs().max() > 0.01
 

@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from cogvideo.train.discriminator import new_discriminator, opinion
+from cogvideo.train.discriminator import adversarial_losses, new_discriminator
 
 
 def clips(seed: int, sharp: bool) -> torch.Tensor:
@@ -20,22 +20,22 @@ def test_there_is_a_score_for_each_patch_of_a_frame():
 def test_each_side_has_its_own_loss():
     """That of the decoder moves the clips alone, that of the discriminator itself alone."""
     net, made = new_discriminator(0), clips(0, False).requires_grad_()
-    found = opinion(net, made, clips(0, True), range(4))
+    found = adversarial_losses(net, made, clips(0, True), range(4))
     found.decoder.backward(retain_graph=True)
     assert made.grad.abs().max() > 0 and all(p.grad is None for p in net.parameters())
     made.grad = None
-    found.own.backward()
+    found.discriminator.backward()
     assert made.grad is None and all(p.grad.abs().max() > 0 for p in net.parameters())
 
 
 def test_a_clip_is_scored_alike_alone_and_in_a_batch():
     """Noise included: each clip has that of its seed."""
     net, made, right = new_discriminator(0), clips(0, False), clips(0, True)
-    together = opinion(net, made, right, range(4))
-    alone = [opinion(net, made[i:][:1], right[i:][:1], [i]) for i in range(4)]
-    for name in ("decoder", "own"):
+    together = adversarial_losses(net, made, right, range(4))
+    alone = [adversarial_losses(net, made[i:][:1], right[i:][:1], [i]) for i in range(4)]
+    for name in ("decoder", "discriminator"):
         assert torch.allclose(getattr(together, name), sum(getattr(one, name) for one in alone) / 4)
-    assert opinion(net, made, right, range(4, 8)).own != together.own
+    assert adversarial_losses(net, made, right, range(4, 8)).discriminator != together.discriminator
 
 
 def test_places_count_by_their_weights():
@@ -43,7 +43,9 @@ def test_places_count_by_their_weights():
     weights = torch.zeros(4, 3, 2, 2)
     weights[..., 0, 0] = 1
     scores = net(made)[..., 0, 0]
-    assert torch.allclose(opinion(net, made, right, range(4), weights).decoder, F.softplus(-scores).mean())
+    assert torch.allclose(
+        adversarial_losses(net, made, right, range(4), weights).decoder, F.softplus(-scores).mean()
+    )
 
 
 def test_it_learns_what_is_blurred_and_asks_for_sharpness():
@@ -52,12 +54,12 @@ def test_it_learns_what_is_blurred_and_asks_for_sharpness():
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     for step in range(60):
         optimizer.zero_grad()
-        opinion(net, clips(step, False), clips(step, True), range(4)).own.backward()
+        adversarial_losses(net, clips(step, False), clips(step, True), range(4)).discriminator.backward()
         optimizer.step()
     blurred, sharp = clips(1000, False), clips(1000, True)
     assert net(sharp).mean() > net(blurred).mean() + 1
 
     made = blurred.clone().requires_grad_()
-    opinion(net, made, sharp, range(4)).decoder.backward()
+    adversarial_losses(net, made, sharp, range(4)).decoder.backward()
     towards = F.cosine_similarity(-made.grad.flatten(), (sharp - blurred).flatten(), 0)
     assert towards > 0.05

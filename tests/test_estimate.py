@@ -71,7 +71,7 @@ def test_caches_are_as_large_as_said(nano):
     c, model = pipe.spec.model, pipe.parts.stage2
     layout = Layout.interpolation(c.text_len, c.grid, c.frames)
     cache = model.new_cache(layout, 3)
-    taken = sum(t.nbytes for channel in cache.channels.values() for t in channel.kept)
+    taken = sum(t.nbytes for channel in cache.channels.values() for t in channel.kv)
     assert taken == 3 * cost.cache_bytes(c, layout, model.window, "float32")
 
 
@@ -83,17 +83,17 @@ def test_what_does_not_fit_at_once_is_made_in_turn(nano, monkeypatch):
     monkeypatch.setattr(pipeline, "free_memory", lambda device: 1.0)
     parts = pipe.interpolate(draft, progress=lambda what, done, total: told.append((done, total))).codes
     assert torch.equal(whole, parts)
-    assert told[-1][0] == told[-1][1] == 4 * 2 * pipe.spec.model.frame_len and told == sorted(told)
+    assert told[-1][0] == told[-1][1] == 4 * 2 * pipe.spec.model.frame_tokens and told == sorted(told)
 
 
 def test_a_measured_speed_predicts_seconds():
     speed = estimate.Speed("int8", (1e-11, 2e-11, 4e-11, 8e-11, 16e-11), 1e-4, 1e10, 1e11)
-    assert [speed.a_weight(rows) for rows in (0.5, 1, 2.5, 4, 512, 1024)] == pytest.approx(
+    assert [speed.per_weight(rows) for rows in (0.5, 1, 2.5, 4, 512, 1024)] == pytest.approx(
         [1e-11, 1e-11, 1.5e-11, 2e-11, 16e-11, 32e-11]
     )
-    step = cost.Work("a", steps=10, rows=1, layers=2, weights=10**9, seen=1e9)
+    step = cost.Cost("a", steps=10, rows=1, layers=2, weights=10**9, seen=1e9)
     assert speed.seconds(step) == pytest.approx(10 * (1e-2 + 2e-4 + 0.4))
-    assert speed.seconds(cost.Work("b", flops=3e11)) == pytest.approx(3)
+    assert speed.seconds(cost.Cost("b", flops=3e11)) == pytest.approx(3)
 
 
 def test_one_channel_at_a_time_where_memory_is_short(nano, monkeypatch):

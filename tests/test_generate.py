@@ -29,20 +29,20 @@ def setup(nano, batch: int = 3):
     ]
     plain = [text.pad_left(text.prompt("", 4.0), CONFIG.text_len)] * 3
     known = torch.randint(
-        0, CONFIG.codes, (3, 1, CONFIG.frame_len), generator=torch.Generator().manual_seed(0)
+        0, CONFIG.codes, (3, 1, CONFIG.frame_tokens), generator=torch.Generator().manual_seed(0)
     )
     return model, torch.tensor(rows)[:batch], torch.tensor(plain)[:batch], known[:batch]
 
 
 def run(model, text, plain, known, seeds, sampling=SAMPLING):
-    uniform = uniforms(seeds, 4 * CONFIG.frame_len, 1)
-    *_, last = fill(model, LAYOUT, text, known, sampling, uniform, plain)
+    uniform = uniforms(seeds, 4 * CONFIG.frame_tokens, 1)
+    *_, last = fill(model, LAYOUT, text, known, sampling, uniform, unconditional=plain)
     return last.frames
 
 
 def test_guidance_as_a_doubled_batch_equals_two_separate_passes(nano):
     model, text, plain, known = setup(nano)
-    uniform = uniforms([5, 6, 7], 4 * CONFIG.frame_len, 1)
+    uniform = uniforms([5, 6, 7], 4 * CONFIG.frame_tokens, 1)
     caches, inputs = [], LAYOUT.inputs(known, CONFIG.start)
     with torch.inference_mode():
         for rows in (text, plain):
@@ -50,10 +50,10 @@ def test_guidance_as_a_doubled_batch_equals_two_separate_passes(nano):
             model.prefill(torch.cat((rows, inputs), 1), LAYOUT, cache)
             caches.append(cache)
         made, token = [], torch.full((3,), CONFIG.start)
-        for k in range(4 * CONFIG.frame_len):
-            entering = torch.full((3,), CONFIG.start) if k % CONFIG.frame_len == 0 else token
+        for k in range(4 * CONFIG.frame_tokens):
+            entering = torch.full((3,), CONFIG.start) if k % CONFIG.frame_tokens == 0 else token
             prompted, unprompted = (
-                model.step(entering[:, None], cache, [CONFIG.frame_len + k])[:, -1] for cache in caches
+                model.step(entering[:, None], cache, [CONFIG.frame_tokens + k])[:, -1] for cache in caches
             )
             logits = unprompted + 3.0 * (prompted - unprompted)
             assert (guide(torch.cat((prompted, unprompted)), 3.0) - logits).abs().max() < 1e-5
@@ -87,8 +87,8 @@ def test_a_sample_of_a_larger_model_is_the_same_bits_in_any_batch_on_any_threads
     model = join(model) if dtype == "int8" else model
     layout = Layout.interpolation(config.text_len, config.grid, config.frames)
     text = torch.randint(config.codes, config.vocab, (16, config.text_len))
-    known = torch.randint(config.codes, (16, 3, config.frame_len))
-    uniform = torch.rand(16, 2 * config.frame_len)
+    known = torch.randint(config.codes, (16, 3, config.frame_tokens))
+    uniform = torch.rand(16, 2 * config.frame_tokens)
 
     def made(start: int, stop: int) -> torch.Tensor:
         those = slice(start, stop)
@@ -108,9 +108,17 @@ def test_a_sample_of_a_larger_model_is_the_same_bits_in_any_batch_on_any_threads
 def test_known_frames_are_kept_and_progress_is_told(nano):
     model, text, plain, known = setup(nano)
     states = list(
-        fill(model, LAYOUT, text, known, SAMPLING, uniforms([1, 2, 3], 4 * CONFIG.frame_len, 1), plain)
+        fill(
+            model,
+            LAYOUT,
+            text,
+            known,
+            SAMPLING,
+            uniforms([1, 2, 3], 4 * CONFIG.frame_tokens, 1),
+            unconditional=plain,
+        )
     )
-    assert [s.done for s in states] == list(range(CONFIG.grid, 4 * CONFIG.frame_len + 1, CONFIG.grid))
+    assert [s.done for s in states] == list(range(CONFIG.grid, 4 * CONFIG.frame_tokens + 1, CONFIG.grid))
     assert torch.equal(states[-1].frames[:, 0], known[:, 0])
     assert int(states[-1].frames.min()) >= 0 and int(states[-1].frames.max()) < CONFIG.codes
 
@@ -125,8 +133,8 @@ def test_filling_in_waves_equals_one_token_after_the_other(nano, stage):
     layout = Layout.keyframes(*sizes) if stage == "stage1" else Layout.interpolation(*sizes)
     count = 3 if stage == "stage2" else 1
     generator = torch.Generator().manual_seed(0)
-    known = torch.randint(0, CONFIG.codes, (3, count, CONFIG.frame_len), generator=generator)
-    missing = (CONFIG.frames - count) * CONFIG.frame_len
+    known = torch.randint(0, CONFIG.codes, (3, count, CONFIG.frame_tokens), generator=generator)
+    missing = (CONFIG.frames - count) * CONFIG.frame_tokens
     *_, last = fill(model, layout, text, known, Sampling(temperature=0.0), torch.zeros(3, missing))
     laid = layout.lay(last.frames)
     with torch.inference_mode():
@@ -139,13 +147,13 @@ def test_filling_in_waves_equals_one_token_after_the_other(nano, stage):
 def test_a_cache_may_have_been_used_before(nano):
     """What others left in it, and rows that are not needed, change nothing."""
     model, text, plain, known = setup(nano)
-    uniform = uniforms([5, 6, 7], 4 * CONFIG.frame_len, 1)
-    *_, fresh = fill(model, LAYOUT, text, known, SAMPLING, uniform, plain)
+    uniform = uniforms([5, 6, 7], 4 * CONFIG.frame_tokens, 1)
+    *_, fresh = fill(model, LAYOUT, text, known, SAMPLING, uniform, unconditional=plain)
     with torch.inference_mode():
         cache = model.new_cache(LAYOUT, 8)
-        for kept in (kept for channel in cache.channels.values() for kept in channel.kept):
-            kept.fill_(float("nan"))
-    *_, used = fill(model, LAYOUT, text, known, SAMPLING, uniform, plain, cache=cache)
+        for kv in (kv for channel in cache.channels.values() for kv in channel.kv):
+            kv.fill_(float("nan"))
+    *_, used = fill(model, LAYOUT, text, known, SAMPLING, uniform, unconditional=plain, cache=cache)
     assert torch.equal(fresh.frames, used.frames)
 
 
@@ -170,7 +178,7 @@ def test_int8_of_stored_halves_is_that_of_floats(nano, tmp_path):
         model = join(DualChannelTransformer(base, stage1))
         c = model.config
         layout = Layout.keyframes(c.text_len, c.grid, c.frames)
-        tokens = torch.arange(c.text_len + layout.tokens)[None] % c.codes
+        tokens = torch.arange(c.text_len + layout.clip_tokens)[None] % c.codes
         made.append(model(tokens, layout))
     assert torch.equal(*made)
 

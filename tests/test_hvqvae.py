@@ -21,7 +21,7 @@ def vqvae() -> HierarchicalVQVAE:
     states = read("weights_vqvae_tiny")
     spec = replace(SPEC, vqvae=convert._vqvae_config(states, SPEC))
     made = spec.build("vqvae")
-    made.load_state_dict({key: piece.make() for key, piece in convert._vqvae_pieces(states, spec).items()})
+    made.load_state_dict({key: piece.build() for key, piece in convert._vqvae_pieces(states, spec).items()})
     return made.eval()
 
 

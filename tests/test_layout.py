@@ -32,7 +32,7 @@ def test_the_rule_token_by_token(name, shifted):
     layout, window = STAGES[name], 2
     mask = layout.sees("temporal", window, shifted)
     cut = window // 2 if shifted else 0
-    n = layout.frame_len
+    n = layout.frame_tokens
 
     def tile(raster):
         return (raster // layout.grid + cut) // window, (raster % layout.grid + cut) // window
@@ -41,8 +41,8 @@ def test_the_rule_token_by_token(name, shifted):
         row, column = divmod(place % n, layout.grid)
         return place // n, column + layout.skew * row if layout.skew else place % n
 
-    for i in range(layout.tokens):
-        for j in range(layout.tokens):
+    for i in range(layout.clip_tokens):
+        for j in range(layout.clip_tokens):
             both_given = max(i, j) // n < len(layout.given)
             expected = (turn(j) <= turn(i) or both_given) and tile(i % n) == tile(j % n)
             assert bool(mask[i, j]) == expected
@@ -59,7 +59,7 @@ def test_cache_segments_hold_exactly_what_a_token_sees(name, channel, window, sh
     slot = segments.slot
     mask = layout.sees(channel, window, shifted)
     known = len(layout.given)
-    holder = {slot[place]: place for place in range(known * layout.frame_len)}
+    holder = {slot[place]: place for place in range(known * layout.frame_tokens)}
     for places in layout.waves(known, window):
         holder.update({slot[place]: place for place in places})
         for place in places:
@@ -70,7 +70,7 @@ def test_cache_segments_hold_exactly_what_a_token_sees(name, channel, window, sh
 @pytest.mark.parametrize("name", STAGES)
 def test_waves_make_every_token_once_and_after_all_it_sees(name):
     layout, window = STAGES[name], 2
-    known, made = len(layout.given), set(range(len(layout.given) * layout.frame_len))
+    known, made = len(layout.given), set(range(len(layout.given) * layout.frame_tokens))
     seen = (
         layout.sees("spatial")
         | layout.sees("temporal", window, False)
@@ -83,9 +83,9 @@ def test_waves_make_every_token_once_and_after_all_it_sees(name):
             assert entering in made | {-1}
         assert not made & set(places)
         made |= set(places)
-    assert made == set(range(layout.tokens))
+    assert made == set(range(layout.clip_tokens))
     if layout.frames - known > 1:
-        assert len(waves) < layout.tokens - known * layout.frame_len
+        assert len(waves) < layout.clip_tokens - known * layout.frame_tokens
     if not layout.skew:  # full attention: one after the other
         assert all(len(places) == 1 for places in layout.waves(known, 0))
 
@@ -120,7 +120,7 @@ def test_steps_at_the_sizes_of_the_paper():
 def test_groups_hold_every_token_once_and_all_it_sees(name, channel, window, shifted):
     layout = STAGES[name]
     groups = layout.groups(channel, window, shifted)
-    assert sorted(groups.flatten().tolist()) == list(range(layout.tokens))
+    assert sorted(groups.flatten().tolist()) == list(range(layout.clip_tokens))
     mask = layout.sees(channel, window, shifted)
     inside = torch.zeros_like(mask)
     for group in groups:

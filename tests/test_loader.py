@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from cogvideo.data.cut import Cut, cut
-from cogvideo.data.loader import Cuts, batches, read_captions
+from cogvideo.data.cut import ClipSpec, cut_clip
+from cogvideo.data.loader import ClipDataset, batches, read_captions
 from cogvideo.data.tinyworld import MOTIONS, TinyWorld, sprites
 from cogvideo.data.tokens import Reuse, recurring
 from cogvideo.model.vqvae import to_images
@@ -50,11 +50,11 @@ class Clocks:
         return self[index].caption(rng)
 
 
-ANY = Cut(3, (1, 2, 4), sizes=(4,))
+ANY = ClipSpec(3, (1, 2, 4), sizes=(4,))
 WORLD = TinyWorld(sprites(32), 1)
 
 
-def take(count: int, source=WORLD, how=Cut(2, (1, 8), sizes=(16,)), batch: int = 2, **options) -> list:  # noqa: B008
+def take(count: int, source=WORLD, how=ClipSpec(2, (1, 8), sizes=(16,)), batch: int = 2, **options) -> list:  # noqa: B008
     return list(islice(batches(source, how, batch, **{"seed": 1, **options}), count))
 
 
@@ -67,7 +67,7 @@ def same(one, two) -> bool:
 
 
 def test_a_batch_is_pictures_and_words():
-    batch = take(1, how=Cut(5, (1, 2), sizes=(12, 48)), batch=3)[0]
+    batch = take(1, how=ClipSpec(5, (1, 2), sizes=(12, 48)), batch=3)[0]
     assert len(batch.captions) == len(batch.durations) == 3
     assert [f.shape for f in batch.frames] == [(3, 5, 3, 12, 12), (3, 5, 3, 48, 48)]
     assert all(f.dtype == torch.float32 and f.min() >= 0 and 0.3 < f.max() <= 1 for f in batch.frames)
@@ -124,7 +124,7 @@ def test_epochs_hold_across_ranks_and_odd_batches():
 
 def test_the_duration_is_what_the_frames_span():
     rates = Counter()
-    for batch in take(40, Clocks(None), Cut(5, (1, 2, 4), sizes=(2,)), batch=4):
+    for batch in take(40, Clocks(None), ClipSpec(5, (1, 2, 4), sizes=(2,)), batch=4):
         times = batch.frames[0][:, :, 0, 0, 0] * 255 / 20
         assert torch.allclose(times[:, -1] - times[:, 0], torch.tensor(batch.durations), atol=0.06)
         assert torch.allclose(times.diff(dim=1), torch.tensor(batch.durations)[:, None] / 4, atol=0.06)
@@ -134,19 +134,19 @@ def test_the_duration_is_what_the_frames_span():
 
 
 def test_keep_takes_the_first_frames_of_the_window():
-    whole = cut(Clock(0, 10), Cut(5, (1,), sizes=(2,)), np.random.default_rng(3))
-    first = cut(Clock(0, 10), Cut(5, (1,), keep=2, sizes=(2,)), np.random.default_rng(3))
+    whole = cut_clip(Clock(0, 10), ClipSpec(5, (1,), sizes=(2,)), np.random.default_rng(3))
+    first = cut_clip(Clock(0, 10), ClipSpec(5, (1,), keep=2, sizes=(2,)), np.random.default_rng(3))
     assert first.duration == whole.duration == 4.0
     assert np.array_equal(first.frames[0], whole.frames[0][:2])
 
 
 def test_only_rates_whose_window_fits_are_chosen():
-    how = Cut(5, (1, 2, 4), sizes=(2,))
-    spans = {cut(Clock(0, 2.5), how, np.random.default_rng(i)).duration for i in range(30)}
+    how = ClipSpec(5, (1, 2, 4), sizes=(2,))
+    spans = {cut_clip(Clock(0, 2.5), how, np.random.default_rng(i)).duration for i in range(30)}
     assert spans == {2.0, 1.0}
     with pytest.raises(ValueError, match="0.50 s at inf frames a second are too few for 5 frames at 1, 2, 4"):
-        cut(Clock(0, 0.5), how, np.random.default_rng(0))
-    slow = {cut(Clock(0, 9, fps=2.0), how, np.random.default_rng(i)).duration for i in range(30)}
+        cut_clip(Clock(0, 0.5), how, np.random.default_rng(0))
+    slow = {cut_clip(Clock(0, 9, fps=2.0), how, np.random.default_rng(i)).duration for i in range(30)}
     assert slow == {4.0, 2.0}  # four frames a second are not there
 
 
@@ -156,7 +156,7 @@ def test_a_folder_of_videos_goes_through(tmp_path):
     for i in range(3):
         Clip(np.full((9, 32, 40, 3), 60 * i + 40, np.uint8), 8).save(tmp_path / f"{i}.mp4")
         (tmp_path / f"{i}.txt").write_text(str(60 * i + 40))
-    for batch in take(3, open_source(tmp_path), Cut(3, (2, 8), sizes=(8, 16))):
+    for batch in take(3, open_source(tmp_path), ClipSpec(3, (2, 8), sizes=(8, 16))):
         for caption, pictures in zip(batch.captions, batch.frames[0], strict=True):
             assert abs(float(pictures.mean()) * 255 - int(caption)) < 3
 
@@ -176,10 +176,10 @@ def test_one_usable_recording_is_found_among_many_that_are_not():
 
 def test_what_is_said_of_a_scene_does_not_follow_from_the_scene():
     """Source and loader may have the same seed: each word, rate and language comes with each motion."""
-    world, how = TinyWorld(sprites(8), 1, even=True), Cut(3, (2, 4), keep=1, sizes=(8,))
+    world, how = TinyWorld(sprites(8), 1, even=True), ClipSpec(3, (2, 4), keep=1, sizes=(8,))
     same, other = ({w for c in read_captions(world, 4000, seed) for w in split_words(c)} for seed in (1, 2))
     assert len(same ^ other) < 0.02 * len(same)
-    clips = Cuts(world, how, seed=1)
+    clips = ClipDataset(world, how, seed=1)
     found = {(world[k].scene.motion, clips[k][1].duration, clips[k][1].caption.isascii()) for k in range(400)}
     assert len(found) == len(MOTIONS) * 2 * 2
 
@@ -194,7 +194,7 @@ def encode_clock(clips: torch.Tensor) -> torch.Tensor:
 
 def recur(count: int, source=WORLD, batch: int = 4, encode=encode_clock, **options) -> list:  # noqa: B008
     options = {"seed": 1, **options}
-    how = Cut(2, (1, 8), sizes=(16,), cover=4)
+    how = ClipSpec(2, (1, 8), sizes=(16,), cover=4)
     return list(islice(recurring(source, how, batch, REUSE, encode, **options), count))
 
 

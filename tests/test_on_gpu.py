@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def trainer(monkeypatch, canvas, folder, request):
     monkeypatch.setattr(on_gpu, "HALF", torch.float32)
-    plan = replace(on_gpu.PLANS[request.param], batch=2, windowed=0.5)
+    plan = replace(on_gpu.PLANS[request.param], batch=2, crop_share=0.5)
     made = on_gpu.Trainer(folder, plan, canvas, CPU, 0, False, 1)
     torch.manual_seed(0)
     for state in (made.base, made.more or {}):
@@ -53,8 +53,8 @@ def drawn(trainer):
 
 
 @pytest.mark.parametrize("trainer", ["base", "stage1", "stage2"], indirect=True)
-@pytest.mark.parametrize("windowed", [False, True])
-def test_loss_and_gradients_are_those_of_the_package(trainer, windowed):
+@pytest.mark.parametrize("crop_share", [False, True])
+def test_loss_and_gradients_are_those_of_the_package(trainer, crop_share):
     base = Base(trainer.config)
     base.load_state_dict(trainer.base)
     learnt = base
@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_those_of_the_package(trainer, windowed):
 
     ids, codes, context, weights, cover, uniform = drawn(trainer)
     layout, corners, maps = trainer.layout, None, [x.flatten(2) for x in (codes, context, weights)]
-    if windowed:
+    if crop_share:
         layout = trainer.small
         corners = on_gpu.corners_of(cover, trainer.side, trainer.model.window or 1, uniform)
         whole = (layout.grid * 2,) * 2

@@ -28,9 +28,9 @@ def test_operations_are_those_of_the_kernels(nano, world, name):
     parts = {part: folder.load(part) for part in ("vqvae", "base", "stage1", "stage2")}
     for part in phase.trains:
         parts[part].requires_grad_(True)
-    batch = next(batches(world, phase.cut, 2, seed=0))
+    batch = next(batches(world, phase.clips, 2, seed=0))
     batch = dataclasses.replace(batch, codes=inputs.encode_clips(parts["vqvae"], batch.frames[0]))
-    step = phase.objective.step(parts, folder.text(), phase)
+    step = phase.objective.build_loss(parts, folder.text(), phase)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss, _ = step(batch, 0)
         loss.backward()

@@ -48,10 +48,10 @@ def _join(rank: int, ranks: int, port: int, work, arguments: tuple) -> None:
 
 def nano_phase(name: str, recipe: str = "tiny", **changes) -> recipes.Phase:
     phase = recipes.find(recipe).phase(name)
-    cut = dataclasses.replace(phase.cut, sizes=(16,), cover=4 if phase.cut.cover else 0)
+    cut = dataclasses.replace(phase.clips, sizes=(16,), cover=4 if phase.clips.cover else 0)
     if name == "tokenizer":
         cut = dataclasses.replace(cut, frames=3)  # more vectors than codes, so that no two codes are the same
-    plain = dict(steps=STEPS, batch=2, warmup=1, optimizer="adamw", precision="float32", lr=1e-3, cut=cut)
+    plain = dict(steps=STEPS, batch=2, warmup=1, optimizer="adamw", precision="float32", lr=1e-3, clips=cut)
     return dataclasses.replace(phase, **{**plain, **changes})
 
 
@@ -157,7 +157,7 @@ def test_processes_may_have_windows_and_whole_frames_in_other_shares(nano, tmp_p
     run(one, phase)
     together(2, run, two, phase)
     logs = [json.loads((out / "image" / "log.jsonl").read_text()) for out in (one, two)]
-    assert logs[0].keys() == logs[1].keys() >= {"window", "frame0"}
+    assert logs[0].keys() == logs[1].keys() >= {"crops", "frame0"}
     assert logs[0]["frame0"] == pytest.approx(logs[1]["frame0"], abs=1e-5)
     with pytest.raises(ValueError, match="choose another --image.batch"):
         parallel.share(phase, 2, shard=True)
@@ -274,15 +274,19 @@ def test_shards_have_the_gradients_of_whole_parts(nano):
 def _compare_gradients(nano: Path) -> None:
     """Of stage 1 with all parts learning; with and without recomputing; each process holds half."""
     folder, phase = ModelFolder(nano), nano_phase("stage1")
-    machine = parallel.start("cpu", shard=True)
-    batch = next(batches(TinyWorld(sprites(8), seed=1), phase.cut, 1, seed=0))
+    distributed = parallel.start("cpu", shard=True)
+    batch = next(batches(TinyWorld(sprites(8), seed=1), phase.clips, 1, seed=0))
     found = []
-    for one in (parallel.Machine(machine.device), machine, dataclasses.replace(machine, recompute=True)):
+    for one in (
+        parallel.Distributed(distributed.device),
+        distributed,
+        dataclasses.replace(distributed, recompute=True),
+    ):
         parts = {name: folder.load(name) for name in ("vqvae", "base", "stage1")}
         for name in ("base", "stage1"):
             parts[name].requires_grad_(True).train()
-        model = parallel.Step(parts, partial(phase.objective.step, parts, folder.text(), phase))
-        parallel.place(model, one, "float32")
+        model = parallel.TrainStep(parts, partial(phase.objective.build_loss, parts, folder.text(), phase))
+        parallel.to_devices(model, one, "float32")
         for _ in range(2):  # the second time everything is in shards again
             model.zero_grad()
             loss, _ = model(batch, 0)
@@ -302,7 +306,7 @@ def _compare_gradients(nano: Path) -> None:
     for key in plain:
         assert torch.allclose(plain[key], sharded[key], atol=1e-6), key
         assert torch.equal(sharded[key], recomputed[key]), key
-    parallel.stop(machine)
+    parallel.stop(distributed)
 
 
 def test_processes_share_one_codebook():
@@ -311,15 +315,15 @@ def test_processes_share_one_codebook():
 
 def _compare_codebooks() -> None:
     """Filled, followed and revived by the vectors of all processes as by those of one that sees them all."""
-    machine = parallel.start("cpu")
+    distributed = parallel.start("cpu")
     alone, shared = Codebook(16, 2, decay=0.5, dead=0.2), Codebook(16, 2, decay=0.5, dead=0.2)
-    step = parallel.Step({"book": nn.ModuleList([nn.Linear(2, 2), shared])}, lambda: None)
-    parallel.place(step, machine, "float32")
+    step = parallel.TrainStep({"book": nn.ModuleList([nn.Linear(2, 2), shared])}, lambda: None)
+    parallel.to_devices(step, distributed, "float32")
     revived = 0
     for number in range(8):
         z = torch.randn(2, 20, 2, generator=torch.Generator().manual_seed(number))  # [ranks, M, C]
-        mine, generators = z[machine.rank], [torch.Generator().manual_seed(number) for _ in range(2)]
-        if machine.rank:
+        mine, generators = z[distributed.rank], [torch.Generator().manual_seed(number) for _ in range(2)]
+        if distributed.rank:
             generators[1].manual_seed(99)  # of no consequence
         if number == 0:
             alone.init_codes(z.flatten(0, 1), generators[0])
@@ -331,7 +335,7 @@ def _compare_codebooks() -> None:
         for key, value in alone.state_dict().items():
             assert torch.equal(value, shared.state_dict()[key]), key
     assert revived > 0 and bool(shared.filled)
-    parallel.stop(machine)
+    parallel.stop(distributed)
 
 
 @pytest.mark.parametrize("name", ["image", "stage1"])
@@ -345,12 +349,12 @@ def test_recomputing_changes_no_bit(nano, tmp_path, name):
 
 def test_recomputing_keeps_fewer_activations(nano):
     folder, phase = ModelFolder(nano), nano_phase("stage1")
-    batch, kept = next(batches(TinyWorld(sprites(8), seed=1), phase.cut, 2, seed=0)), []
+    batch, kept = next(batches(TinyWorld(sprites(8), seed=1), phase.clips, 2, seed=0)), []
     for recompute in (False, True):
         parts = {name: folder.load(name) for name in ("vqvae", "base", "stage1")}
         parts["stage1"].requires_grad_(True)
-        model = parallel.Step(parts, partial(phase.objective.step, parts, folder.text(), phase))
-        parallel.place(model, parallel.Machine(torch.device("cpu"), recompute=recompute), "float32")
+        model = parallel.TrainStep(parts, partial(phase.objective.build_loss, parts, folder.text(), phase))
+        parallel.to_devices(model, parallel.Distributed(torch.device("cpu"), recompute=recompute), "float32")
         sizes: dict[int, int] = {}
 
         def note(t: torch.Tensor, sizes=sizes) -> torch.Tensor:
@@ -371,15 +375,15 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 def test_a_checkpoint_without_shards_is_a_plain_file(tmp_path):
     """What a single process wrote before there were several still resumes."""
-    part, machine = nn.Linear(3, 2), parallel.Machine(torch.device("cpu"))
+    part, distributed = nn.Linear(3, 2), parallel.Distributed(torch.device("cpu"))
     optimizer = torch.optim.AdamW(part.parameters())
     part(torch.ones(3)).sum().backward()
     optimizer.step()
-    checkpoint.save(tmp_path / "state.pt", 5, {"part": part}, [optimizer], machine)
+    checkpoint.save(tmp_path / "state.pt", 5, {"part": part}, [optimizer], distributed)
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     assert all(type(t) is torch.Tensor for t in saved["parts"]["part"].values())
     fresh = nn.Linear(3, 2)
     other = torch.optim.AdamW(fresh.parameters())
-    assert checkpoint.resume(tmp_path / "state.pt", {"part": fresh}, [other], machine) == 5
+    assert checkpoint.resume(tmp_path / "state.pt", {"part": fresh}, [other], distributed) == 5
     assert torch.equal(fresh.weight, part.weight)
     assert torch.equal(other.state[fresh.weight]["exp_avg"], optimizer.state[part.weight]["exp_avg"])

@@ -81,7 +81,7 @@ def test_codes_do_not_depend_on_how_many_windows_are_filled_at_once(nano, monkey
     pipe = CogVideo.from_pretrained(nano, dtype=dtype)
     draft = pipe.interpolate(pipe.keyframes(PROMPTS, SEEDS))
     free = pipe.interpolate(draft)
-    monkeypatch.setattr(CogVideo, "_at_once", lambda *_: together)
+    monkeypatch.setattr(CogVideo, "_samples_at_once", lambda *_: together)
     assert torch.equal(pipe.interpolate(draft).codes, free.codes)
 
 

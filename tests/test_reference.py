@@ -53,7 +53,7 @@ def stepped(
     text: ids of every row; codes [B, F, N] in laid order, of which the first `known` are the prompt.
     """
     cache = model.new_cache(layout, len(text))
-    inputs, first = layout.inputs(codes, model.config.start), known * layout.frame_len
+    inputs, first = layout.inputs(codes, model.config.start), known * layout.frame_tokens
     prompt = torch.cat((padded(text, layout.text_len, model.config.pad), inputs[:, :first]), 1)
     with torch.inference_mode():
         before = model(prompt, layout, boost)
@@ -156,7 +156,7 @@ def test_a_run_asks_for_what_the_original_asked(nano, monkeypatch):
     pipe.sampling, pipe.templates = stages(convert.SAMPLING), convert.PROMPTS
     asked, encoded, encode = [], [], pipe.text.encode
 
-    def fill(model, layout, text, known, sampling, uniform, plain, last, cache):
+    def fill(model, layout, text, known, sampling, uniform, *, unconditional, last, cache):
         fills = parts[len(asked)]
         given, made = (torch.cat([trace[f"fill{n}.{key}"] for n in fills]) for key in ("seq", "out"))
         frames = (made.shape[1] - 1) // 400 * 400

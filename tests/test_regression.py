@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save_file
 
 from cogvideo import CogVideo
-from cogvideo.data.cut import Cut
+from cogvideo.data.cut import ClipSpec
 from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld
 from cogvideo.model import presets
@@ -44,9 +44,9 @@ def model() -> RegressionTransformer:
 
 def nano_phase(name: str, **changes) -> recipes.Phase:
     phase = recipes.find("direct-tiny").phase(name)
-    sizes = (16,) if len(phase.cut.sizes) == 1 else (16, 32)
+    sizes = (16,) if len(phase.clips.sizes) == 1 else (16, 32)
     defaults = dict(
-        steps=4, batch=2, warmup=1, precision="float32", cut=dataclasses.replace(phase.cut, sizes=sizes)
+        steps=4, batch=2, warmup=1, precision="float32", clips=dataclasses.replace(phase.clips, sizes=sizes)
     )
     return dataclasses.replace(phase, **{**defaults, **changes})
 
@@ -154,16 +154,16 @@ def test_a_frame_keeps_its_number_at_every_rate():
 def test_new_frames_begin_between_those_that_were_trained(model):
     table = model.frame_positions.weight
     first = table[0].clone()
-    model.get_ready(1.0, [0])
-    model.get_ready(1.0, range(0, 33, 8))  # after one picture all frames begin as it
+    model.prepare(1.0, [0])
+    model.prepare(1.0, range(0, 33, 8))  # after one picture all frames begin as it
     assert torch.equal(table[1:], first.expand(32, -1)) and model.trained.sum() == 5
     with torch.no_grad():
         table[8] += 1.0
-    model.get_ready(8.0, range(33))
+    model.prepare(8.0, range(33))
     assert torch.allclose(table[2], first + 0.25) and torch.allclose(table[12], first + 0.5)
     assert model.trained[1].all() and model.trained[0].sum() == 5
     before = table.clone()
-    model.get_ready(8.0, range(33))  # nothing is left to begin
+    model.prepare(8.0, range(33))  # nothing is left to begin
     assert torch.equal(table, before)
 
 
@@ -207,8 +207,8 @@ def test_a_narrow_reference_model_learns(world):
     phase = dataclasses.replace(recipes.find("direct").phase("high"), steps=1)
     spec = dataclasses.replace(presets.find("direct"), regression=config)
     model = inherit.new_part(spec, "regression", 0)
-    step = phase.objective.step({"regression": model}, GPT2Tokenizer(), phase)
-    batch, losses = next(batches(world, phase.cut, 1, seed=0)), []
+    step = phase.objective.build_loss({"regression": model}, GPT2Tokenizer(), phase)
+    batch, losses = next(batches(world, phase.clips, 1, seed=0)), []
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for number in range(3):
         optimizer.zero_grad()
@@ -326,7 +326,7 @@ def test_another_model_is_inherited_by_what_fits(trained, nano, tmp_path, world,
     picture = ModelFolder(tmp_path / "picture")
     picture.path.mkdir()
     part = inherit.new_part(spec, "regression", 7)
-    part.get_ready(1.0, [0])
+    part.prepare(1.0, [0])
     picture.save("regression", part)
     picture.write_config(FolderConfig(spec, trained={}))
     picture.write_text(folder.text().model)
@@ -384,7 +384,12 @@ def test_a_run_that_has_begun_does_not_begin_otherwise(trained, tmp_path, world)
     with pytest.raises(ValueError, match="unknown feature network 'vgg61'; choose one of"):
         run(tmp_path / "sizes", world, nano_phase("low", loss=LossWeights(features="vgg61")))
     with pytest.raises(ValueError, match="high cuts 65 frames, but the model has 33 at 8 frames a second"):
-        run(tmp_path / "sizes", world, nano_phase("low"), nano_phase("high", cut=Cut(65, (8,), sizes=(16,))))
+        run(
+            tmp_path / "sizes",
+            world,
+            nano_phase("low"),
+            nano_phase("high", clips=ClipSpec(65, (8,), sizes=(16,))),
+        )
     Clip(np.zeros((9, 16, 16, 3), np.uint8), 8).save(tmp_path / "short.mp4")
     (tmp_path / "short.txt").write_text("a second")
     with pytest.raises(ValueError, match="high finds no clip to train on: .* too few for 33 frames"):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from cogvideo.data.cut import Cut, cut
+from cogvideo.data.cut import ClipSpec, cut_clip
 from cogvideo.data.loader import batches
 from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
@@ -265,7 +265,7 @@ def test_youcook2_segments_are_cut_when_they_are_decoded(kitchen, tmp_path):
 
 def test_training_from_files_sees_what_memory_has(kitchen):
     """The same clips of the same captions: batches, through the loader."""
-    how = Cut(5, (1,), sizes=(32,))
+    how = ClipSpec(5, (1,), sizes=(32,))
     for one, two in islice(zip(*(batches(x, how, 6, seed=2) for x in (open_source(kitchen), Memory()))), 3):
         assert one.captions == two.captions
         assert (one.frames[0] - two.frames[0]).abs().max() < 1.01 / 255  # the rounding
@@ -297,8 +297,8 @@ class Memory:
 def test_training_from_files_equals_training_from_memory(kitchen, tmp_path, capsys):
     """Step by step; what was of no use is told of at the end."""
     phase = recipes.find("direct-tiny").phase("low")
-    cut = replace(phase.cut, sizes=(16,))
-    phase = replace(phase, steps=6, batch=2, warmup=1, precision="float32", optimizer="adamw", cut=cut)
+    cut = replace(phase.clips, sizes=(16,))
+    phase = replace(phase, steps=6, batch=2, warmup=1, precision="float32", optimizer="adamw", clips=cut)
     recipe = replace(recipes.find("direct-tiny"), preset="direct-nano", pieces=290, phases=(phase,))
     losses = []
     for name, source in (("files", open_source(kitchen)), ("memory", Memory())):
@@ -400,13 +400,13 @@ def test_no_frame_is_taken_twice(tmp_path):
     recording = open_source(tmp_path)[0]
     rates = set()
     for seed in range(30):
-        sample = cut(recording, Cut(5, (1, 8), sizes=(16,)), np.random.default_rng(seed))
+        sample = cut_clip(recording, ClipSpec(5, (1, 8), sizes=(16,)), np.random.default_rng(seed))
         assert len({frame.tobytes() for frame in sample.frames[0]}) == 5
         rates.add(4 / sample.duration)
     assert rates == {1, 8}
     with pytest.raises(ValueError, match="too few frames at"):
         for seed in range(30):
-            cut(recording, Cut(5, (8,), sizes=(16,)), np.random.default_rng(seed))
+            cut_clip(recording, ClipSpec(5, (8,), sizes=(16,)), np.random.default_rng(seed))
 
 
 def test_unusable_videos_are_passed_over_and_counted(kitchen, tmp_path, films):
@@ -421,7 +421,7 @@ def test_unusable_videos_are_passed_over_and_counted(kitchen, tmp_path, films):
     (folder / "sound.txt").write_text("a sound")
     Clip(np.zeros((3, 16, 16, 3), np.uint8), 8).save(folder / "short.mp4")
     (folder / "short.txt").write_text("a moment")
-    how = Cut(5, (4,), sizes=(8,))
+    how = ClipSpec(5, (4,), sizes=(8,))
 
     def take(step: int) -> list:
         found = batches(open_source(folder), how, 2, seed=1, step=step)
@@ -448,7 +448,7 @@ def test_real_videos_at_their_own_rate(tmp_path):
         (tmp_path / f"{file.stem}.txt").write_text(file.stem)
     source = open_source(tmp_path)
     assert [source[i].fps for i in range(4)] == pytest.approx([25, 25, 29.97, 29.97], abs=0.01)
-    batch = next(batches(source, Cut(9, (4, 28), sizes=(24,)), 8, seed=0))
+    batch = next(batches(source, ClipSpec(9, (4, 28), sizes=(24,)), 8, seed=0))
     rates = dict(zip(batch.captions, (8 / np.array(batch.durations)).round().tolist()))
     assert rates["bikes"] == rates["bigbuckbunny"] == 4 and set(rates) == {
         "bigbuckbunny",

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from cogvideo.model import superres
 from cogvideo.model.superres import SuperRes, SuperResChannel, SuperResConfig, attend_tiles, due, tiles_of
-from cogvideo.model.transformer import Base, ModelConfig
+from cogvideo.model.transformer import Base, TransformerConfig
 
 DATA = Path(__file__).parent / "data"
 LIKE = (torch.device("cpu"), torch.float32)
@@ -35,7 +35,7 @@ def tile(request, monkeypatch):
 
 def make(config: SuperResConfig, layers: int = 2) -> SuperRes:
     sizes = {"layers": layers, "width": 24, "heads": 2, "vocab": 60, "codes": 40, "pad": 41, "start": 42}
-    model = ModelConfig(**sizes, text_len=9, grid=config.grid)
+    model = TransformerConfig(**sizes, text_len=9, grid=config.grid)
     generator = torch.Generator().manual_seed(0)
     base, channel = Base(model), SuperResChannel(model, config)
     for part in (base, channel):
@@ -224,7 +224,7 @@ def test_an_iterative_forward_sees_what_is_known():
 
 def test_the_released_size_runs_without_memory():
     sizes = {"layers": 48, "width": 3072, "heads": 48, "vocab": 150010, "codes": 20000, "pad": 20003}
-    model = ModelConfig(**sizes, start=150000, text_len=64, grid=20, text_positions=512)
+    model = TransformerConfig(**sizes, start=150000, text_len=64, grid=20, text_positions=512)
     with torch.device("meta"):
         upscaler = SuperRes(Base(model), SuperResChannel(model, DIRECT)).eval()
         logits = upscaler(torch.zeros(2, 96, dtype=torch.long), torch.zeros(2, 400, dtype=torch.long))

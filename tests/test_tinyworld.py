@@ -74,11 +74,11 @@ def test_an_item_depends_on_seed_and_index_only():
 
 
 def test_an_item_is_a_recording_of_four_seconds():
-    for language, speaks in (("en", {True}), ("zh", {False}), (None, {True, False})):
+    for language, text_config in (("en", {True}), ("zh", {False}), (None, {True, False})):
         world = TinyWorld(ALL, 4, language=language)
         assert world.count is None and world[0].seconds == TIMES[-1] == 4
         texts = [world[i].caption(np.random.default_rng(i)) for i in range(40)]
-        assert {text.isascii() for text in texts} == speaks
+        assert {text.isascii() for text in texts} == text_config
         assert texts[9] == caption(world[9].scene, np.random.default_rng(9), language)
 
 

@@ -32,11 +32,11 @@ PHASES = ["tokenizer", "image", "stage1", "stage2", "decoder", "mistakes"]
 def nano_phase(name: str, **changes) -> recipes.Phase:
     """A phase of the tiny recipe for the nano model: two clips a step, 16 px, float32."""
     phase = recipes.find("tiny").phase(name)
-    sizes = (16,) if len(phase.cut.sizes) == 1 else (16, 32)
+    sizes = (16,) if len(phase.clips.sizes) == 1 else (16, 32)
     cut = dataclasses.replace(
-        phase.cut, sizes=sizes, cover=4 if phase.cut.cover else 0, crop=8 if phase.cut.crop else 0
+        phase.clips, sizes=sizes, cover=4 if phase.clips.cover else 0, crop=8 if phase.clips.crop else 0
     )
-    defaults = dict(steps=6, batch=2, warmup=1, precision="float32", cut=cut)
+    defaults = dict(steps=6, batch=2, warmup=1, precision="float32", clips=cut)
     return dataclasses.replace(phase, **{**defaults, **changes})
 
 
@@ -87,9 +87,9 @@ def test_every_phase_reports(trained):
         ("tokenizer", {}),
         ("image", {}),
         ("image", {"reuse": 3}),
-        ("image", {"windowed": 0.5}),
+        ("image", {"crop_share": 0.5}),
         ("stage1", {"reuse": 2}),
-        ("stage2", {"windowed": 0.5}),
+        ("stage2", {"crop_share": 0.5}),
         ("decoder", {"adversary": 0.1}),
     ],
     ids=str,
@@ -137,7 +137,7 @@ class Stop:
 
 def test_a_window_is_cut_out_of_a_frame():
     maps = torch.arange(2 * 3 * 25).view(2, 3, 25)
-    found = inputs.windows(maps, torch.tensor([[1, 2], [3, 0]]), 2).view(2, 3, 2, 2)
+    found = inputs.crop_codes(maps, torch.tensor([[1, 2], [3, 0]]), 2).view(2, 3, 2, 2)
     assert torch.equal(found[0], maps.view(2, 3, 5, 5)[0, :, 1:3, 2:4])
     assert torch.equal(found[1], maps.view(2, 3, 5, 5)[1, :, 3:5, 0:2])
 
@@ -151,9 +151,9 @@ def test_a_window_holds_the_object():
     corners = []
     for number in range(0, 400, 4):
         batch = Batch([*range(number, number + 4)], [""] * 4, [1.0] * 4, (), cover)
-        corners.append(inputs.window_corners(batch, 3))
+        corners.append(inputs.crop_corners(batch, 3))
         alone = Batch([number + 3], [""], [1.0], (), cover[3:])
-        assert torch.equal(inputs.window_corners(alone, 3)[0], corners[-1][3])
+        assert torch.equal(inputs.crop_corners(alone, 3)[0], corners[-1][3])
     found = torch.stack(corners, 1)  # [4, 100, 2]
     seen = [{tuple(corner) for corner in rows.tolist()} for rows in found]
     assert seen[0] == {(3, 0), (3, 1)}
@@ -169,11 +169,11 @@ def test_windows_keep_the_tiles_of_the_temporal_channel():
     cover = torch.zeros(1, 5, 16, 16)
     cover[..., 5:9, 7:14] = 1.0
     corners = {
-        tuple(inputs.window_corners(Batch([n], [""], [1.0], (), cover), 8, 4)[0].tolist()) for n in range(50)
+        tuple(inputs.crop_corners(Batch([n], [""], [1.0], (), cover), 8, 4)[0].tolist()) for n in range(50)
     }
     assert corners == {(0, 8), (4, 8)}
     for corner in corners:
-        inside = inputs.windows(torch.arange(256).view(1, 1, 256), torch.tensor([corner]), 8)[0, 0]
+        inside = inputs.crop_codes(torch.arange(256).view(1, 1, 256), torch.tensor([corner]), 8)[0, 0]
         places = (torch.arange(5)[:, None] * 256 + inside).flatten()
         for shifted in (False, True):
             sees = whole.sees("temporal", 4, shifted)[places][:, places]
@@ -186,7 +186,7 @@ def test_windows_keep_the_tiles_of_the_temporal_channel():
 def test_a_share_of_clips_is_learnt_in_windows(share):
     """The same share of any clips that follow each other: each process has as many as the others."""
     for first in (0, 5, 1000):
-        assert sum(inputs.in_window(first + i, share) for i in range(8)) == 8 * share
+        assert sum(inputs.is_cropped(first + i, share) for i in range(8)) == 8 * share
 
 
 def test_a_window_is_read_where_it_was_cut_out(nano):
@@ -195,13 +195,13 @@ def test_a_window_is_read_where_it_was_cut_out(nano):
     base = ModelFolder(nano).load("base").eval()
     model, c = DualChannelTransformer(base), base.config
     layout, generator = c.layout("image"), torch.Generator().manual_seed(3)
-    codes = torch.randint(c.codes, (2, 1, c.frame_len), generator=generator)
+    codes = torch.randint(c.codes, (2, 1, c.frame_tokens), generator=generator)
     text = torch.randint(c.codes, c.start, (2, c.text_len), generator=generator)
     loss = partial(losses.token_loss, model)
     whole = loss(layout, text, codes)[0]
     assert torch.allclose(loss(layout, text, codes, corners=torch.zeros(2, 2).long())[0], whole)
     small, corners = dataclasses.replace(layout, grid=2), torch.tensor([[1, 2], [0, 1]])
-    cut = inputs.windows(codes, corners, 2)
+    cut = inputs.crop_codes(codes, corners, 2)
     both = loss(small, text, cut, corners=corners)[0]
     alone = [loss(small, text[i:][:1], cut[i:][:1], corners=corners[i:][:1])[0] for i in range(2)]
     assert torch.allclose(both, sum(alone) / 2)
@@ -232,8 +232,8 @@ def test_a_few_clips_can_be_learnt_by_heart(trained, world, name):
     (optimizer,) = optimizers(model, "adamw", 0.0, (0.9, 0.95))
     for group in optimizer.param_groups:
         group["lr"] = phase.lr
-    step = phase.objective.step(parts, folder.text(), phase)
-    batch = next(loop.batches(world, phase.cut, 2, seed=0))
+    step = phase.objective.build_loss(parts, folder.text(), phase)
+    batch = next(loop.batches(world, phase.clips, 2, seed=0))
     curve = []
     for number in range(80):
         loss, _ = step(batch, number)
@@ -246,7 +246,7 @@ def test_a_few_clips_can_be_learnt_by_heart(trained, world, name):
 
 def test_a_share_of_captions_is_dropped_and_keeps_its_duration(trained, world):
     text = ModelFolder(trained / "model").text()
-    batch = next(loop.batches(world, nano_phase("image").cut, 200, seed=0, drop=0.25))
+    batch = next(loop.batches(world, nano_phase("image").clips, 200, seed=0, drop=0.25))
     rows = inputs.prepare_text(text, batch, 64).tolist()
     plain = [text.pad_left(text.prompt("", seconds), 64) for seconds in batch.durations]
     share = sum(row == empty for row, empty in zip(rows, plain)) / 200

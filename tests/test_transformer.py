@@ -8,10 +8,10 @@ from conftest import loosen
 from torch._dynamo.testing import CompileCounter
 
 from cogvideo.layout import Layout
-from cogvideo.model import attention
-from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig, TemporalChannel
+from cogvideo.model import attention, groups
+from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel, TransformerConfig
 
-CONFIG = ModelConfig(
+CONFIG = TransformerConfig(
     layers=3, width=32, heads=4, vocab=80, codes=40, pad=41, start=42, text_len=6, grid=4, window=2
 )
 MODERN = dataclasses.replace(
@@ -29,7 +29,7 @@ STAGES = {
 }
 
 
-def make(window: int | None, config: ModelConfig = CONFIG) -> DualChannelTransformer:
+def make(window: int | None, config: TransformerConfig = CONFIG) -> DualChannelTransformer:
     generator = torch.Generator().manual_seed(0)
     parts = [Base(config)] + ([TemporalChannel(config, window)] if window is not None else [])
     for part in parts:
@@ -68,7 +68,7 @@ def test_cached_stepping_equals_the_full_forward(name, config):
                 continue  # the codes of a diagonal see each other
             steps = [model(prompt, layout)]
             model.prefill(prompt, layout, cache)
-            steps += [model.step(inputs[:, i : i + 1], cache, [i]) for i in range(first, layout.tokens)]
+            steps += [model.step(inputs[:, i : i + 1], cache, [i]) for i in range(first, layout.clip_tokens)]
             difference = (torch.cat(steps, 1) - full).abs().max()
             assert difference < 1e-5, f"{known} frames known, one by one: {difference}"
 
@@ -78,11 +78,11 @@ def test_cached_stepping_equals_the_full_forward(name, config):
 def test_grouped_attention_equals_dense_masked_attention(name, rows, monkeypatch):
     """One layer against softmax over one big score matrix with the drawn mask, queries in parts and all
     together."""
-    monkeypatch.setattr(attention, "ROWS", rows)
-    attention.groups_of.cache_clear()
+    monkeypatch.setattr(groups, "CHUNK", rows)
+    groups.groups_of.cache_clear()
     window, layout = STAGES[name]
     model = make(window)
-    x = torch.randn(2, 6 + layout.tokens, 32, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(2, 6 + layout.clip_tokens, 32, generator=torch.Generator().manual_seed(2))
     bias = torch.zeros(2, 6)
     bias[0, :2] = float("-inf")
     view = attention.SequenceView(layout, window or 0, bias)
@@ -95,7 +95,7 @@ def test_grouped_attention_equals_dense_masked_attention(name, rows, monkeypatch
             channels.append((model.temporal.attention[layer], sees))
         outputs = []
         for channel, sees in channels:
-            mask = torch.zeros(2, 6 + layout.tokens, 6 + layout.tokens)
+            mask = torch.zeros(2, 6 + layout.clip_tokens, 6 + layout.clip_tokens)
             mask[:, :6, 6:] = float("-inf")  # text is blind to frames
             mask[:, 6:, 6:].masked_fill_(~sees, float("-inf"))
             mask[:, :, :6] += bias[:, None]
@@ -119,12 +119,12 @@ def test_rotary_scores_depend_on_how_far_apart_two_places_are():
     places = torch.tensor([[0, 1, 2], [2, 3, 1], [1, 4, 3], [3, 6, 2]])  # the last two: the first two, moved
 
     def score(i: int, j: int) -> torch.Tensor:
-        turns = [attention.turns_of(places[p : p + 1], 16) for p in (i, j)]
-        return (attention.rotate(query, turns[0]) * attention.rotate(key, turns[1])).sum()
+        rotary = [attention.rotary_table(places[p : p + 1], 16) for p in (i, j)]
+        return (attention.rotate(query, rotary[0]) * attention.rotate(key, rotary[1])).sum()
 
     assert (score(0, 1) - score(2, 3)).abs() < 1e-5
     assert (score(0, 1) - score(1, 0)).abs() > 1e-2
-    norms = attention.rotate(query, attention.turns_of(places, 16)).norm(dim=-1)
+    norms = attention.rotate(query, attention.rotary_table(places, 16)).norm(dim=-1)
     assert (norms - query.norm()).abs().max() < 1e-5
 
 
@@ -155,7 +155,7 @@ def influence(model: DualChannelTransformer, layout: Layout) -> torch.Tensor:
     )
     logits = model(tokens, layout)
     hook.remove()
-    for slot in range(layout.tokens):
+    for slot in range(layout.clip_tokens):
         (gradient,) = torch.autograd.grad(logits[0, slot].sum(), seen[0], retain_graph=True)
         rows.append(gradient[0].abs().sum(-1) > 0)
     return torch.stack(rows)
@@ -168,7 +168,7 @@ def test_causality_by_gradients(name, config):
     depends = influence(make(window, CONFIGS[config]), layout)
     assert depends[:, :6].all()  # all text reaches every slot
     n, given = 16, len(layout.given)
-    for slot in range(layout.tokens):
+    for slot in range(layout.clip_tokens):
         frame = slot // n
         allowed = given * n if frame < given else slot + 1
         assert not depends[slot, 6 + allowed :].any(), f"slot {slot} sees the future"

@@ -73,7 +73,7 @@ MODELS: dict[str, tuple[str, Table, list[int]]] = {
     "ItersrModel": ("itersr", POSITIONS, [16, 3616]),
 }
 STAGES = {"stage1", "stage2"}
-# name in model_config.json -> name in our ModelConfig
+# name in model_config.json -> name in our TransformerConfig
 SIZES = {
     "num_layers": "layers",
     "hidden_size": "width",
@@ -163,16 +163,16 @@ def _identify(name: str, described: dict[str, Any], model: str | None) -> str:
     kind = described.get("model_class")
     stage = described.get("cogvideo_stage")
     if not described:
-        found = model or "without model_config.json"
+        label = model or "without model_config.json"
     elif stage is not None:
-        found = f"{kind} of stage {stage}"
+        label = f"{kind} of stage {stage}"
     elif model and kind == model.partition(" ")[0]:  # the user says which stage it is
-        found = model
+        label = model
     else:
-        found = str(kind)
-    if found not in MODELS or model not in (None, found):
-        raise ValueError(f"{name} is {found}; what can be converted: {model or ', '.join(MODELS)}")
-    return found
+        label = str(kind)
+    if label not in MODELS or model not in (None, label):
+        raise ValueError(f"{name} is {label}; what can be converted: {model or ', '.join(MODELS)}")
+    return label
 
 
 def _share_base(
@@ -229,12 +229,12 @@ def _fit(described: dict[str, Any], part: str, codes: int | None, output: Output
 def _read_sizes(
     described: dict[str, Any], spec: CogVideoSpec, codes: int | None, output: Output
 ) -> dict[str, int]:
-    """Fields of our ModelConfig that every model gives: sizes and ids."""
+    """Fields of our TransformerConfig that every model gives: sizes and ids."""
     c = spec.model
     for key in {*SIZES, "kernel_size", "kernel_size2"} & described.keys():
         if type(described[key]) is not int or not 0 < described[key] < MAX_SIZE:
             raise ValueError(f"{key} is {described[key]!r}, where a size belongs")
-    fields: dict[str, int] = {ours: described.get(theirs, getattr(c, ours)) for theirs, ours in SIZES.items()}
+    fields: dict[str, int] = {ours: described.get(key, getattr(c, ours)) for key, ours in SIZES.items()}
 
     vocab = fields["vocab"]
     codes = codes or (c.codes if output.sources else min(20000, vocab))
@@ -292,10 +292,10 @@ def _read_layout(layout: Any, part: str, grid: int) -> tuple[int, int, int]:
     count = 2 if part == "itersr" else 3
     if isinstance(layout, list) and [type(n) for n in layout] == [int] * count and max(layout) < MAX_SIZE:
         text_len, *spans = (end - begin for begin, end in zip([0, *layout], layout))
-        frame_len, rest = [grid**2, *spans][-2:]
-        if 0 < text_len <= FIRST_FRAME and min(frame_len, rest) > 0 and rest % frame_len == 0:
-            grid = math.isqrt(frame_len)
-            times = rest // frame_len
-            if grid**2 == frame_len and (part in STAGES or math.isqrt(times) ** 2 == times):
+        frame_tokens, rest = [grid**2, *spans][-2:]
+        if 0 < text_len <= FIRST_FRAME and min(frame_tokens, rest) > 0 and rest % frame_tokens == 0:
+            grid = math.isqrt(frame_tokens)
+            times = rest // frame_tokens
+            if grid**2 == frame_tokens and (part in STAGES or math.isqrt(times) ** 2 == times):
                 return text_len, grid, times
     raise ValueError(f"layout {layout} is not a text followed by whole square frames")

@@ -115,10 +115,10 @@ def _vqvae_pieces(states: States, spec: CogVideoSpec) -> dict[str, Piece]:
     rules: list[Rule] = []
     filled = Piece(shapes.pop("codebook.filled"), torch.bool, lambda: torch.tensor(True))
     for ours in shapes:
-        theirs = re.sub(r"^(encoder|decoders\.\d+)\.\d+", lambda module: modules[module[0]], ours)
-        for mine, other in ICETK:
-            theirs = re.sub(mine, other, theirs)
-        names = dict.fromkeys(theirs.replace(".qkv.", f".{x}.") for x in "qkv")  # one or three
+        their_name = re.sub(r"^(encoder|decoders\.\d+)\.\d+", lambda module: modules[module[0]], ours)
+        for pattern, replacement in ICETK:
+            their_name = re.sub(pattern, replacement, their_name)
+        names = dict.fromkeys(their_name.replace(".qkv.", f".{x}.") for x in "qkv")  # one or three
         rules.append((" ".join(names), ours, "rows"))
     pieces = keys.convert("ice_image.pt", [states], {"vqvae": rules}, lambda _: shapes)
     return pieces["vqvae"] | {"codebook.filled": filled}
@@ -132,8 +132,8 @@ def _vqvae_modules(config: VQVAEConfig) -> dict[str, str]:
     modules = _name_modules("encoder", "enc", [*down, *middle])
     for number in range(len(config.rates)):  # icetk's decoders begin with the largest factor
         up = _level_modules("up", range(levels + number)[::-1], config.decoder_blocks, config)
-        theirs = f"decs.{len(config.rates) - 1 - number}"
-        modules |= _name_modules(f"decoders.{number}", theirs, [*middle, *up])
+        their_name = f"decs.{len(config.rates) - 1 - number}"
+        modules |= _name_modules(f"decoders.{number}", their_name, [*middle, *up])
     return modules
 
 
@@ -149,7 +149,7 @@ def _level_modules(name: str, levels: Sequence[int], blocks: int, config: VQVAEC
     return names[:-1]
 
 
-def _name_modules(ours: str, theirs: str, inner: list[str]) -> dict[str, str]:
+def _name_modules(ours: str, their_name: str, inner: list[str]) -> dict[str, str]:
     """The numbered modules of one of our sequences -> icetk's names."""
     steps = ["conv_in", *inner, "norm_out", "", "conv_out"]
-    return {f"{ours}.{number}": f"{theirs}.{step}" for number, step in enumerate(steps)}
+    return {f"{ours}.{number}": f"{their_name}.{step}" for number, step in enumerate(steps)}

@@ -94,7 +94,7 @@ class Checkpoint(NamedTuple):
 
 def find_checkpoints(sources: Sequence[Path]) -> list[Path]:
     """The checkpoint folders and zips among `sources`, and in folders among them."""
-    found: list[Path] = []
+    checkpoints: list[Path] = []
     for source in sources:
         if source.is_file() or (source / "latest").exists():
             inside = [source]
@@ -102,8 +102,8 @@ def find_checkpoints(sources: Sequence[Path]) -> list[Path]:
             inside = sorted([*source.glob("*.zip"), *(file.parent for file in source.glob("*/latest"))])
         if not inside:
             raise ValueError(f"{source} holds no SAT checkpoint: there is no file named latest")
-        found += inside
-    return found
+        checkpoints += inside
+    return checkpoints
 
 
 @contextmanager
@@ -130,12 +130,12 @@ def _rank_files(folder: Path, count: int) -> list[Path]:
     if latest != "release" and not latest.isdecimal():
         raise ValueError(f"{folder / 'latest'} says {latest[:99]!r}, where a number or 'release' belongs")
     files = sorted((folder / latest).glob("mp_rank_*_model_states.pt"))
-    found = [file.name for file in files]
+    names = [file.name for file in files]
     expected = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(files))]
-    if not files or count != len(files) or found != expected:
+    if not files or count != len(files) or names != expected:
         raise ValueError(
             f"{folder / latest} is not complete: there should be {count} rank(s), by "
-            f"model_config.json, but the files are: {', '.join(found) or 'none'}"
+            f"model_config.json, but the files are: {', '.join(names) or 'none'}"
         )
     return files
 

@@ -1,8 +1,8 @@
 """Choose a frame rate and cut a clip out of a video (CogVideo section 3.1: multi-frame-rate training).
 
-A video is anything with a length, a caption, and frames at given times. A cut says how many frames to take
-and at which rates. The seconds that the whole window spans at the chosen rate become the duration prompt of
-the text, so a model learns what "4.0 seconds" and "0.5 seconds" look like.
+A video is anything with a length, a caption, and frames at given times. A `ClipSpec` says how many frames to
+take and at which fps. The seconds that the frames span at the chosen fps become the duration prompt of the
+text, so a model learns what "4.0 seconds" and "0.5 seconds" look like.
 """
 
 from collections.abc import Sequence
@@ -66,83 +66,89 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How to cut a clip: a window of `frames` at one of `rates`, of which the first `keep` are used."""
+class ClipSpec:
+    """What a clip is: `frames` frames at one of several fps, of which the first `keep` are used."""
 
     frames: int
-    rates: tuple[float, ...]  # frames per second; one that is listed twice is taken twice as often
-    keep: int | None = None  # None: the whole window
+    fps: tuple[float, ...]  # frames per second; one that is listed twice is chosen twice as often
+    keep: int | None = None  # None: all of them
     sizes: tuple[int, ...] = (48,)  # the same frames at each of these sizes, in pixels
-    crop: int = 0  # pixels a side of a window cut out of every frame, over the object if it is known
-    cover: int = 0  # cells a side of the map that says where the object is, if the video knows it
+    crop: int = 0  # pixels a side of a square cropped from every frame, over the object if it is known
+    cover: int = 0  # cells a side of the map that says where the object is
 
 
 @dataclass(frozen=True)
 class Sample:
     caption: str
-    duration: float  # seconds that the window spans
-    frames: tuple[Frames, ...]  # for each size of the cut: uint8 [F, size, size, 3]
-    cover: np.ndarray | None = None  # float32 [F, cover, cover], if the cut asks for it
+    duration: float  # seconds from the first frame to the last, as if all `frames` were kept
+    frames: tuple[Frames, ...]  # for each size: uint8 [F, size, size, 3]
+    cover: np.ndarray | None = (
+        None  # float32 [F, cover, cover], if asked for; zeros if the video does not know
+    )
 
 
-def cut(video: Video, how: Cut, rng: np.random.Generator) -> Sample:
+def cut_clip(video: Video, spec: ClipSpec, rng: np.random.Generator) -> Sample:
     """Cut one clip at random.
 
-    The rate is one of those that the video has frames for and whose window fits into it. If it has too few
-    frames just there, the next lower rate is taken: no frame appears twice. Raise ValueError if no rate fits.
+    The fps is one for which the video is long enough and has frames. If it has too few frames just there, the
+    next lower fps is tried: no frame appears twice. Raise ValueError if none fits.
     """
-    fitting = _fitting_rates(video, how)
+    fitting = _fitting_fps(video, spec)
     chosen = fitting[rng.integers(len(fitting))]
-    lower = sorted({rate for rate in fitting if rate < chosen}, reverse=True)
+    lower = sorted({fps for fps in fitting if fps < chosen}, reverse=True)
 
-    for rate in (chosen, *lower):
-        span = _span(how, rate)
+    for fps in (chosen, *lower):
+        span = _span(spec, fps)
         start = rng.uniform(0, max(video.seconds - span, 0))
-        times = np.minimum(start + np.arange(how.keep or how.frames) / rate, video.seconds)
+        times = np.minimum(start + np.arange(spec.keep or spec.frames) / fps, video.seconds)
         try:
-            frames = tuple(video.frames(times, size) for size in how.sizes)
+            frames = tuple(video.frames(times, size) for size in spec.sizes)
         except TooFewFrames:
-            if rate == min(fitting):
+            if fps == min(fitting):
                 raise
             continue
 
-        cover = _cover(video, times, how.cover) if how.cover else None
+        cover = _cover(video, times, spec.cover) if spec.cover else None
         sample = Sample(video.caption(rng), span, frames, cover)
-        return _crop(sample, how, rng) if how.crop else sample
-    raise AssertionError  # the lowest rate returns or raises
+        return _crop(sample, spec, rng) if spec.crop else sample
+    raise AssertionError  # the lowest fps returns or raises
 
 
-def _span(how: Cut, rate: float) -> float:
-    """Seconds from the first frame of the window to the last."""
-    return (how.frames - 1) / rate
+def _span(spec: ClipSpec, fps: float) -> float:
+    """Seconds from the first frame to the last."""
+    return (spec.frames - 1) / fps
 
 
-def _fitting_rates(video: Video, how: Cut) -> list[float]:
-    """The rates for which the video is long enough and has frames; ValueError if there are none."""
+def _fitting_fps(video: Video, spec: ClipSpec) -> list[float]:
+    """The fps for which the video is long enough and has frames; ValueError if there are none."""
     slack = 0.5 / video.fps  # each time takes the nearest frame
-    fitting = [
-        rate for rate in how.rates if rate <= 1.01 * video.fps and _span(how, rate) <= video.seconds + slack
-    ]
+    fitting = []
+    for fps in spec.fps:
+        if fps <= 1.01 * video.fps and _span(spec, fps) <= video.seconds + slack:
+            fitting.append(fps)
     if not fitting:
-        rates = ", ".join(f"{rate:g}" for rate in sorted(set(how.rates)))
+        choices = ", ".join(f"{fps:g}" for fps in sorted(set(spec.fps)))
         raise ValueError(
             f"{video.seconds:.2f} s at {video.fps:g} frames a second are too few for "
-            f"{how.frames} frames at {rates} frames a second"
+            f"{spec.frames} frames at {choices} frames a second"
         )
     return fitting
 
 
 def _cover(video: Video, times: np.ndarray, size: int) -> np.ndarray:
+    """float32 [F, size, size] the share of each cell that the object covers; zeros if the video does not
+    know."""
     if isinstance(video, ObjectVideo):
         return video.cover(times, size)
     return np.zeros((len(times), size, size), np.float32)
 
 
-def _crop(sample: Sample, how: Cut, rng: np.random.Generator) -> Sample:
-    """The same window of all frames of one size: over the object, give or take a twelfth, or anywhere."""
-    (size,) = how.sizes
-    cells = how.cover or size
-    side = how.crop * cells // size
+def _crop(sample: Sample, spec: ClipSpec, rng: np.random.Generator) -> Sample:
+    """Crop the same square from all frames: over the object, shifted by up to a twelfth of the frame, or
+    anywhere if the video does not know where its object is."""
+    (size,) = spec.sizes
+    cells = spec.cover or size
+    side = spec.crop * cells // size
     corner = rng.integers(0, cells - side + 1, 2)
     if sample.cover is not None and sample.cover.any():
         covered = np.argwhere(sample.cover[0] > 0.5 * sample.cover[0].max())
@@ -150,7 +156,7 @@ def _crop(sample: Sample, how: Cut, rng: np.random.Generator) -> Sample:
         corner = np.clip(middle - side // 2, 0, cells - side)
 
     top, left = corner * (size // cells)
-    frames = sample.frames[0][:, top : top + how.crop, left : left + how.crop]
+    frames = sample.frames[0][:, top : top + spec.crop, left : left + spec.crop]
     if sample.cover is None:
         return replace(sample, frames=(frames,))
     top, left = corner

@@ -14,12 +14,13 @@ epoch's order takes its place.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cogvideo.data.cut import Cut, Sample, Source, cut
+from cogvideo.data.cut import ClipSpec, Sample, Source, cut_clip
 from cogvideo.model.vqvae import to_images
 
 
@@ -38,22 +39,29 @@ class Batch:
         return self.frames[0].device if self.codes is None else self.codes.device
 
 
-Found = tuple[int, Sample, dict[str, str], int]  # number, clip, videos skipped, index of the video
+class LoadedSample(NamedTuple):
+    """A sample with its number in the run, the index of its video, and the videos that were skipped for
+    it."""
+
+    number: int
+    sample: Sample
+    skipped: dict[str, str]  # names, and why
+    video_index: int
 
 
-class Cuts(Dataset[Found]):
-    """Clip k of an endless run; a share `drop` of them has an empty caption."""
+class ClipDataset(Dataset[LoadedSample]):
+    """The samples of an endless run, by number; a share `drop` of them has an empty caption."""
 
-    def __init__(self, source: Source, how: Cut, seed: int, drop: float = 0.0):
+    def __init__(self, source: Source, spec: ClipSpec, seed: int, drop: float = 0.0):
         self.source = source
-        self.how = how
+        self.spec = spec
         self.seed = seed
         self.drop = drop
 
-    def __getitem__(self, k: int) -> Found:
+    def __getitem__(self, k: int) -> LoadedSample:
         rng = np.random.default_rng((self.seed, k, 1))
         if self.source.count is None:
-            return k, self._sample(k, k, rng), {}, k
+            return LoadedSample(k, self._sample(k, k, rng), {}, k)
 
         epoch, position = divmod(k, self.source.count)
         order = _order(self.seed, epoch, self.source.count)  # each epoch has its own
@@ -61,14 +69,14 @@ class Cuts(Dataset[Found]):
         for i in range(len(order)):
             index = int(order[(position + i) % len(order)])
             try:
-                return k, self._sample(k, index, rng), skipped, index
+                return LoadedSample(k, self._sample(k, index, rng), skipped, index)
             except ValueError as error:
                 skipped[self.source.name(index)] = str(error)
         why = "\n".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         raise ValueError(f"none of the {self.source.count} videos can be used: {why}")
 
     def _sample(self, k: int, index: int, rng: np.random.Generator) -> Sample:
-        sample = cut(self.source[index], self.how, rng)
+        sample = cut_clip(self.source[index], self.spec, rng)
         return replace(sample, caption="") if is_dropped(self.seed, k, self.drop) else sample
 
 
@@ -84,7 +92,7 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 def batches(
     source: Source,
-    how: Cut,
+    spec: ClipSpec,
     batch: int,
     *,
     seed: int,
@@ -97,26 +105,34 @@ def batches(
     """Batches of `batch` clips for this rank, starting at `step`; `ranks` ranks together see each sample
     once. A share `drop` of the captions is empty. ValueError if no video can be used."""
 
-    def mine() -> Iterator[list[int]]:
-        k = step
-        while True:
-            first = (k * ranks + rank) * batch
-            yield list(range(first, first + batch))
-            k += 1
-
-    clips = Cuts(source, how, seed, drop)
-    return iter(DataLoader(clips, batch_sampler=mine(), num_workers=workers, collate_fn=_collate))
+    dataset = ClipDataset(source, spec, seed, drop)
+    numbers = _sample_numbers(batch, step, rank, ranks)
+    return iter(DataLoader(dataset, batch_sampler=numbers, num_workers=workers, collate_fn=_collate))
 
 
-def _collate(found: list[Found]) -> Batch:
-    numbers, samples, skips, _ = zip(*found)
-    frames = tuple(to_images(np.stack(same_size)) for same_size in zip(*(s.frames for s in samples)))
-    covers = [s.cover for s in samples if s.cover is not None]
-    cover = torch.from_numpy(np.stack(covers)) if covers else None
-    captions = [s.caption for s in samples]
-    durations = [s.duration for s in samples]
-    skipped = {name: why for one in skips for name, why in one.items()}
-    return Batch(list(numbers), captions, durations, frames, cover, skipped)
+def _sample_numbers(batch: int, step: int, rank: int, ranks: int) -> Iterator[list[int]]:
+    """The samples of this rank for each step, from `step` on."""
+    while True:
+        first = (step * ranks + rank) * batch
+        yield list(range(first, first + batch))
+        step += 1
+
+
+def _collate(loaded: list[LoadedSample]) -> Batch:
+    samples = [row.sample for row in loaded]
+    sizes = zip(*(sample.frames for sample in samples))
+    covers = [sample.cover for sample in samples if sample.cover is not None]
+    skipped: dict[str, str] = {}
+    for row in loaded:
+        skipped |= row.skipped
+    return Batch(
+        numbers=[row.number for row in loaded],
+        captions=[sample.caption for sample in samples],
+        durations=[sample.duration for sample in samples],
+        frames=tuple(to_images(np.stack(same_size)) for same_size in sizes),
+        cover=torch.from_numpy(np.stack(covers)) if covers else None,
+        skipped=skipped,
+    )
 
 
 def read_captions(source: Source, count: int, seed: int) -> Iterator[str]:

@@ -76,8 +76,8 @@ def _find_annotations(path: Path) -> Path | None:
         return path
     if not path.is_dir():
         return None
-    found = [*path.glob(YOUCOOK), *path.glob(f"annotations/{YOUCOOK}")]
-    return found[0] if found else None
+    files = [*path.glob(YOUCOOK), *path.glob(f"annotations/{YOUCOOK}")]
+    return files[0] if files else None
 
 
 # -- folders and tables --
@@ -155,7 +155,7 @@ def _seconds(row: Any, name: str) -> float | None:
 
 def _usable(entries: Iterable[Entry], skipped: Skipped) -> list[Entry]:
     """The entries whose file exists, that have a caption, and that end after their start."""
-    found = []
+    usable = []
     exists: dict[Path, bool] = {}
     for entry in entries:
         if entry.path not in exists:
@@ -167,8 +167,8 @@ def _usable(entries: Iterable[Entry], skipped: Skipped) -> list[Entry]:
         elif not 0 <= entry.start < (math.inf if entry.end is None else entry.end):
             skipped[entry.name] = "its start must be 0 s or later, and before its end"
         else:
-            found.append(entry)
-    return found
+            usable.append(entry)
+    return usable
 
 
 def _lines(text: bytes, where: object) -> tuple[str, ...]:
@@ -251,8 +251,8 @@ def _value(where: str, table: Any, key: str, kind: type[T]) -> T:
     """The value of a key, which must be of this type."""
     value = table.get(key) if isinstance(table, dict) else None
     if not isinstance(value, kind):
-        found = "missing" if value is None else f"a {type(value).__name__}"
-        raise ValueError(f"{where}{key} is {found}")
+        actual = "missing" if value is None else f"a {type(value).__name__}"
+        raise ValueError(f"{where}{key} is {actual}")
     return value
 
 

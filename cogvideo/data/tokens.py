@@ -8,45 +8,59 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from cogvideo.data.cut import Cut, Source
-from cogvideo.data.loader import Batch, Cuts, Found, is_dropped
+from cogvideo.data.cut import ClipSpec, Source
+from cogvideo.data.loader import Batch, ClipDataset, LoadedSample, is_dropped
 from cogvideo.model.vqvae import to_images
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Reuse:
     """Every clip is used `times` times; about `pool` clips take turns.
 
-    Each place of the batch of all ranks has clips of its own, so the same rank meets a clip again, and each
-    step one place in `times` begins a new clip. Uses of a clip are far from each other: they are in
-    different blocks, each an order of its own.
+    Each position of the global batch has clips of its own, so a clip always returns to the same process. A
+    position's clips come in blocks. All uses of a block but the first run while later blocks begin, each in a
+    new order, so uses of a clip are far apart. With times = 2 and blocks of three clips (abc, def, ghi), one
+    position meets
+
+        step    0 1 2 3 4 5   6 7 8 9 ...
+        new     d   f   e     i   g         first use of block 1, then of block 2
+        again     b   a   c     f   d       second use of block 0, then of block 1
+
+    The first blocks of a run are used less often.
     """
 
     times: int
     pool: int = 16_384
 
-    def clip(self, seed: int, step: int, place: int, batch: int) -> tuple[int, int]:
-        """The clip at a place of the batch: the block that it belongs to, and its number."""
-        turn, age = step // self.times, (step + place) % self.times
-        size = max(1, self.pool // (self.times * batch))  # clips of a place in a block
-        now, at = divmod(turn, size)
-        block = now + self.times - 1 - age  # older blocks come again; the first ones are less often there
-        chosen = int(_block_order(seed, block, age, size)[at])
-        return block, (block * size + chosen) * batch + place
+    def clip(self, seed: int, step: int, position: int, batch: int) -> tuple[int, int]:
+        """The clip at a position of the global batch: its block and its number."""
+        size = self._block_size(batch)
+        use = (step + position) % self.times  # 0: first use
+        block_now, index = divmod(step // self.times, size)
+        block = block_now + self.times - 1 - use
+        member = int(_block_order(seed, block, use, size)[index])
+        return block, (block * size + member) * batch + position
 
     def oldest(self, step: int, batch: int) -> int:
-        """The block before which no clip comes again from this step on."""
-        return step // self.times // max(1, self.pool // (self.times * batch))
+        """The oldest block that is still used at this step or later."""
+        return step // self.times // self._block_size(batch)
+
+    def _block_size(self, batch: int) -> int:
+        """Clips of a block, of one position."""
+        return max(1, self.pool // (self.times * batch))
 
 
 @lru_cache(64)
-def _block_order(seed: int, block: int, age: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, block, age, 4)).permutation(size)
+def _block_order(seed: int, block: int, use: int, size: int) -> np.ndarray:
+    return np.random.default_rng((seed, block, use, 4)).permutation(size)
 
 
 @dataclass(frozen=True)
@@ -59,44 +73,59 @@ class _Clip:
     cover: torch.Tensor | None
 
 
-Clips = list[tuple[int, int]]  # of a batch: block and number of each
+ClipIds = list[tuple[int, int]]  # of a batch: block and number of each clip
 
 
 class _Plan:
-    """The clips of each step of one rank, and which of them are new. It runs ahead of the training, since the
-    data loader does."""
+    """The clips of each step of one process, and which of them are new.
+
+    The data loader pulls from `missing`, several steps ahead if it has workers; `next` returns the steps in
+    the same order when their clips have arrived.
+    """
 
     def __init__(self, reuse: Reuse, seed: int, step: int, batch: int, rank: int, ranks: int):
         self.reuse = reuse
         self.seed = seed
         self.step = step
-        self.all = batch * ranks
-        self.positions = range(rank * batch, (rank + 1) * batch)  # in the batch of all ranks
-        self.planned: deque[tuple[int, Clips]] = deque()  # by step
+        self.global_batch = batch * ranks
+        self.positions = range(rank * batch, (rank + 1) * batch)  # in the global batch
+        self.planned: deque[tuple[int, ClipIds]] = deque()  # by step
 
     def missing(self) -> Iterator[list[int]]:
         """The numbers of each step's new clips."""
-        asked: dict[int, set[int]] = {}
-        k = self.step
+        requested: dict[int, set[int]] = {}  # by block
+        step = self.step
         while True:
-            clips = [self.reuse.clip(self.seed, k, position, self.all) for position in self.positions]
-            oldest = self.reuse.oldest(k, self.all)
-            asked = {block: those for block, those in asked.items() if block >= oldest}
-            new = [number for block, number in clips if number not in asked.setdefault(block, set())]
-            for block, number in clips:
-                asked[block].add(number)
-            self.planned.append((k, clips))
-            yield new
-            k += 1
+            clips = []
+            for position in self.positions:
+                clips.append(self.reuse.clip(self.seed, step, position, self.global_batch))
+            _forget(requested, self.reuse.oldest(step, self.global_batch))
 
-    def next(self) -> tuple[int, Clips]:
+            new = []
+            for block, number in clips:
+                if number not in requested.setdefault(block, set()):
+                    new.append(number)
+            for block, number in clips:
+                requested[block].add(number)
+
+            self.planned.append((step, clips))
+            yield new
+            step += 1
+
+    def next(self) -> tuple[int, ClipIds]:
         """The next step, and the block and number of each of its clips."""
         return self.planned.popleft()
 
 
+def _forget(blocks: dict[int, T], oldest: int) -> None:
+    """Remove the blocks before `oldest`."""
+    for block in [block for block in blocks if block < oldest]:
+        del blocks[block]
+
+
 def recurring(
     source: Source,
-    how: Cut,
+    spec: ClipSpec,
     batch: int,
     reuse: Reuse,
     encode: Callable[[torch.Tensor], torch.Tensor],
@@ -111,35 +140,38 @@ def recurring(
     """Like `batches`, with clips that recur, as codes. `encode` turns clips [B, F, 3, size, size] of the
     first size into codes [B, F, N]; it is called for clips that are not remembered."""
     plan = _Plan(reuse, seed, step, batch, rank, ranks)
-    loader = DataLoader(
-        Cuts(source, how, seed), batch_sampler=plan.missing(), num_workers=workers, collate_fn=list
-    )
-    known: dict[int, dict[int, _Clip]] = {}  # by block, then by number
-    for found in loader:
+    dataset = ClipDataset(source, spec, seed)
+    loader = DataLoader(dataset, batch_sampler=plan.missing(), num_workers=workers, collate_fn=list)
+    memory: dict[int, dict[int, _Clip]] = {}  # by block, then by number
+
+    for new in loader:
         k, clips = plan.next()
-        oldest = reuse.oldest(k, ranks * batch)
-        known = {block: those for block, those in known.items() if block >= oldest}
+        _forget(memory, reuse.oldest(k, ranks * batch))
         blocks = {number: block for block, number in clips}
         skipped: dict[str, str] = {}
-        for one, codes in zip(found, _encoded(found, encode)):
-            number, sample, passed, index = one
-            cover = None if sample.cover is None else torch.from_numpy(sample.cover)
-            known.setdefault(blocks[number], {})[number] = _Clip(index, sample.duration, codes, cover)
-            skipped |= passed
+        for loaded, codes in zip(new, _encoded(new, encode)):
+            memory.setdefault(blocks[loaded.number], {})[loaded.number] = _remembered(loaded, codes)
+            skipped |= loaded.skipped
 
-        rows = [known[block][number] for block, number in clips]
+        rows = [memory[block][number] for block, number in clips]
         numbers = [(k * ranks + rank) * batch + i for i in range(batch)]
         captions = [_caption(source, row.index, seed, n, drop) for row, n in zip(rows, numbers)]
         covers = [row.cover for row in rows if row.cover is not None]
         yield Batch(
-            numbers,
-            captions,
-            [row.duration for row in rows],
-            (),
-            torch.stack(covers) if covers else None,
-            skipped,
-            torch.stack([row.codes for row in rows]).long(),
+            numbers=numbers,
+            captions=captions,
+            durations=[row.duration for row in rows],
+            frames=(),
+            cover=torch.stack(covers) if covers else None,
+            skipped=skipped,
+            codes=torch.stack([row.codes for row in rows]).long(),
         )
+
+
+def _remembered(loaded: LoadedSample, codes: torch.Tensor) -> _Clip:
+    sample = loaded.sample
+    cover = None if sample.cover is None else torch.from_numpy(sample.cover)
+    return _Clip(loaded.video_index, sample.duration, codes, cover)
 
 
 def _caption(source: Source, index: int, seed: int, k: int, drop: float) -> str:
@@ -149,7 +181,9 @@ def _caption(source: Source, index: int, seed: int, k: int, drop: float) -> str:
     return source.caption(index, np.random.default_rng((seed, k, 3)))
 
 
-def _encoded(found: list[Found], encode: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[torch.Tensor]:
+def _encoded(
+    new: list[LoadedSample], encode: Callable[[torch.Tensor], torch.Tensor]
+) -> Iterator[torch.Tensor]:
     """int32 codes [F, N] of new clips, one by one: so they do not depend on what else is new."""
-    for _, sample, _, _ in found:
-        yield encode(to_images(sample.frames[0])[None])[0].int()
+    for loaded in new:
+        yield encode(to_images(loaded.sample.frames[0])[None])[0].int()

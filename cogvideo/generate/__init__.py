@@ -1,7 +1,7 @@
 """Generate: a sentence becomes a clip.
 
 pipeline     what every loaded model can do
-cogvideo     key frames, rounds of interpolation, decoding: verbs over a `Draft`; and `load`
+cogvideo     key frames, rounds of interpolation, decoding, as methods over a `Draft`; and `load`
 regression   all frames in one pass
 fill         tokens one after another, with a cache
 sampling     from logits to a token

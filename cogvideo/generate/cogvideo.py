@@ -5,9 +5,9 @@
         draft = pipe.interpolate(draft)                               9, 17, 33 frames
     clips = pipe.upscale(pipe.decode(pipe.superresolve(draft)))
 
-Every verb takes a value and returns one, so any step can be saved, shown, repeated or skipped. The first
-frame of a user's video (image to video), the last seconds of a clip (continuation) or a few frames to fill
-between (in-betweening) are drafts from `encode`. `pipe(prompt)` is the verbs in a row.
+Every method takes a value and returns one, so any step can be saved, shown, repeated or skipped. A user's
+image (image to video), the last seconds of a video (continuation) or frames to interpolate between become
+drafts by `encode`. `pipe(prompt)` calls the methods one after the other.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,8 +24,8 @@ from cogvideo.generate.cost import cache_bytes
 from cogvideo.generate.draft import Draft, DraftStore
 from cogvideo.generate.estimate import Estimate
 from cogvideo.generate.fill import fill
-from cogvideo.generate.parts import Parts, refine
-from cogvideo.generate.pipeline import Image, Pipeline, Prompt, Video
+from cogvideo.generate.parts import LoadedParts, refine
+from cogvideo.generate.pipeline import ImageInput, Pipeline, Prompt, VideoInput
 from cogvideo.generate.prompts import Prompts
 from cogvideo.generate.regression import RegressionPipeline
 from cogvideo.generate.sampling import Sampling, new_seeds, sample, stages, uniforms
@@ -39,8 +39,11 @@ from cogvideo.progress import Progress, open_progress
 from cogvideo.text import TEMPLATE
 from cogvideo.video import VIDEOS, Clip, VideoFile, read_image
 
-ROWS = 400  # of logits at a time
-MOST = {"cpu": 16}  # samples that are filled together: more of them are slower where caches are small
+LOGIT_ROWS = 400  # computed together in super-resolution
+MAX_SAMPLES = {"cpu": 16}  # filled together: more are slower where the processor's cache is small
+
+# Streams of a sample's random numbers (`uniforms`), one for each use; interpolation has `_span_stream`.
+FIRST_FRAME, KEYFRAMES, SUPERRES = range(3)
 
 
 def load(
@@ -65,14 +68,14 @@ def load(
 
 @dataclass(frozen=True)
 class Request:
-    """What one call asks for, after all checks."""
+    """What one call asks for; all of it is checked."""
 
     prompts: list[str]  # one a clip
     seeds: list[int]
     num_frames: int
     fps: float
     guidance_scale: float | None
-    begin: Draft | None  # the frames that the clips have to begin with
+    begin: Draft | None  # frames that every clip starts with
 
 
 class CogVideo(Pipeline):
@@ -92,7 +95,7 @@ class CogVideo(Pipeline):
         self.spec: CogVideoSpec = spec
         self.reference_quirks = reference_quirks
         self.config = folder.config
-        self.parts = Parts(folder, self.device, self.dtype)
+        self.parts = LoadedParts(folder, self.device, self.dtype)
         self.text = folder.text()
         self.prompts = Prompts(self.text, self.config.words, self.config.languages)
         self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.prompts
@@ -127,14 +130,14 @@ class CogVideo(Pipeline):
     def _keyframe_fps(self) -> float:
         return (self.spec.model.frames - 1) / SECONDS
 
-    # -- the whole way
+    # -- from prompts to clips
 
     def __call__(
         self,
         prompt: Prompt,
         *,
-        image: Image | None = None,
-        video: Video | None = None,
+        image: ImageInput | None = None,
+        video: VideoInput | None = None,
         num_frames: int | None = None,
         num_videos_per_prompt: int = 1,
         guidance_scale: float | None = None,
@@ -147,7 +150,7 @@ class CogVideo(Pipeline):
         num_frames = self.check_frames(num_frames)
         self._check_options(num_frames, num_videos_per_prompt, guidance_scale, image, video)
         self.folder.check(self._needed(num_frames))
-        prompts = [one for one in prompts for _ in range(num_videos_per_prompt)]
+        prompts = [prompt for prompt in prompts for _ in range(num_videos_per_prompt)]
         seeds = new_seeds(seed, len(prompts))
         begin = self._beginning(image, video, prompts, seeds)
         fps = self.frame_counts[num_frames]
@@ -166,8 +169,8 @@ class CogVideo(Pipeline):
         num_frames: int,
         num_videos_per_prompt: int,
         guidance_scale: float | None,
-        image: Image | None,
-        video: Video | None,
+        image: ImageInput | None,
+        video: VideoInput | None,
     ) -> None:
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt must be 1 or more, got {num_videos_per_prompt}")
@@ -188,7 +191,7 @@ class CogVideo(Pipeline):
             needed.append("stage1")
         if num_frames > self.spec.model.frames:
             needed.append("stage2")
-        finishing = self.folder.finishing
+        finishing = self.folder.postprocessing_parts
         own = [f"{part}_base" for part in finishing if f"{part}_base" in self.spec.parts]
         return [*needed, *finishing, *own]
 
@@ -232,7 +235,7 @@ class CogVideo(Pipeline):
         store.save("frames", draft)
         return draft
 
-    # -- the verbs
+    # -- one step each
 
     def first_frames(
         self,
@@ -244,19 +247,15 @@ class CogVideo(Pipeline):
     ) -> Draft:
         """The first frame of every clip, by the image model alone."""
         c = self.spec.model
-        known = torch.empty(len(prompts), 0, c.frame_len, dtype=torch.long, device=self.device)
-        last = reference.last_token(self.sampling) if self.reference_quirks else None
         codes = self._fill(
             "image",
-            c.layout("image"),
             prompts,
-            SECONDS,
-            known,
-            uniforms(seeds, c.frame_len, 0),
-            guidance_scale,
-            "first frame",
-            progress,
-            last,
+            known=torch.empty(len(prompts), 0, c.frame_tokens, dtype=torch.long, device=self.device),
+            uniform=uniforms(seeds, c.frame_tokens, FIRST_FRAME),
+            guidance_scale=guidance_scale,
+            last=reference.last_token(self.sampling) if self.reference_quirks else None,
+            task="first frame",
+            progress=progress,
         )
         return Draft(codes, self._keyframe_fps, tuple(prompts), tuple(seeds))
 
@@ -271,120 +270,124 @@ class CogVideo(Pipeline):
     ) -> Draft:
         """Stage 1: the first frame by the image model, then the key frames after it, one frame a second.
 
-        `begin` holds frames that are there already: the first k key frames of every clip.
+        `begin` holds the first key frames of every clip, if they are known.
         """
         c = self.spec.model
         if begin is None:
             begin = self.first_frames(prompts, seeds, guidance_scale=guidance_scale, progress=progress)
-        layout = c.layout("stage1")
-        missing = (c.frames - begin.codes.shape[1]) * c.frame_len
+        missing = (c.frames - begin.codes.shape[1]) * c.frame_tokens
         codes = self._fill(
             "stage1",
-            layout,
             prompts,
-            SECONDS,
-            begin.codes,
-            uniforms(seeds, missing, 1),
-            guidance_scale,
-            "key frames",
-            progress,
+            known=begin.codes,
+            uniform=uniforms(seeds, missing, KEYFRAMES),
+            guidance_scale=guidance_scale,
+            task="key frames",
+            progress=progress,
         )
         return Draft(codes, begin.fps, tuple(prompts), tuple(seeds))
 
     def interpolate(self, draft: Draft, *, progress: Progress | None = None) -> Draft:
         """Stage 2: one round of interpolation. F frames (odd, 3 or more) become 2F - 1, at twice the fps.
 
-        Each three neighbouring frames (of models of five) are a window; all windows of all clips are one
-        batch.
+        A span is three neighbouring frames (of a model of five), the last of which is the first of the next
+        span. All spans of all clips are one batch.
         """
         c = self.spec.model
         count, frames, _ = draft.codes.shape
-        size = (c.frames + 1) // 2  # frames of a window that are known
+        size = (c.frames + 1) // 2  # known frames of a span
         self._check_interpolation(draft, size)
-        windows = (frames - 1) // (size - 1)
-        layout = c.layout("stage2")
-        known = draft.codes.unfold(1, size, size - 1).movedim(-1, 2).flatten(0, 1)  # [B * windows, size, N]
-        prompts = [one for one in draft.prompts for _ in range(windows)]
-        missing = (size - 1) * c.frame_len
-        numbers = [uniforms(draft.seeds, missing, 100 * windows + i) for i in range(windows)]
-        seconds = (c.frames - 1) / (2 * draft.fps)
+        spans = (frames - 1) // (size - 1)
+        known = draft.codes.unfold(1, size, size - 1).movedim(-1, 2).flatten(0, 1)  # [B * spans, size, N]
+        missing = (size - 1) * c.frame_tokens
+        numbers = [uniforms(draft.seeds, missing, _span_stream(i, spans)) for i in range(spans)]
         filled = self._fill(
             "stage2",
-            layout,
-            prompts,
-            seconds,
-            known,
-            torch.stack(numbers, 1).flatten(0, 1),
-            None,
-            f"to {2 * draft.fps:g} fps",
-            progress,
+            [prompt for prompt in draft.prompts for _ in range(spans)],
+            known=known,
+            uniform=torch.stack(numbers, 1).flatten(0, 1),
+            seconds=(c.frames - 1) / (2 * draft.fps),
+            task=f"to {2 * draft.fps:g} fps",
+            progress=progress,
         )
-        codes = filled[:, :-1].reshape(count, -1, c.frame_len)  # the last frame of a window begins the next
+        codes = filled[:, :-1].reshape(count, -1, c.frame_tokens)
         return replace(draft, codes=torch.cat((codes, draft.codes[:, -1:]), 1), fps=2 * draft.fps)
 
     def _check_interpolation(self, draft: Draft, size: int) -> None:
-        """Raise ValueError unless windows of `size` known frames cover a draft, at a frame rate that can be
-        doubled."""
+        """Raise ValueError unless spans of `size` frames cover a draft, at an fps that can be doubled."""
         c = self.spec.model
         frames = draft.codes.shape[1]
         if c.frames % 2 == 0:
-            raise ValueError(f"a model of {c.frames} frames has none at both ends of a window")
+            raise ValueError(f"a model of {c.frames} frames has none at both ends of a span")
         if frames < size or (frames - 1) % (size - 1):
-            those = ", ".join(str(1 + k * (size - 1)) for k in (1, 2, 3))
-            raise ValueError(f"interpolation begins with {those} ... frames; got {frames}")
+            choices = ", ".join(str(1 + k * (size - 1)) for k in (1, 2, 3))
+            raise ValueError(f"interpolation begins with {choices} ... frames; got {frames}")
         fps = sorted(rounds(c.frames).values())[:-1]
         if draft.fps not in fps:
-            those = ", ".join(f"{one:g}" for one in fps)
-            raise ValueError(f"interpolation begins with {those} frames a second; got {draft.fps:g}")
+            choices = ", ".join(f"{choice:g}" for choice in fps)
+            raise ValueError(f"interpolation begins with {choices} frames a second; got {draft.fps:g}")
 
     def _fill(
         self,
         stage: str,
-        layout: Layout,
         prompts: Sequence[str],
-        seconds: float,
+        *,
         known: Tensor,
         uniform: Tensor,
-        guidance_scale: float | None,
-        what: str,
+        task: str,
         progress: Progress | None,
+        seconds: float = SECONDS,
+        guidance_scale: float | None = None,
         last: Sampling | None = None,
     ) -> Tensor:
-        """Fill in a layout by the model of a stage: codes [B, F, N]."""
+        """Fill in the frames of a stage by its model: codes [B, F, N].
+
+        known [B, k, N] and uniform [B, tokens] as for `fill`; seconds: the duration prompt; task: what the
+        progress calls it.
+        """
         model = self.parts.stage(stage)
-        sampling = self.sampling[stage]
-        if guidance_scale is not None and (stage != "image" or sampling.guided):
-            sampling = replace(sampling, guidance_scale=guidance_scale)
+        sampling = self._stage_sampling(stage, guidance_scale)
+        layout = self.spec.model.layout(stage)
         if self.reference_quirks:
             layout = reference.reference_layout(layout)
-        text = self._text(stage, prompts, seconds)
-        plain = self._text(stage, [""] * len(prompts), seconds)
 
+        text = self._text(stage, prompts, seconds)
+        unconditional = self._text(stage, [""] * len(prompts), seconds)
         rows = 1 + sampling.guided  # of a sample
-        count = self._at_once(layout, model.window, rows)
-        columns = (text, known, uniform.to(self.device), plain)
+        count = self._samples_at_once(layout, model.window, rows)
+        columns = (text, known, uniform.to(self.device), unconditional)
         groups = list(zip(*(torch.split(column, count) for column in columns)))
         cache = None
         if len(groups) > 1:
             with torch.inference_mode():
                 cache = model.new_cache(layout, count * rows)
+
         filled = []
-        for number, (t, k, u, p) in enumerate(groups):
-            for state in fill(model, layout, t, k, sampling, u, p, last, cache):
+        for i, (t, k, u, without) in enumerate(groups):
+            states = fill(model, layout, t, k, sampling, u, unconditional=without, last=last, cache=cache)
+            for state in states:
                 if progress is not None:
-                    progress(what, number * state.total + state.done, len(groups) * state.total)
+                    progress(task, i * state.total + state.done, len(groups) * state.total)
             filled.append(state.frames)
         return torch.cat(filled)
 
-    def _at_once(self, layout: Layout, window: int, rows: int) -> int:
-        """How many samples of so many rows are filled together: as many as 85 % of the free memory hold, but
+    def _stage_sampling(self, stage: str, guidance_scale: float | None) -> Sampling:
+        """The options of a stage. A call's own guidance scale leaves an image model that has no guidance
+        without."""
+        sampling = self.sampling[stage]
+        if guidance_scale is None or (stage == "image" and not sampling.guided):
+            return sampling
+        return replace(sampling, guidance_scale=guidance_scale)
+
+    def _samples_at_once(self, layout: Layout, window: int, rows: int) -> int:
+        """How many samples of `rows` rows are filled together: as many as 85 % of the free memory hold, but
         not more than are fast on the device."""
-        most = MOST.get(self.device.type, 256)
+        most = MAX_SAMPLES.get(self.device.type, 256)
         free = free_memory(self.device)
         if free is None:
             return most
-        held = rows * cache_bytes(self.spec.model, layout, window, self.dtype)
-        return int(min(max(0.85 * free // held, 1), most))
+        size = rows * cache_bytes(self.spec.model, layout, window, self.dtype)
+        return int(min(max(0.85 * free // size, 1), most))
 
     @torch.inference_mode()
     def superresolve(
@@ -397,14 +400,14 @@ class CogVideo(Pipeline):
     ) -> Draft:
         """Super-resolution of codes, frame by frame, to as many more codes a side as the model's scale.
 
-        Without such a part in the model folder a draft stays as it is. `begin` holds the first frames that
-        are large already; `each` is called with the large frames so far.
+        Without such a part in the model folder a draft is returned as it is. `begin` holds the first large
+        frames, if they are known; `each` is called with the large frames so far.
         """
         c = self.spec.superres
-        if c is None or "superres" not in self.folder.finishing:
+        if c is None or "superres" not in self.folder.postprocessing_parts:
             return draft
         count, frames, _ = draft.codes.shape
-        numbers = uniforms(draft.seeds, frames * c.side**2, 2).to(self.device).view(count, frames, -1)
+        numbers = uniforms(draft.seeds, frames * c.side**2, SUPERRES).to(self.device).view(count, frames, -1)
         texts = self._text("superres", draft.prompts, SECONDS)
         large = begin
         if large is None:
@@ -423,15 +426,15 @@ class CogVideo(Pipeline):
         """Ids [T] and codes [N] of one frame, and random numbers [S], to codes [S]."""
         model = self.parts.superres
         hidden = model.hidden(text[None], codes[None])[0]  # [S, D]
-        found = []
-        for rows, numbers in zip(torch.split(hidden, ROWS), torch.split(uniform, ROWS)):
-            found.append(sample(model.head(rows), self.sampling["superres"], numbers))
-        return torch.cat(found)
+        sampled = []
+        for rows, numbers in zip(torch.split(hidden, LOGIT_ROWS), torch.split(uniform, LOGIT_ROWS)):
+            sampled.append(sample(model.head(rows), self.sampling["superres"], numbers))
+        return torch.cat(sampled)
 
     @torch.inference_mode()
     def decode(self, draft: Draft) -> list[Clip]:
         """Tokens to frames at the tokenizer's resolution, by the video decoder or else frame by frame."""
-        if "decoder" in self.folder.finishing:
+        if "decoder" in self.folder.postprocessing_parts:
             return self._decode_together(draft)
         clips = []
         for codes, prompt in zip(draft.codes, draft.prompts):
@@ -451,8 +454,8 @@ class CogVideo(Pipeline):
         return clips
 
     def upscale(self, clips: Sequence[Clip], *, progress: Progress | None = None) -> list[Clip]:
-        """Refine clips to the larger size; without a refiner in the model folder they stay as they are."""
-        if "refiner" not in self.folder.finishing:
+        """Refine clips to the larger size; without a refiner in the model folder, return them as they are."""
+        if "refiner" not in self.folder.postprocessing_parts:
             return list(clips)
         return refine(self.parts.refiner, clips, progress)
 
@@ -487,10 +490,12 @@ class CogVideo(Pipeline):
         return Estimate(self.spec, self.sampling, self.dtype, videos, self.device)
 
     def hints(self, prompts: Sequence[str]) -> list[str]:
-        found = super().hints(prompts)
-        if any(one.token_temperature != 1 and one.clusters is None for one in self.sampling.values()):
-            found.append("there is no cluster_labels.npy in the model folder, so plain top-k is used")
-        return found
+        hints = super().hints(prompts)
+        for sampling in self.sampling.values():
+            if sampling.token_temperature != 1 and sampling.clusters is None:
+                hints.append("there is no cluster_labels.npy in the model folder, so plain top-k is used")
+                break
+        return hints
 
     def _text(self, stage: str, prompts: Sequence[str], duration: float) -> Tensor:
         """Ids [B, T] of the prompts as a stage has them, padded."""
@@ -503,9 +508,9 @@ class CogVideo(Pipeline):
         return torch.tensor(rows, device=self.device)
 
     def _beginning(
-        self, image: Image | None, video: Video | None, prompts: Sequence[str], seeds: Sequence[int]
+        self, image: ImageInput | None, video: VideoInput | None, prompts: Sequence[str], seeds: Sequence[int]
     ) -> Draft | None:
-        """The frames that the clips have to begin with, as a draft at the fps of key frames."""
+        """The frames that all clips start with, as a draft at the fps of key frames."""
         if image is not None:
             clip = self._image_clip(image)
         elif video is not None:
@@ -515,7 +520,7 @@ class CogVideo(Pipeline):
         codes = self.encode([clip], prompts[:1], seeds[:1]).codes.expand(len(prompts), -1, -1)
         return Draft(codes, self._keyframe_fps, tuple(prompts), tuple(seeds))
 
-    def _image_clip(self, image: Image) -> Clip:
+    def _image_clip(self, image: ImageInput) -> Clip:
         """An image as a clip of one frame."""
         if isinstance(image, (str, Path)):
             image = read_image(image, 4 * self.spec.resolution)
@@ -524,14 +529,19 @@ class CogVideo(Pipeline):
             raise ValueError(f"an image is uint8 [H, W, 3]; got {frame.dtype} {list(frame.shape)}")
         return Clip(frame[None], self._keyframe_fps)
 
-    def _last_keyframes(self, video: Video) -> Clip:
-        """The last frames of a video, as far apart as key frames: all but one of those of a clip."""
+    def _last_keyframes(self, video: VideoInput) -> Clip:
+        """The last frames of a video, as far apart as key frames: one less than a clip has."""
         fps = self._keyframe_fps
-        back = np.arange(self.spec.model.frames - 2, -1, -1) / fps  # seconds before the end
+        before_end = np.arange(self.spec.model.frames - 2, -1, -1) / fps  # seconds
         if not isinstance(video, Clip) and Path(video).suffix.lower() in VIDEOS:  # it may be long
             file = VideoFile.open(video)
-            times = file.seconds - back[back <= file.seconds]
+            times = file.seconds - before_end[before_end <= file.seconds]
             return Clip(file.frames(times, 4 * self.spec.resolution), fps)
         clip = video if isinstance(video, Clip) else Clip.load(video)
-        numbers = [len(clip.frames) - 1 - round(seconds * clip.fps) for seconds in back]
+        numbers = [len(clip.frames) - 1 - round(seconds * clip.fps) for seconds in before_end]
         return Clip(clip.frames[[number for number in numbers if number >= 0]], fps)
+
+
+def _span_stream(span: int, spans: int) -> int:
+    """The stream of random numbers of a span in a round of `spans` spans."""
+    return 100 * spans + span

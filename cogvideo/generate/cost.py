@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogvideo.generate.sampling import Sampling
 from cogvideo.layout import Layout, rounds
 from cogvideo.model.families import CogVideoSpec, RegressionSpec, Spec
-from cogvideo.model.transformer import Base, ModelConfig
+from cogvideo.model.transformer import Base, TransformerConfig
 from cogvideo.model.vqvae import VQVAE
 
 BYTES = {"int8": 1, "bfloat16": 2, "float32": 4}
@@ -23,8 +23,8 @@ CHANNELS = ("stage1", "stage2", "superres")  # of which one at a time must be in
 
 
 @dataclass(frozen=True)
-class Work:
-    """What one verb does: `steps` times, `rows` tokens go through all layers; and convolutions, once."""
+class Cost:
+    """What one task costs: `steps` times `rows` tokens through all layers, and convolutions once."""
 
     name: str
     steps: int = 0
@@ -45,55 +45,55 @@ class Work:
 
 
 @singledispatch
-def plan(spec: Spec, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
-    """Every verb of generating `videos` of the full length."""
+def plan(spec: Spec, sampling: dict[str, Sampling], videos: int = 1) -> list[Cost]:
+    """The tasks of generating `videos` of the full length."""
     raise NotImplementedError(type(spec).__name__)
 
 
 @plan.register
-def _(spec: RegressionSpec, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
+def _(spec: RegressionSpec, sampling: dict[str, Sampling], videos: int = 1) -> list[Cost]:
     c = spec.regression
     tokens = c.frames * c.grid**2
     attention = 4 * c.layers * tokens * (tokens + c.text_len) * c.width  # which grows with the square
     refinement = 2 * tokens * c.patch**2 * 9 * c.refine_width * (2 * c.refine_blocks * c.refine_width + 12)
     weights = 16 * c.layers * c.width**2 + 3 * c.patch**2 * c.width
-    text = Work("text", videos, c.text_len, c.layers, 12 * c.layers * c.width**2)
-    frames = Work("frames", videos, tokens, c.layers, weights, flops=videos * (attention + refinement))
+    text = Cost("text", videos, c.text_len, c.layers, 12 * c.layers * c.width**2)
+    frames = Cost("frames", videos, tokens, c.layers, weights, flops=videos * (attention + refinement))
     return [text, frames, *_upscale(spec, videos)]
 
 
 @plan.register
-def _(spec: CogVideoSpec, sampling: dict[str, Sampling], videos: int = 1) -> list[Work]:
+def _(spec: CogVideoSpec, sampling: dict[str, Sampling], videos: int = 1) -> list[Cost]:
     c = spec.model
     between = c.layout("stage2")
     rows = {name: videos * (1 + one.guided) for name, one in sampling.items()}
-    work = [
+    costs = [
         _fill("first frame", c, c.layout("image"), 0, None, rows["image"]),
         _fill("key frames", c, c.layout("stage1"), 1, 0, rows["stage1"]),
     ]
     counts = rounds(c.frames)
     for before, fps in zip(counts, [*counts.values()][1:]):
         windows = (before - 1) // (len(between.given) - 1) * rows["stage2"]
-        work.append(_fill(f"to {fps:g} fps", c, between, len(between.given), c.window, windows))
+        costs.append(_fill(f"to {fps:g} fps", c, between, len(between.given), c.window, windows))
     frames = spec.clip_frames
     grid = c.grid
     if spec.superres:
         s = spec.superres
         grid = s.side
         tokens = s.text_len + s.grid**2 + s.side**2
-        work.append(Work("larger frames", videos * frames, tokens, c.layers, matrices(c, False)))
+        costs.append(Cost("larger frames", videos * frames, tokens, c.layers, matrices(c, False)))
     flops = _decoder_flops(spec, frames) if spec.decoder else frames * _decode_flops(spec, grid)
-    work.append(Work("decode", flops=videos * flops))
-    return [*work, *_upscale(spec, videos)]
+    costs.append(Cost("decode", flops=videos * flops))
+    return [*costs, *_upscale(spec, videos)]
 
 
-def _upscale(spec: Spec, videos: int) -> list[Work]:
+def _upscale(spec: Spec, videos: int) -> list[Cost]:
     if not spec.refiner:
         return []
-    return [Work("upscale", flops=videos * _upscale_flops(spec, spec.clip_frames))]
+    return [Cost("upscale", flops=videos * _upscale_flops(spec, spec.clip_frames))]
 
 
-def _fill(name: str, c: ModelConfig, layout: Layout, known: int, window: int | None, rows: int) -> Work:
+def _fill(name: str, c: TransformerConfig, layout: Layout, known: int, window: int | None, rows: int) -> Cost:
     """Filling in the frames of a layout after the known ones, by a model with a temporal channel or none."""
     steps = list(layout.waves(known, window or 0))
     kinds = ("spatial",) if window is None else ("spatial", "temporal")
@@ -104,8 +104,8 @@ def _fill(name: str, c: ModelConfig, layout: Layout, known: int, window: int | N
             reads = {(segments.start[p], segments.end[p], n) for n, step in enumerate(steps) for p in step}
             seen += sum(end - start for start, end, _ in reads) * c.layers / 2 * 2 * c.width
     tokens = sum(len(step) for step in steps)
-    before = rows * (layout.text_len + known * layout.frame_len)
-    return Work(
+    before = rows * (layout.text_len + known * layout.frame_tokens)
+    return Cost(
         name,
         len(steps),
         rows * tokens / len(steps),
@@ -116,7 +116,7 @@ def _fill(name: str, c: ModelConfig, layout: Layout, known: int, window: int | N
     )
 
 
-def matrices(c: ModelConfig, temporal: bool) -> int:
+def matrices(c: TransformerConfig, temporal: bool) -> int:
     """Weights that a step reads."""
     return c.layers * (16 if temporal else 12) * c.width**2 + c.codes * c.width
 
@@ -148,9 +148,10 @@ def _flops(action: Callable[[], Tensor]) -> float:
 
 
 def memory(spec: Spec, dtype: str, rows: int, cpu: bool = True) -> dict[str, float]:
-    """Bytes of every part when it is loaded, and of keys and values: of `rows` key frames, or of a window."""
+    """Bytes of each loaded part, and of the cache of keys and values for `rows` rows of key frames (or for
+    one row of interpolation, if that is more)."""
     held: dict[str, float] = {}
-    for name in spec.generating:
+    for name in spec.generation_parts:
         part = spec.outline(name)
         linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
         rest = sum(p.numel() for p in part.state_dict().values()) - linear
@@ -173,11 +174,11 @@ def _(spec: CogVideoSpec, dtype: str, rows: int) -> dict[str, float]:
     c = spec.model
     keyframes = cache_bytes(c, c.layout("stage1"), 0, dtype)
     between = cache_bytes(c, c.layout("stage2"), c.window, dtype)
-    return {"caches": max(keyframes * rows, between)}  # as many windows are filled at a time as there is room
+    return {"caches": max(keyframes * rows, between)}  # interpolation fills as many rows at a time as fit
 
 
-def cache_bytes(c: ModelConfig, layout: Layout, window: int, dtype: str) -> float:
-    """Of the keys and values of one row, in both channels of all layers."""
+def cache_bytes(c: TransformerConfig, layout: Layout, window: int, dtype: str) -> float:
+    """Bytes of the keys and values of one row, in both channels of all layers."""
     slots = sum(
         max(layout.segments(kind, window, shifted).slot) + 1
         for kind in ("spatial", "temporal")

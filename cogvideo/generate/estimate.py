@@ -13,58 +13,58 @@ import torch
 from torch import Tensor, nn
 
 from cogvideo import hardware
-from cogvideo.generate.cost import CHANNELS, Work, memory, plan
+from cogvideo.generate.cost import CHANNELS, Cost, memory, plan
 from cogvideo.generate.int8 import Int8Linear, PackedLinear
 from cogvideo.generate.sampling import Sampling
 from cogvideo.layout import Layout
 from cogvideo.model.families import Spec
-from cogvideo.model.transformer import Base, DualChannelTransformer, ModelConfig
+from cogvideo.model.transformer import Base, DualChannelTransformer, TransformerConfig
 
-ROWS = (1, 4, 16, 64, 512)  # at which layers are measured
+MEASURED_ROWS = (1, 4, 16, 64, 512)  # at which layers are measured
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of this machine, for one dtype, in seconds and per second."""
+    """How fast this machine computes in one dtype."""
 
     dtype: str
     weights: tuple[float, ...]  # seconds a weight takes, at each of ROWS
-    a_layer: float  # seconds a layer takes without its matrices
+    per_layer: float  # seconds of a layer without its matrices
     bandwidth: float  # bytes read from memory
     flops: float  # of convolutions
 
-    def a_weight(self, rows: float) -> float:
-        """Seconds a weight takes when `rows` go through it; between the measured ones by proportion."""
+    def per_weight(self, rows: float) -> float:
+        """Seconds of one weight for `rows` tokens, interpolated between the measured counts."""
         if rows == 0:
             return 0.0
-        if rows >= ROWS[-1]:
-            return self.weights[-1] * rows / ROWS[-1]
-        above = next(i for i, known in enumerate(ROWS) if known >= rows)
+        if rows >= MEASURED_ROWS[-1]:
+            return self.weights[-1] * rows / MEASURED_ROWS[-1]
+        above = next(i for i, known in enumerate(MEASURED_ROWS) if known >= rows)
         if above == 0:
             return self.weights[0]
-        share = (rows - ROWS[above - 1]) / (ROWS[above] - ROWS[above - 1])
+        share = (rows - MEASURED_ROWS[above - 1]) / (MEASURED_ROWS[above] - MEASURED_ROWS[above - 1])
         return self.weights[above - 1] * (1 - share) + self.weights[above] * share
 
-    def seconds(self, work: Work) -> float:
-        """Seconds that a verb should take."""
-        caches = work.seen * (2 if self.dtype == "bfloat16" else 4) / self.bandwidth
-        step = work.weights * self.a_weight(work.rows) + work.layers * self.a_layer + caches
-        return work.steps * step + work.weights * self.a_weight(work.before) + work.flops / self.flops
+    def seconds(self, cost: Cost) -> float:
+        """Seconds that a task should take."""
+        caches = cost.seen * (2 if self.dtype == "bfloat16" else 4) / self.bandwidth
+        step = cost.weights * self.per_weight(cost.rows) + cost.layers * self.per_layer + caches
+        return cost.steps * step + cost.weights * self.per_weight(cost.before) + cost.flops / self.flops
 
     @classmethod
     def measure(cls, dtype: str) -> "Speed":
-        """Two seconds of the same operations that generation is made of."""
+        """Measure the operations of generation for two seconds."""
         wide = nn.Linear(2048, 8192).requires_grad_(False)
         copies = [_as(wide, dtype) for _ in range(8)]  # more than the caches hold
         weights = []
-        for rows in ROWS:
+        for rows in MEASURED_ROWS:
             x = torch.randn(rows, 2048, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32)
             taken = _fastest(partial(_through, copies, x))
             weights.append(taken / (8 * wide.weight.numel()))
         image = torch.randn(1, 128, 96, 96)
         kernel = torch.randn(128, 128, 3, 3)
         conv = _fastest(lambda: nn.functional.conv2d(image, kernel, padding=1))
-        return cls(dtype, tuple(weights), _a_layer(), bandwidth(), 2 * image.numel() * 128 * 9 / conv)
+        return cls(dtype, tuple(weights), _per_layer(), bandwidth(), 2 * image.numel() * 128 * 9 / conv)
 
 
 def bandwidth() -> float:
@@ -85,17 +85,18 @@ def _as(linear: nn.Linear, dtype: str) -> nn.Module:
 
 
 def _fastest(action: Callable[[], Any], seconds: float = 0.15) -> float:
-    best, begin = float("inf"), time.perf_counter()
+    best = float("inf")
+    begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or best == float("inf"):
-        one = time.perf_counter()
+        start = time.perf_counter()
         action()
-        best = min(best, time.perf_counter() - one)
+        best = min(best, time.perf_counter() - start)
     return best
 
 
-def _a_layer() -> float:
-    """Seconds of a layer whose matrices are next to nothing."""
-    config = ModelConfig(2, 16, 2, 40, 8, 9, 10, text_len=2, grid=2)
+def _per_layer() -> float:
+    """Seconds of a layer whose matrices are tiny."""
+    config = TransformerConfig(2, 16, 2, 40, 8, 9, 10, text_len=2, grid=2)
     model, layout = DualChannelTransformer(Base(config)).eval(), Layout.image(2, 2)
     with torch.inference_mode():
         cache = model.new_cache(layout, 1)
@@ -106,7 +107,7 @@ def _a_layer() -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """All of it for one model, and as a table."""
+    """What generation of `videos` at a time needs: memory, and the cost of each task."""
 
     spec: Spec
     sampling: dict[str, Sampling]
@@ -115,7 +116,7 @@ class Estimate:
     device: torch.device | str = "cpu"
 
     @cached_property
-    def work(self) -> list[Work]:
+    def costs(self) -> list[Cost]:
         return plan(self.spec, self.sampling, self.videos)
 
     @cached_property
@@ -139,7 +140,7 @@ class Estimate:
         return self.free is None or self.least < self.free
 
     def table(self, speed: Speed | None = None) -> str:
-        """Memory, and what every verb does; with a measured speed also the time that it should take."""
+        """A table of memory and tasks, with the seconds of each if a speed was measured."""
         lines = [f"{'memory':<16}{'GB':>8}"]
         lines += [f"{name:<16}{size / 1e9:>8.2f}" for name, size in self.held.items()]
         have = "" if self.free is None else f"  of {self.free / 1e9:.1f} that are free"
@@ -147,11 +148,11 @@ class Estimate:
         if self.least < sum(self.held.values()):
             lines.append(f"{'at least':<16}{self.least / 1e9:>8.2f}  with one channel at a time")
         lines.append("")
-        lines.append(f"{'verb':<16}{'steps':>8}{'tokens':>10}{'MB/step':>10}{'seconds' if speed else '':>10}")
-        for one in self.work:
-            seconds = f"{speed.seconds(one):.1f}" if speed else ""
-            counts = f"{one.steps:>8}{one.tokens:>10}{one.read(self.dtype) / 1e6:>10.1f}"
-            lines.append(f"{one.name:<16}{counts if one.steps else '':<28}{seconds:>10}")
+        lines.append(f"{'task':<16}{'steps':>8}{'tokens':>10}{'MB/step':>10}{'seconds' if speed else '':>10}")
+        for cost in self.costs:
+            seconds = f"{speed.seconds(cost):.1f}" if speed else ""
+            counts = f"{cost.steps:>8}{cost.tokens:>10}{cost.read(self.dtype) / 1e6:>10.1f}"
+            lines.append(f"{cost.name:<16}{counts if cost.steps else '':<28}{seconds:>10}")
         if speed:
-            lines.append(f"{'all':<44}{sum(speed.seconds(one) for one in self.work):>10.1f}")
+            lines.append(f"{'all':<44}{sum(speed.seconds(cost) for cost in self.costs):>10.1f}")
         return "\n".join(lines)

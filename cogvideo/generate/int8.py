@@ -20,11 +20,11 @@ from cogvideo.model.transformer import (
     Block,
     DualChannelTransformer,
     TemporalChannel,
-    TemporalHalf,
+    TemporalLayer,
 )
 
 WIDEST_JOINED = 1024
-ROWS = 256  # quantised per chunk, to stay in the processor's cache
+CHUNK_ROWS = 256  # quantised per chunk, to stay in the processor's cache
 
 
 class PackedLinear(nn.Module):
@@ -68,11 +68,11 @@ class Int8Linear(nn.Module):
         """Each row is brought to -1..1 by its own largest number, so that it does not depend on others."""
         if not x.numel():
             return x.new_empty(*x.shape[:-1], len(self.bias))
-        if x.numel() > ROWS * x.shape[-1]:
-            made = x.new_empty(*x.shape[:-1], len(self.bias))
-            for part, out in zip(x.flatten(0, -2).split(ROWS), made.flatten(0, -2).split(ROWS)):
+        if x.numel() > CHUNK_ROWS * x.shape[-1]:
+            y = x.new_empty(*x.shape[:-1], len(self.bias))
+            for part, out in zip(x.flatten(0, -2).split(CHUNK_ROWS), y.flatten(0, -2).split(CHUNK_ROWS)):
                 out.copy_(self(part))
-            return made
+            return y
         largest = x.abs().amax(-1, keepdim=True).clamp_min(1e-30)
         return torch.addcmul(self.bias, self._product(x / largest), largest)
 
@@ -125,20 +125,20 @@ class JointBlock(nn.Module):
     The gate is folded into the way out: gate * A a + (1 - gate) * B b = [gate * A | (1 - gate) * B] [a | b].
     """
 
-    def __init__(self, block: Block, temporal: TemporalHalf):
+    def __init__(self, block: Block, temporal: TemporalLayer):
         super().__init__()
         self.block = block
         self.attentions = (block.attention, temporal.attention)
-        weights, biases = zip(*(unpack(one.qkv) for one in self.attentions))
+        weights, biases = zip(*(unpack(attention.qkv) for attention in self.attentions))
         self.qkv = Int8Linear(torch.cat(weights), torch.cat(biases))
 
         gate = temporal.gate.detach().sigmoid()
         shares = (gate, 1 - gate)
-        weights, biases = zip(*(unpack(one.out) for one in self.attentions))
+        weights, biases = zip(*(unpack(attention.out) for attention in self.attentions))
         weight = torch.cat([share[:, None] * w for share, w in zip(shares, weights)], 1)
         self.out = Int8Linear(weight, sum(share * b for share, b in zip(shares, biases)))
 
-    def forward(self, x: Tensor, view: View, temporal: TemporalHalf | None = None) -> Tensor:
+    def forward(self, x: Tensor, view: View, temporal: TemporalLayer | None = None) -> Tensor:
         """[B, T + S, D] to the same, as `Block.forward` with the temporal half that it was built of."""
         h = self.block.norm1(x)
         spatial, over_time = self.project(h, view)
@@ -157,9 +157,9 @@ class JointBlock(nn.Module):
         """[B, S, D] to queries, keys, values of both channels, each [3, B, H, S, d]."""
         heads = self.attentions[0].heads
         qkvs = self.qkv(x).view(*x.shape[:2], 2, 3, heads, -1).permute(2, 3, 0, 4, 1, 5).contiguous()
-        return [one.prepare(qkv, view.turns) for one, qkv in zip(self.attentions, qkvs)]
+        return [attention.prepare(qkv, view.rotary) for attention, qkv in zip(self.attentions, qkvs)]
 
-    def write_keys(self, x: Tensor, view: PromptView, temporal: TemporalHalf | None = None) -> None:
+    def write_keys(self, x: Tensor, view: PromptView, temporal: TemporalLayer | None = None) -> None:
         """As `Block.write_keys`."""
         qkvs = self.project(self.block.norm1(x), view)
         for attention, qkv in zip(self.attentions, qkvs):
@@ -171,7 +171,7 @@ class JointTransformer(DualChannelTransformer):
 
     def __init__(self, base: Base, temporal: TemporalChannel):
         super().__init__(base, temporal)
-        halves = map(TemporalHalf, temporal.attention, temporal.gate)
+        halves = map(TemporalLayer, temporal.attention, temporal.gate)
         self.layers = [(JointBlock(block, half), half) for block, half in zip(base.blocks, halves)]
 
 

@@ -1,7 +1,7 @@
-"""The parts of a model folder as generation computes with them, each loaded when it is first needed.
+"""The parts of a model, each loaded when it is first needed and packed for generation.
 
-The image model, both stages and super-resolution share one base, which is in memory once. What each adds to
-it is freed when the next would not fit alongside it.
+The image model, both stages and super-resolution share one base, which is in memory once. The channel that
+one of them adds is freed when the next would not fit alongside it.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from cogvideo.video import Clip
 M = TypeVar("M", bound=nn.Module)
 
 
-class Parts:
+class LoadedParts:
     """Parts by name, on one device. `dtype` is what the transformers compute with; int8 is for CPUs."""
 
     def __init__(self, folder: ModelFolder, device: torch.device, dtype: str):

@@ -16,8 +16,8 @@ from cogvideo.progress import Progress
 from cogvideo.video import Clip, Frames
 
 Prompt = str | Sequence[str]
-Image = Frames | str | Path  # uint8 [H, W, 3], or a file
-Video = Clip | str | Path
+ImageInput = Frames | str | Path  # uint8 [H, W, 3], or a file
+VideoInput = Clip | str | Path
 
 
 class Pipeline(ABC):
@@ -44,8 +44,8 @@ class Pipeline(ABC):
         self,
         prompt: Prompt,
         *,
-        image: Image | None = None,
-        video: Video | None = None,
+        image: ImageInput | None = None,
+        video: VideoInput | None = None,
         num_frames: int | None = None,
         num_videos_per_prompt: int = 1,
         guidance_scale: float | None = None,
@@ -73,10 +73,10 @@ class Pipeline(ABC):
 
     @abstractmethod
     def estimate(self, videos: int = 1) -> Estimate:
-        """What it costs to generate so many videos; nothing is loaded for it."""
+        """Estimate the cost of generating `videos` at a time, without loading anything."""
 
     def hints(self, prompts: Sequence[str]) -> list[str]:
-        """What a user should know before waiting for these prompts."""
+        """Hints for the user about these prompts, such as words that the model does not know."""
         return self.prompts.hints(prompts)
 
     def check_supported(self, **arguments: object) -> None:
@@ -85,7 +85,7 @@ class Pipeline(ABC):
             if name not in self.unsupported:
                 continue
             neutral = self.unsupported[name]
-            # an array is never compared: that would give an array
+            # compared with == only if not None: an array's comparison would be an array
             unused = value is None if neutral is None else value == neutral
             if not unused:
                 raise ValueError(
@@ -94,16 +94,16 @@ class Pipeline(ABC):
                 )
 
     def check_prompts(self, prompt: Prompt) -> list[str]:
-        """The prompts as a list; ValueError if there is none, or for one that cannot be used."""
+        """Return the prompts as a list; raise ValueError if there is none, or if one cannot be used."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise ValueError("there is no prompt")
-        for one in prompts:
-            self.check_prompt(one)
+        for prompt in prompts:
+            self.check_prompt(prompt)
         return prompts
 
     def check_frames(self, num_frames: int | None) -> int:
-        """A number of frames that can be asked for: the most, if None is given."""
+        """Return a valid number of frames, by default the largest; raise ValueError for an invalid one."""
         counts = self.frame_counts
         if num_frames is None:
             return max(counts)

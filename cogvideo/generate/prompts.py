@@ -38,8 +38,11 @@ class Prompts:
         self, prompts: Sequence[str], seconds: float, template: str, length: int, pad: int | None = None
     ) -> list[list[int]]:
         """A row of `length` ids for each prompt; ValueError if one is too long, saying by how many."""
-        read = [self.read(one) for one in prompts]
-        return [self.text.pad_left(self.text.prompt(one, seconds, template), length, pad) for one in read]
+        rows = []
+        for prompt in prompts:
+            ids = self.text.prompt(self.read(prompt), seconds, template)
+            rows.append(self.text.pad_left(ids, length, pad))
+        return rows
 
     def check(self, prompt: str) -> None:
         """Raise ValueError if a prompt has no tokens."""
@@ -59,7 +62,7 @@ class Prompts:
             return prompt
         for word, other in self._chinese_read_as(prompt).items():
             prompt = prompt.replace(word, other)
-        prompt = re.sub("[A-Za-z]+|[\u4e00-\u9fff]", lambda found: self._read_word(found[0]), prompt)
+        prompt = re.sub("[A-Za-z]+|[\u4e00-\u9fff]", lambda match: self._read_word(match[0]), prompt)
         return re.sub(" +", " ", prompt).strip()
 
     def unknown_words(self, prompt: str) -> dict[str, list[str]]:
@@ -67,15 +70,15 @@ class Prompts:
         is read as, or with the nearest known words."""
         if not self.words:
             return {}
-        found = {word: [other] for word, other in self._chinese_read_as(prompt).items()}
-        for word in found:
+        unknown = {word: [other] for word, other in self._chinese_read_as(prompt).items()}
+        for word in unknown:
             prompt = prompt.replace(word, " ")
         for word in dict.fromkeys(split_words(prompt)):
             if word in _near()["fillers"] or self._known_form(word):
                 continue
             other = self._stands_for(word)
-            found[word] = [other] if other else self._nearest(word)
-        return found
+            unknown[word] = [other] if other else self._nearest(word)
+        return unknown
 
     def _read_word(self, word: str) -> str:
         known = self._known_form(word.lower()) or self._stands_for(word.lower())
@@ -103,12 +106,18 @@ class Prompts:
 
     def hints(self, prompts: Sequence[str]) -> list[str]:
         """What a user should know before waiting for these prompts."""
-        found = []
-        for word, near in {w: n for one in prompts for w, n in self.unknown_words(one).items()}.items():
-            nearest = f"; near it are: {', '.join(near)}" if near else ""
-            nearest = f"; it is read as {near[0]!r}" if near == [self._stands_for(word)] else nearest
-            found.append(f"the model never saw the word {word!r}{nearest}")
-        chinese = all(re.search("[\u4e00-\u9fff]", one) for one in prompts)
+        hints = []
+        unknown: dict[str, list[str]] = {}
+        for prompt in prompts:
+            unknown |= self.unknown_words(prompt)
+        for word, near in unknown.items():
+            nearest = ""
+            if near == [self._stands_for(word)]:
+                nearest = f"; it is read as {near[0]!r}"
+            elif near:
+                nearest = f"; near it are: {', '.join(near)}"
+            hints.append(f"the model never saw the word {word!r}{nearest}")
+        chinese = all(re.search("[\u4e00-\u9fff]", prompt) for prompt in prompts)
         if list(self.languages) == ["zh"] and not chinese:
-            found.append("the model was trained on Chinese captions alone; write the prompt in Chinese")
-        return found
+            hints.append("the model was trained on Chinese captions alone; write the prompt in Chinese")
+        return hints

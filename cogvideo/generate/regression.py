@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cogvideo.generate.estimate import Estimate
 from cogvideo.generate.parts import refine
-from cogvideo.generate.pipeline import Image, Pipeline, Prompt, Video
+from cogvideo.generate.pipeline import ImageInput, Pipeline, Prompt, VideoInput
 from cogvideo.generate.prompts import Prompts
 from cogvideo.generate.sampling import stages
 from cogvideo.model.families import RegressionSpec
@@ -66,8 +66,8 @@ class RegressionPipeline(Pipeline):
         self,
         prompt: Prompt,
         *,
-        image: Image | None = None,
-        video: Video | None = None,
+        image: ImageInput | None = None,
+        video: VideoInput | None = None,
         num_frames: int | None = None,
         num_videos_per_prompt: int = 1,
         guidance_scale: float | None = None,
@@ -84,7 +84,7 @@ class RegressionPipeline(Pipeline):
             num_videos_per_prompt=num_videos_per_prompt,
         )
         prompts = self.check_prompts(prompt)
-        self.folder.check(["regression", *self.folder.finishing])
+        self.folder.check(["regression", *self.folder.postprocessing_parts])
         num_frames = self.check_frames(num_frames)
         with open_progress(progress) as report:
             return self.upscale(self.regress(prompts, num_frames, progress=report), progress=report)
@@ -106,7 +106,7 @@ class RegressionPipeline(Pipeline):
 
     def upscale(self, clips: Sequence[Clip], *, progress: Progress | None = None) -> list[Clip]:
         """Refine clips to the larger size; without a refiner in the model folder they stay as they are."""
-        if not self.folder.finishing:
+        if not self.folder.postprocessing_parts:
             return list(clips)
         return refine(self.refiner, clips, progress)
 

@@ -39,18 +39,18 @@ class Sampling(SamplingConfig):
 
 def stages(chosen: Mapping[str, SamplingConfig], clusters: Tensor | None = None) -> dict[str, Sampling]:
     """How each stage samples its tokens, by the options of a model folder."""
-    found = {}
+    samplings = {}
     for stage in STAGES:
         options = chosen.get(stage, SamplingConfig())
-        found[stage] = Sampling(**asdict(options), clusters=clusters)
-    return found
+        samplings[stage] = Sampling(**asdict(options), clusters=clusters)
+    return samplings
 
 
 def guide(logits: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance: logits [2 * B, V], first half with the prompt, second half without, to [B,
     V]."""
-    prompted, plain = logits.chunk(2)
-    return torch.lerp(plain, prompted, scale)
+    prompted, unconditional = logits.chunk(2)
+    return torch.lerp(unconditional, prompted, scale)
 
 
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -59,29 +59,30 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(-1)
     scores = logits / sampling.temperature
-    left = uniform
-    if sampling.clusters is not None:
-        labels = sampling.clusters.expand_as(scores)
-        shares = torch.softmax(scores, -1)
-        mass = shares.new_zeros(len(shares), int(labels.max()) + 1).scatter_add_(-1, labels, shares)
-        cluster, left = _sample_index(mass, sampling.top_k, left)
-        scores = scores.masked_fill(labels != cluster[:, None], float("-inf")) / sampling.token_temperature
-        return _sample_index(torch.softmax(scores, -1), 0, left)[0]
-    return _sample_index(torch.softmax(scores, -1), sampling.top_k, left)[0]
+    if sampling.clusters is None:
+        return _sample_index(torch.softmax(scores, -1), sampling.top_k, uniform)[0]
+
+    labels = sampling.clusters.expand_as(scores)
+    probs = torch.softmax(scores, -1)
+    mass = probs.new_zeros(len(probs), int(labels.max()) + 1).scatter_add_(-1, labels, probs)
+    cluster, rest = _sample_index(mass, sampling.top_k, uniform)
+    scores = scores.masked_fill(labels != cluster[:, None], float("-inf")) / sampling.token_temperature
+    return _sample_index(torch.softmax(scores, -1), 0, rest)[0]
 
 
 def _sample_index(mass: Tensor, top_k: int, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """An index for each row of weights [B, n], of the `top_k` largest if that is not 0. Returns it [B], and
-    what is left of the uniform number: again uniform [B], for the next draw."""
+    """Sample an index for each row of weights [B, n], among the `top_k` largest if that is not 0. Return it
+    [B], and a second uniform number [B] that is independent of it, for the next choice."""
     ids = None
     if 0 < top_k < mass.shape[-1]:
         mass, ids = mass.topk(top_k, -1)  # [B, k]
     upto = mass.cumsum(-1)
-    place = uniform[:, None] * upto[:, -1:]
-    rank = (upto <= place).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+    threshold = uniform[:, None] * upto[:, -1:]
+    rank = (upto <= threshold).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
     width = mass.gather(-1, rank)
-    left = (place - upto.gather(-1, rank) + width) / width
-    return (rank if ids is None else ids.gather(-1, rank)).squeeze(-1), left.squeeze(-1).clamp(0, 1 - 1e-6)
+    rest = (threshold - upto.gather(-1, rank) + width) / width
+    index = rank if ids is None else ids.gather(-1, rank)
+    return index.squeeze(-1), rest.squeeze(-1).clamp(0, 1 - 1e-6)
 
 
 def uniforms(seeds: Sequence[int], count: int, stream: int) -> Tensor:
@@ -89,10 +90,10 @@ def uniforms(seeds: Sequence[int], count: int, stream: int) -> Tensor:
 
     `stream` tells apart the numbers that one seed gives to different uses.
     """
-    rows = [
-        torch.rand(count, generator=torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63))
-        for seed in seeds
-    ]
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + stream) % 2**63)
+        rows.append(torch.rand(count, generator=generator))
     return torch.stack(rows)
 
 

@@ -2,6 +2,8 @@
 
 transformer   the text-to-image base, the temporal channels, and the two together
 attention     the two attention channels of a block
+groups        which tokens attend together, as tensors
+matrix_attention   attention as matrix products, for training on a CPU
 cache         keys and values of generated tokens
 vqvae         the frame tokenizer
 decoder       codes of a clip to frames, each with its neighbours and the caption

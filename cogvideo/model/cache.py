@@ -23,63 +23,68 @@ class ChannelCache:
     """Keys and values of one channel, [2, B * H, slots, d] for each layer; odd layers may use shifted
     windows.
 
-    sizes: layers, batch, heads, width of a head; `like` has the device and dtype of what is kept.
+    sizes: layers, batch, heads, width of a head; `like` has the device and dtype of the cache.
     """
 
     def __init__(self, layout: Layout, channel: Channel, window: int, sizes: tuple[int, ...], like: Tensor):
         layers, batch, self.heads, width = sizes
         self.text_len = layout.text_len
         self.segments = [layout.segments(channel, window, shifted) for shifted in (False, True)]
-        self.slots = [torch.tensor(one.slot, device=like.device) for one in self.segments]
-        self.starts = [sorted(set(one.start)) for one in self.segments]
-        shapes = [(2, batch * self.heads, max(one.slot) + 1, width) for one in self.segments]
-        self.kept = [like.new_zeros(shapes[layer % 2]) for layer in range(layers)]
+        self.slots = [torch.tensor(segments.slot, device=like.device) for segments in self.segments]
+        self.starts = [sorted(set(segments.start)) for segments in self.segments]
+        shapes = [(2, batch * self.heads, max(segments.slot) + 1, width) for segments in self.segments]
+        self.kv = [like.new_zeros(shapes[layer % 2]) for layer in range(layers)]
 
     @property
     def longest(self) -> int:
         """The most keys that one token sees."""
-        return max(end - start for one in self.segments for start, end in zip(one.start, one.end))
+        lengths = []
+        for segments in self.segments:
+            lengths += [end - start for start, end in zip(segments.start, segments.end)]
+        return max(lengths)
 
     def rows(self, first: int, count: int) -> "ChannelCache":
         """The cache of some rows of the batch, in the same memory."""
-        some = copy(self)
-        some.kept = [kept.narrow(1, first * self.heads, count * self.heads) for kept in self.kept]
-        return some
+        view = copy(self)
+        view.kv = [kv.narrow(1, first * self.heads, count * self.heads) for kv in self.kv]
+        return view
 
     def write_text(self, layer: int, kv: Tensor) -> None:
         """Keys and values [2, B, H, T, d] to the front of every segment."""
         kv = kv.flatten(1, 2)
         for start in self.starts[layer % 2]:
-            self.kept[layer].narrow(2, start, self.text_len).copy_(kv)
+            self.kv[layer].narrow(2, start, self.text_len).copy_(kv)
 
     def write(self, layer: int, kv: Tensor) -> None:
-        """Keys and values [2, B, H, S, d] of the first S laid places."""
-        self.kept[layer].index_copy_(2, self.slots[layer % 2][: kv.shape[3]], kv.flatten(1, 2))
+        """Keys and values [2, B, H, S, d] of the first S laid positions."""
+        self.kv[layer].index_copy_(2, self.slots[layer % 2][: kv.shape[3]], kv.flatten(1, 2))
 
-    def append(self, layer: int, places: Sequence[int], kv: Tensor) -> Tensor:
-        """Write [2, B * H, m, d] of places that see the same, and return all that they see,
+    def append(self, layer: int, positions: Sequence[int], kv: Tensor) -> Tensor:
+        """Write [2, B * H, m, d] of positions that see the same, and return all that they see,
         [2, B * H, seen, d]."""
-        one, place = self.segments[layer % 2], places[0]
-        self.kept[layer].narrow(2, one.slot[place], len(places)).copy_(kv)
-        return self.kept[layer].narrow(2, one.start[place], one.end[place] - one.start[place])
+        segments = self.segments[layer % 2]
+        first = positions[0]
+        start = segments.start[first]
+        self.kv[layer].narrow(2, segments.slot[first], len(positions)).copy_(kv)
+        return self.kv[layer].narrow(2, start, segments.end[first] - start)
 
-    def split(self, places: Sequence[int]) -> list[list[list[int]]]:
-        """The places of a step, grouped by what they see: in even layers, and in odd ones."""
-        found = []
-        for one in self.segments:
-            alike = groupby(places, key=lambda place: (one.start[place], one.end[place]))
-            found.append([list(group) for _, group in alike])
-        return found
+    def split(self, positions: Sequence[int]) -> list[list[list[int]]]:
+        """The positions of a step in runs that see the same: in even layers, and in odd ones."""
+        runs = []
+        for segments in self.segments:
+            alike = groupby(positions, key=lambda p: (segments.start[p], segments.end[p]))
+            runs.append([list(run) for _, run in alike])
+        return runs
 
 
 @dataclass
 class Cache:
-    """All that stepping remembers: the channels, and what the prompt leaves for the steps."""
+    """The state of generation: keys and values of both channels, and tables that every step reads."""
 
     channels: dict[Channel, ChannelCache]
     positions: Tensor  # [F * N, D] position embeddings in laid order
     bias: Tensor  # [B * H, 1, L] added to scores: text first, zeros after
-    turns: Tensor | None = None  # [2, F * N, d] rotations of queries and keys in laid order
+    rotary: Tensor | None = None  # [2, F * N, d] rotations of queries and keys in laid order
 
     def rows(self, first: int, count: int) -> "Cache":
         """The cache of some rows of the batch, in the same memory."""
@@ -92,12 +97,12 @@ class Cache:
         return self.channels["spatial"].heads
 
     def write(self, channel: Channel, layer: int, qkv: Tensor) -> None:
-        """Keys and values of a prompt, of [3, B, H, T + S, d] of one channel and layer."""
-        one = self.channels[channel]
-        text, frames = qkv.tensor_split((one.text_len,), 3)
-        one.write_text(layer, text[1:])
-        one.write(layer, frames[1:])
+        """Store the keys and values of a prompt, of [3, B, H, T + S, d] of one channel and layer."""
+        cache = self.channels[channel]
+        text, frames = qkv.tensor_split((cache.text_len,), 3)
+        cache.write_text(layer, text[1:])
+        cache.write(layer, frames[1:])
 
     def write_bias(self, bias: Tensor) -> None:
-        """What is added to scores towards text, [B, T]."""
+        """Store the bias on scores towards text, [B, T]."""
         self.bias[:, 0, : bias.shape[1]] = bias.repeat_interleave(self.heads, 0)

@@ -45,19 +45,19 @@ def read_table(kind: type[T], values: object, path: str = "", **built: Any) -> T
     if not isinstance(values, dict):
         raise ConfigError(f"{path or 'the file'} must be a table; got {_shown(values)}")
     hints = get_type_hints(kind, include_extras=True)
-    known = {one.name: one for one in fields(kind) if one.name not in built}  # type: ignore[arg-type]
+    known = {field.name: field for field in fields(kind) if field.name not in built}  # type: ignore[arg-type]
     for name in values:
         if name not in known:
             raise ConfigError(f"unknown key {_key(path, str(name))}; choose from {', '.join(known)}")
 
-    found = dict(built)
+    arguments = dict(built)
     for name, field in known.items():
         if name in values:
-            found[name] = read_value(hints[name], values[name], _key(path, name))
+            arguments[name] = read_value(hints[name], values[name], _key(path, name))
         elif field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError(f"{_key(path, name)} is missing")
     try:
-        return kind(**found)
+        return kind(**arguments)
     except ConfigError:
         raise
     except ValueError as error:  # of __post_init__, which begins with the name of a key
@@ -74,7 +74,7 @@ def read_value(hint: Any, value: object, key: str) -> Any:
             raise ConfigError(f"{key} must be {limits}; got {_shown(value)}")
         return number
     if origin in (Union, types.UnionType):
-        (inner,) = (one for one in get_args(hint) if one is not type(None))
+        (inner,) = (inner for inner in get_args(hint) if inner is not type(None))
         return None if value is None else read_value(inner, value, key)
     if origin is Literal:
         if value not in get_args(hint) or isinstance(value, bool):
@@ -111,7 +111,7 @@ def _read_list(hint: Any, value: object, key: str) -> tuple[Any, ...]:
         inner = (inner[0],) * len(value)
     if len(inner) != len(value):
         raise ConfigError(f"{key} must be a list of {len(inner)}; got {_shown(value)}")
-    return tuple(read_value(one, item, f"{key}.{i}") for i, (one, item) in enumerate(zip(inner, value)))
+    return tuple(read_value(hint, item, f"{key}.{i}") for i, (hint, item) in enumerate(zip(inner, value)))
 
 
 def _read_rows(hint: Any, value: object, key: str) -> dict[str, Any]:

@@ -110,6 +110,11 @@ class VideoDecoder(nn.Module):
         """Copy the tokenizer's decoder; the new layers still add zero."""
         self.frame.load_state_dict(vqvae.decoder.state_dict())
 
+    def shared_rows(self, other: "VideoDecoder", same_words: bool) -> dict[str, list[tuple[int, int]]]:
+        """The rows of words with the same meaning, here and in another decoder: all or none."""
+        count = min(self.config.pieces, other.config.pieces) if same_words else 0
+        return {"words.weight": [(i, i) for i in range(count)]}
+
     def forward(self, z: Tensor, text: Tensor) -> Tensor:
         """Code vectors [B, F, C, g, g] and text ids [B, T] to clips [B, F, 3, R, R]."""
         frames = z.shape[1]

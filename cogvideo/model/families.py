@@ -31,7 +31,7 @@ from cogvideo.model.decoder import DecoderConfig, VideoDecoder
 from cogvideo.model.refiner import Refiner, RefinerConfig
 from cogvideo.model.regression import RegressionConfig, RegressionTransformer
 from cogvideo.model.superres import SuperResChannel, SuperResConfig
-from cogvideo.model.transformer import Base, ModelConfig, TemporalChannel
+from cogvideo.model.transformer import Base, TemporalChannel, TransformerConfig
 from cogvideo.model.vqvae import VQVAE, HierarchicalVQVAE, VQVAEConfig
 from cogvideo.text import PLAIN, TEMPLATE
 
@@ -57,7 +57,7 @@ class Spec(ABC):
     """The parts of a model and their sizes: what every family can be asked."""
 
     family: ClassVar[str]
-    reader: ClassVar[str]  # the part that embeds text
+    text_part: ClassVar[str]  # the part that embeds text
     template: ClassVar[str]  # of the text that it is trained with
     dtypes: ClassVar[tuple[str, ...]]  # that generation can compute in; the first is the fastest on a CPU
     refiner: RefinerConfig | None
@@ -77,7 +77,7 @@ class Spec(ABC):
 
     @property
     @abstractmethod
-    def speaks(self) -> ModelConfig | RegressionConfig:
+    def text_config(self) -> TransformerConfig | RegressionConfig:
         """The config of the part that reads text: `vocab` ids, at most `text_len` of them."""
 
     @property
@@ -91,7 +91,7 @@ class Spec(ABC):
         """Frames of a clip of the full length."""
 
     @property
-    def generating(self) -> tuple[str, ...]:
+    def generation_parts(self) -> tuple[str, ...]:
         """The parts that generation uses."""
         return self.parts
 
@@ -102,7 +102,7 @@ class Spec(ABC):
 
     @property
     @abstractmethod
-    def finishing(self) -> tuple[str, ...]:
+    def postprocessing_parts(self) -> tuple[str, ...]:
         """The parts that enlarge or improve a generated clip; training comes to them last."""
 
     @property
@@ -140,7 +140,7 @@ class Spec(ABC):
 
 @dataclass(frozen=True)
 class CogVideoSpec(Spec):
-    model: ModelConfig
+    model: TransformerConfig
     vqvae: VQVAEConfig
     decoder: DecoderConfig | None = None
     refiner: RefinerConfig | None = None
@@ -148,7 +148,7 @@ class CogVideoSpec(Spec):
     itersr: SuperResConfig | None = None
     bases: tuple[str, ...] = ()  # of superres and itersr, where they have one of their own
     family: ClassVar[str] = "cogvideo"
-    reader: ClassVar[str] = "base"
+    text_part: ClassVar[str] = "base"
     template: ClassVar[str] = TEMPLATE
     dtypes: ClassVar[tuple[str, ...]] = ("int8", "bfloat16", "float32")
 
@@ -199,7 +199,7 @@ class CogVideoSpec(Spec):
         }
 
     @property
-    def speaks(self) -> ModelConfig:
+    def text_config(self) -> TransformerConfig:
         return self.model
 
     @property
@@ -211,7 +211,7 @@ class CogVideoSpec(Spec):
         return max(rounds(self.model.frames))
 
     @property
-    def generating(self) -> tuple[str, ...]:
+    def generation_parts(self) -> tuple[str, ...]:
         """All but iterative super-resolution, which generation does without."""
         return tuple(part for part in self.parts if not part.startswith("itersr"))
 
@@ -220,7 +220,7 @@ class CogVideoSpec(Spec):
         return ("vqvae", "decoder", "refiner")
 
     @property
-    def finishing(self) -> tuple[str, ...]:
+    def postprocessing_parts(self) -> tuple[str, ...]:
         return tuple(part for part in ("superres", "decoder", "refiner") if part in self.parts)
 
     @property
@@ -252,7 +252,7 @@ class RegressionSpec(Spec):
     regression: RegressionConfig
     refiner: RefinerConfig | None = None
     family: ClassVar[str] = "regression"
-    reader: ClassVar[str] = "regression"
+    text_part: ClassVar[str] = "regression"
     template: ClassVar[str] = PLAIN
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
 
@@ -268,7 +268,7 @@ class RegressionSpec(Spec):
         }
 
     @property
-    def speaks(self) -> RegressionConfig:
+    def text_config(self) -> RegressionConfig:
         return self.regression
 
     @property
@@ -284,7 +284,7 @@ class RegressionSpec(Spec):
         return ("refiner",)
 
     @property
-    def finishing(self) -> tuple[str, ...]:
+    def postprocessing_parts(self) -> tuple[str, ...]:
         return ("refiner",) if self.refiner else ()
 
     @property

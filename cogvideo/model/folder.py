@@ -37,8 +37,7 @@ TYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.bool: "BOOL",
-}  # what safetensors calls them
-
+}  # in safetensors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -52,7 +51,7 @@ class Piece(NamedTuple):
 
     shape: torch.Size
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    build: Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class FolderConfig:
             raise ConfigError("the file holds no table")
         values = renamed(values)
         spec = read_spec(values)
-        sizes = {"family", *(one.name for kind in FAMILIES.values() for one in fields(kind))}
+        sizes = {"family", *(field.name for kind in FAMILIES.values() for field in fields(kind))}
         rest = {name: value for name, value in values.items() if name not in sizes}
         return read_table(cls, rest, spec=spec)
 
@@ -200,11 +199,15 @@ class ModelFolder:
         return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
     @property
-    def finishing(self) -> list[str]:
+    def postprocessing_parts(self) -> list[str]:
         """The parts that enlarge or improve a generated clip, except parts not trained yet."""
         trained = self.config.trained
         done = {part for row in (trained or {}).values() for part in row.parts}
-        return [part for part in self.spec().finishing if trained is None or part in done or self.has(part)]
+        return [
+            part
+            for part in self.spec().postprocessing_parts
+            if trained is None or part in done or self.has(part)
+        ]
 
     def has(self, part: str) -> bool:
         return self.file(part).exists()
@@ -281,9 +284,10 @@ class ModelFolder:
             file.write_bytes(model)
 
     def save(self, part: str, module: nn.Module, dtype: torch.dtype | None = None) -> None:
-        """Write a part; `dtype` rounds its floating-point weights. int8 rounds those of linear layers as
-        `Int8Linear` does, so that int8 computes the same from either, and those of convolutions; the rest
-        becomes float16, and so does the encoder of a tokenizer, since other codes would be other words."""
+        """Write a part; `dtype` rounds its floating-point weights. int8 rounds the matrices of
+        linear layers as `Int8Linear` does, so generation in int8 gives the same result, and those of
+        convolutions; the rest becomes float16. The encoder of a tokenizer stays in float16, since rounding it
+        further would change codes."""
         state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
         if dtype == torch.int8:
             state |= round_matrices(module)
@@ -295,30 +299,33 @@ class ModelFolder:
             save_file(state, file)
 
     def write(self, part: str, pieces: dict[str, Piece]) -> int:
-        """Write a part, each tensor made when its turn comes. Returns the bytes of all tensors."""
+        """Write a part, building one tensor at a time. Return the bytes of all tensors."""
         order = sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name))  # keeps them aligned
-        table, end = {}, 0
+        table = {}
+        end = 0
         for name in order:
             shape, dtype, _ = pieces[name]
-            begin, end = end, end + shape.numel() * dtype.itemsize
+            begin = end
+            end += shape.numel() * dtype.itemsize
             table[name] = {"dtype": TYPES[dtype], "shape": [*shape], "data_offsets": [begin, end]}
-        if end > (free := shutil.disk_usage(self.path).free):
+        free = shutil.disk_usage(self.path).free
+        if end > free:
             raise ModelError(f"{part} needs {end / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
         header = json.dumps(table).encode()
         header += b" " * (-len(header) % 8)
         with atomic_path(self.file(part)) as file, file.open("wb") as stream:
             stream.write(len(header).to_bytes(8, "little") + header)
             for name in order:
-                flat = pieces[name].make().detach().contiguous().flatten()
+                flat = pieces[name].build().detach().contiguous().flatten()
                 stream.write(flat.view(torch.uint8).numpy().data)
         return end
 
     def differing(self, part: str, pieces: dict[str, Piece]) -> Iterator[str]:
-        """Names of the tensors whose numbers are not those of the part on disk."""
+        """Names of the tensors that differ from those of the part on disk."""
         try:
             with safe_open(self.file(part), "pt") as stored:
                 for name, piece in pieces.items():
-                    if not torch.equal(stored.get_tensor(name), piece.make()):
+                    if not torch.equal(stored.get_tensor(name), piece.build()):
                         yield name
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.file(part)} is damaged: {error}") from None
@@ -326,15 +333,15 @@ class ModelFolder:
 
 def round_matrices(module: nn.Module) -> dict[str, torch.Tensor]:
     """The weights of linear layers and convolutions of a part as int8, and the scales of their outputs."""
-    found = {}
+    rounded = {}
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and not name.startswith("encoder."):
             weight = layer.weight.detach().cpu().float()
             rows = weight.flatten(1)
             scale = rows.abs().amax(1).clamp_min(1e-8) / 127
-            found[f"{name}.weight"] = (rows / scale[:, None]).round().to(torch.int8).view_as(weight)
-            found[f"{name}.weight{SCALE}"] = scale
-    return found
+            rounded[f"{name}.weight"] = (rows / scale[:, None]).round().to(torch.int8).view_as(weight)
+            rounded[f"{name}.weight{SCALE}"] = scale
+    return rounded
 
 
 def restore_rounded(state: dict[str, torch.Tensor]) -> None:
@@ -362,11 +369,9 @@ def read_tensor(file: Path, ending: str) -> Tensor | None:
 
 def shipped() -> list[str]:
     """Names of the models inside the package."""
-    return (
-        sorted(folder.name for folder in SHIPPED.iterdir() if (folder / "config.json").exists())
-        if SHIPPED.exists()
-        else []
-    )
+    if not SHIPPED.exists():
+        return []
+    return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / "config.json").exists())
 
 
 def find_model(name: str | Path) -> Path:

@@ -9,13 +9,13 @@ from cogvideo.model.families import CogVideoSpec, RegressionSpec, Spec
 from cogvideo.model.refiner import RefinerConfig
 from cogvideo.model.regression import RegressionConfig
 from cogvideo.model.superres import SuperResConfig
-from cogvideo.model.transformer import ModelConfig
+from cogvideo.model.transformer import TransformerConfig
 from cogvideo.model.vqvae import VQVAEConfig
 
 PRESETS: dict[str, Spec] = {
     # layers, width, heads, grid of tokens a frame; codes and text pieces
     "tiny": CogVideoSpec(
-        ModelConfig(
+        TransformerConfig(
             layers=8,
             width=384,
             heads=6,
@@ -38,7 +38,7 @@ PRESETS: dict[str, Spec] = {
     ),
     # the paper's sizes; its tokenizer has three rates, of which 8 makes 20 x 20 tokens of 160 pixels
     "cogvideo-9b": CogVideoSpec(
-        ModelConfig(
+        TransformerConfig(
             layers=48,
             width=3072,
             heads=48,
@@ -99,7 +99,7 @@ PRESETS: dict[str, Spec] = {
         RefinerConfig(scale=2, width=8, blocks=1),
     ),
     "nano": CogVideoSpec(
-        ModelConfig(
+        TransformerConfig(
             layers=2,
             width=32,
             heads=2,

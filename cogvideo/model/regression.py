@@ -40,13 +40,13 @@ class RegressionConfig:
     layers: SmallSize  # of the encoder, and as many of the decoder
     width: Size
     heads: SmallSize
-    vocab: Ids  # ids of text; a frame-rate token for each of `rates` follows them
+    vocab: Ids  # ids of text; a token for each of `rates` follows them
     pad: Id
     text_len: Size = 256
     resolution: Size = 64  # pixels a side of a frame
     patch: Size = 64  # of a patch
-    frames: SmallSize = 32  # of a clip at the full rate
-    rates: tuple[Fps, ...] = (1.0, 8.0)  # frames a second; the last is the full rate
+    frames: SmallSize = 32  # of a clip at the highest fps
+    rates: tuple[Fps, ...] = (1.0, 8.0)  # fps; the last is that of a full clip
     refine_width: Size = 32
     refine_blocks: SmallCount = 2
 
@@ -59,7 +59,7 @@ class RegressionConfig:
             raise ValueError(f"heads must divide the width {self.width}; got {self.heads}")
         if not self.rates:
             raise ValueError("rates must name a frame rate; got none")
-        if any(self.rates[-1] % rate for rate in self.rates):
+        if any(self.rates[-1] % fps for fps in self.rates):
             raise ValueError(
                 f"rates must divide the last one, the full rate {self.rates[-1]:g}; got {self.rates}"
             )
@@ -71,20 +71,18 @@ class RegressionConfig:
         """Patches a side."""
         return self.resolution // self.patch
 
-    def slots(self, rate: float) -> range:
-        """The numbers, at the full rate, of the frames that a clip has at `rate` frames a second."""
-        if rate not in self.rates:
-            raise ValueError(
-                f"no frame-rate token for {rate:g} frames a second; "
-                f"choose one of {', '.join(f'{one:g}' for one in self.rates)}"
-            )
-        return range(0, self.frames, round(self.rates[-1] / rate))
+    def slots(self, fps: float) -> range:
+        """The frames that a clip has at this fps, as numbers of frames at the highest fps."""
+        if fps not in self.rates:
+            choices = ", ".join(f"{choice:g}" for choice in self.rates)
+            raise ValueError(f"no frame-rate token for {fps:g} frames a second; choose one of {choices}")
+        return range(0, self.frames, round(self.rates[-1] / fps))
 
 
 class RegressionTransformer(nn.Module):
-    """`forward(text, rate, slots)`: text ids [B, T] to frames [B, F, 3, R, R]."""
+    """`forward(text, fps, slots)`: text ids [B, T] to frames [B, F, 3, R, R]."""
 
-    trained: Tensor  # bool [rates, frames]: the frames it was trained for at each rate
+    trained: Tensor  # bool [fps, frames]: the frames it was trained for at each fps
 
     def __init__(self, config: RegressionConfig):
         super().__init__()
@@ -119,10 +117,10 @@ class RegressionTransformer(nn.Module):
             if isinstance(module, nn.MultiheadAttention):
                 nn.init.normal_(module.in_proj_weight, std=0.02, generator=generator)
 
-    def get_ready(self, rate: float, slots: Sequence[int]) -> None:
-        """Prepare for training these frames at this rate."""
+    def prepare(self, fps: float, slots: Sequence[int]) -> None:
+        """Prepare for training these frames at this fps."""
         self.spread(self.trained.any(0))
-        self.trained[self.config.rates.index(rate), list(slots)] = True
+        self.trained[self.config.rates.index(fps), list(slots)] = True
 
     @torch.no_grad()
     def spread(self, known: Tensor) -> None:
@@ -135,17 +133,55 @@ class RegressionTransformer(nn.Module):
             spread = [np.interp(np.arange(len(table)), numbers, column) for column in columns]
             table.copy_(torch.from_numpy(np.stack(spread, 1)))
 
-    def forward(self, text: Tensor, rate: float, slots: Sequence[int] | None = None) -> Tensor:
+    def shared_rows(
+        self, other: "RegressionTransformer", same_words: bool
+    ) -> dict[str, list[tuple[int, int]]]:
+        """The rows with the same meaning, here and in another model: words if they are the same, tokens of
+        the same fps, and the times of frames that both have."""
+        here = self.config
+        there = other.config
+        words = min(here.vocab, there.vocab) if same_words else 0
+        embed = [(i, i) for i in range(words)]
+        embed += [(here.vocab + i, there.vocab + j) for i, j in self._shared_fps(other)]
+        return {
+            "embed.weight": embed,
+            "frame_positions.weight": [(i, i) for i in range(self._shared_times(other))],
+        }
+
+    def take_trained(self, other: "RegressionTransformer", complete: bool) -> None:
+        """Spread the frame positions that were taken from another model. If all tensors were, the frames that
+        it was trained for count as trained here as well."""
+        times = self._shared_times(other)
+        self.spread(other.trained[:, :times].any(0))
+        if complete:
+            for here, there in self._shared_fps(other):
+                self.trained[here, :times] = other.trained[there, :times]
+
+    def _shared_fps(self, other: "RegressionTransformer") -> list[tuple[int, int]]:
+        """The indices of equal fps, here and in another model."""
+        here = self.config.rates
+        there = other.config.rates
+        return [(here.index(fps), there.index(fps)) for fps in here if fps in there]
+
+    def _shared_times(self, other: "RegressionTransformer") -> int:
+        """How many first frames stand at the same times in both."""
+        here = self.config
+        there = other.config
+        if here.rates[-1] != there.rates[-1]:
+            return 1
+        return min(here.frames, there.frames)
+
+    def forward(self, text: Tensor, fps: float, slots: Sequence[int] | None = None) -> Tensor:
         """text [B, T], left-padded ids, to frames [B, F, 3, R, R] in [0, 1]: those of `slots`, by default all
-        that a clip has at `rate` frames per second."""
+        that a clip has at `fps`."""
         c = self.config
-        slots = list(c.slots(rate) if slots is None else slots)
+        slots = list(c.slots(fps) if slots is None else slots)
         padding = text == c.pad
         padding[:, -1] = False  # an empty caption attends to one padding token, not to nothing
         x = self.embed(text) + self.text_positions(text_ranks(text, c.pad))  # [B, T, D]
         memory = self.encoder(x, src_key_padding_mask=padding)
 
-        token = torch.tensor(c.vocab + c.rates.index(rate), device=text.device)
+        token = torch.tensor(c.vocab + c.rates.index(fps), device=text.device)
         frames = self.frame_positions.weight[slots] + self.embed(token)  # [F, D]
         queries = frames[:, None] + self.patch_positions.weight  # [F, P, D]
         queries = queries.flatten(0, 1).expand(len(text), -1, -1)  # [B, F * P, D]

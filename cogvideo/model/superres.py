@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from cogvideo.model.attention import Attention
 from cogvideo.model.config import Id, Size, SmallSize
-from cogvideo.model.transformer import Base, ModelConfig, init_normal, text_bias, text_ranks
+from cogvideo.model.transformer import Base, TransformerConfig, init_normal, text_bias, text_ranks
 
 TILE = 12  # queries a side, about: speed only
 
@@ -136,7 +136,7 @@ class SuperResChannel(nn.Module):
     """What super-resolution adds to a base: positions of the large map and, if direct, positions of the small
     map and attention in every layer."""
 
-    def __init__(self, model: ModelConfig, config: SuperResConfig):
+    def __init__(self, model: TransformerConfig, config: SuperResConfig):
         super().__init__()
         self.config = config
         direct = config.cross is not None
@@ -157,8 +157,8 @@ class SuperResChannel(nn.Module):
         self.positions.weight.copy_(first.view(grid, grid, -1).repeat(scale, scale, 1).flatten(0, 1))
         if self.low_positions is not None:
             self.low_positions.weight.copy_(first)
-        for mine, block in zip(self.attention, base.blocks):
-            mine.load_state_dict(block.attention.state_dict())
+        for channel, block in zip(self.attention, base.blocks):
+            channel.load_state_dict(block.attention.state_dict())
 
 
 class SuperRes(nn.Module):
@@ -228,12 +228,12 @@ class SuperRes(nn.Module):
         known = sees.shape[-1]
         dropout = self.base.config.dropout if self.training else 0.0
         base = self.base.blocks[layer].attention
-        mine = self.channel.attention[layer] if bias is None else base
+        channel = self.channel.attention[layer] if bias is None else base
         first = self.config.text_len if bias is None else 0  # of the known tokens that the large map sees
         q, k, v = qkv = base.project(x[:, :known])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, dropout_p=dropout)
-        seen = attend_tiles(mine.project(x[:, known:]), qkv[1:, :, :, first:], tiles, bias, dropout)
-        return torch.cat((base.out(y.transpose(1, 2).flatten(2)), mine.out(seen)), 1)
+        seen = attend_tiles(channel.project(x[:, known:]), qkv[1:, :, :, first:], tiles, bias, dropout)
+        return torch.cat((base.out(y.transpose(1, 2).flatten(2)), channel.out(seen)), 1)
 
 
 def due(pattern: Tensor, side: int, number: int) -> Tensor:

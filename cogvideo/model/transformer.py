@@ -27,7 +27,7 @@ from cogvideo.model.attention import (
     SequenceView,
     StepView,
     View,
-    turns_of,
+    rotary_table,
 )
 from cogvideo.model.cache import Cache, Channel, ChannelCache
 from cogvideo.model.config import MOST_WEIGHTS, Id, Ids, Range, Size, SmallCount, SmallSize
@@ -48,7 +48,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class TransformerConfig:
+    """Sizes of the base, and of the stages that share it."""
+
     layers: SmallSize
     width: Size
     heads: SmallSize
@@ -58,16 +60,18 @@ class ModelConfig:
     start: Id  # id of start-of-image, in slot 0 of every frame
     text_len: Size
     grid: SmallSize
-    frames: SmallSize = 5  # of one window
+    frames: SmallSize = (
+        5  # of one sequence: the key frames of stage 1, or given and generated ones of stage 2
+    )
     text_positions: Id = 0  # rows of the position table before those of frame 0; 0 means text_len
-    window: SmallCount = 0  # of the temporal channel of stage 2; stage 1 has full attention
+    window: SmallCount = 0  # tiles of the temporal attention of stage 2; 0, and in stage 1: full attention
     dropout: Annotated[float, Range(0, 0.99)] = 0.0
-    # what the original has not, each off by default
+    # The original has none of the following; they are off by default (its norm is "sandwich").
     rotary: bool = False  # queries and keys are rotated by time, row and column
     qk_norm: bool = False  # queries and keys are normalised
     activation: str = "gelu"  # of the MLP: gelu, or relu2 (Primer, So 2021)
-    norm: str = "sandwich"  # layer norms before and after each half of a block, or pre: before it
-    zero_init: bool = False  # the last matrix of each half of a block starts at 0
+    norm: str = "sandwich"  # layer norms before and after each sublayer (attention, MLP); pre: before only
+    zero_init: bool = False  # the last matrix of each sublayer starts at 0
     skew: SmallCount = 0  # codes are predicted a diagonal at a time (`Layout`)
 
     def __post_init__(self) -> None:
@@ -90,7 +94,7 @@ class ModelConfig:
             raise ValueError(f"codes must be at most the vocab {self.vocab}; got {self.codes}")
 
     @property
-    def frame_len(self) -> int:
+    def frame_tokens(self) -> int:
         return self.grid * self.grid
 
     def layout(self, stage: str) -> Layout:
@@ -106,17 +110,21 @@ class ModelConfig:
         return self.text_positions or self.text_len
 
 
-class TemporalHalf(NamedTuple):
-    """What a temporal channel adds to one layer."""
+class TemporalLayer(NamedTuple):
+    """What a stage adds to one layer: its attention over frames, and its gate."""
 
     attention: Attention
     gate: nn.Parameter  # [D]
 
 
 class Block(nn.Module):
-    """One layer: its inherited half, and a forward that takes the temporal half as well (section 3.2)."""
+    """One layer of the base, whose forward takes the temporal layer of a stage as well (section 3.2).
 
-    def __init__(self, config: ModelConfig, layer: int):
+    The paper calls the spatial attention attention-base, the temporal one attention-plus. A stage trains the
+    temporal attention and the gate; all that the block itself owns is inherited and frozen.
+    """
+
+    def __init__(self, config: TransformerConfig, layer: int):
         super().__init__()
         width = config.width
         sandwich = config.norm == "sandwich"
@@ -130,15 +138,22 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, view: View, temporal: TemporalHalf | None = None) -> Tensor:
-        """[B, T + S, D] to the same."""
+    def forward(self, x: Tensor, view: View, temporal: TemporalLayer | None = None) -> Tensor:
+        """[B, T + S, D] to the same.
+
+        With a = sigmoid(gate), one number a dimension, frames become
+
+            a * spatial(norm1(x)) + (1 - a) * temporal(norm1(x))
+
+        Text passes through the spatial attention alone: it is the same for every frame.
+        """
         h = self.norm1(x)
         text, frames = self.attention(h, view)
 
         if temporal is not None:
             _, over_time = temporal.attention(h, view)
             gate = temporal.gate.sigmoid().to(frames.dtype)
-            frames = torch.lerp(over_time, frames, gate)  # gate * spatial + (1 - gate) * temporal
+            frames = torch.lerp(over_time, frames, gate)
 
         h = frames if text is None else torch.cat((text, frames), 1)
         x = x + self.norm3(h)
@@ -147,12 +162,12 @@ class Block(nn.Module):
         x = x + self.norm4(h)
         return x
 
-    def write_keys(self, x: Tensor, view: PromptView, temporal: TemporalHalf | None = None) -> None:
-        """Leave keys and values of [B, T + S, D] in the cache of a prompt, and compute nothing else."""
+    def write_keys(self, x: Tensor, view: PromptView, temporal: TemporalLayer | None = None) -> None:
+        """Write the keys and values of [B, T + S, D] into the cache of a prompt, and compute nothing else."""
         h = self.norm1(x)
         attentions = [self.attention] if temporal is None else [self.attention, temporal.attention]
         for attention in attentions:
-            qkv = attention.project(h, view.turns)
+            qkv = attention.project(h, view.rotary)
             view.cache.write(attention.channel, attention.layer, qkv)
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -163,28 +178,29 @@ class TiedHead:
     """Hidden states to logits of the image codes, by the rows of the embedding; it owns no weights."""
 
     def __init__(self, embed: nn.Embedding, codes: int):
-        self.embed, self.codes = embed, codes
+        self.embed = embed
+        self.codes = codes
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.embed.weight[: self.codes])
 
 
 class Layer(Protocol):
-    """A `Block`, or what computes the same."""
+    """A `Block`, or another implementation of the same (int8.JointBlock)."""
 
-    def __call__(self, x: Tensor, view: View, temporal: TemporalHalf | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, view: View, temporal: TemporalLayer | None = None) -> Tensor: ...
 
-    def write_keys(self, x: Tensor, view: PromptView, temporal: TemporalHalf | None = None) -> None: ...
+    def write_keys(self, x: Tensor, view: PromptView, temporal: TemporalLayer | None = None) -> None: ...
 
 
 class Base(nn.Module):
     """The text-to-image transformer: embeddings, positions of text and of frame 0, blocks."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab, config.width)
-        self.positions = nn.Embedding(config.first_frame + config.frame_len, config.width)
+        self.positions = nn.Embedding(config.first_frame + config.frame_tokens, config.width)
         self.blocks = cast("list[Block]", nn.ModuleList(Block(config, n) for n in range(config.layers)))
         self.norm = nn.LayerNorm(config.width)
         self.head = TiedHead(self.embed, config.codes)
@@ -197,15 +213,25 @@ class Base(nn.Module):
                 block.attention.out.weight.mul_(scale)
                 block.down.weight.mul_(scale)
 
+    def shared_rows(self, other: "Base", same_words: bool) -> dict[str, list[tuple[int, int]]]:
+        """The embedding's rows with the same meaning, here and in another base: image codes, and words if
+        they are the same."""
+        here = self.config
+        there = other.config
+        count = here.vocab if same_words else here.codes
+        if here.codes != there.codes:
+            count = 0
+        return {"embed.weight": [(i, i) for i in range(min(count, there.vocab))]}
+
 
 class TemporalChannel(nn.Module):
     """What a stage adds: attention over frames in every layer, its gate, and positions of the frames after
     the first."""
 
-    def __init__(self, config: ModelConfig, window: int):
+    def __init__(self, config: TransformerConfig, window: int):
         super().__init__()
         self.window = window  # 0: full attention
-        self.positions = nn.Embedding((config.frames - 1) * config.frame_len, config.width)
+        self.positions = nn.Embedding((config.frames - 1) * config.frame_tokens, config.width)
         attention = nn.ModuleList(
             Attention(config.width, config.heads, config.qk_norm, channel="temporal", layer=layer)
             for layer in range(config.layers)
@@ -224,15 +250,15 @@ class TemporalChannel(nn.Module):
         The gates stay at one half."""
         first = base.positions.weight[base.config.first_frame :]
         self.positions.weight.copy_(first.repeat(len(self.positions.weight) // len(first), 1))
-        for mine, block in zip(self.attention, base.blocks):
-            mine.load_state_dict(block.attention.state_dict())
+        for attention, block in zip(self.attention, base.blocks):
+            attention.load_state_dict(block.attention.state_dict())
 
 
 class DualChannelTransformer(nn.Module):
     """A base and, for a stage, its temporal channel.
 
-    `forward` takes whole sequences, for training. Generation takes a prompt by `prefill`, then tokens by
-    `step`.
+    `forward` computes whole sequences, for training. Generation writes a prompt into a cache by `prefill`,
+    then computes token after token by `step`.
     """
 
     def __init__(self, base: Base, temporal: TemporalChannel | None = None):
@@ -242,11 +268,11 @@ class DualChannelTransformer(nn.Module):
         self.temporal = temporal
         self.window = 0 if temporal is None else temporal.window
         self.channels: tuple[Channel, ...] = ("spatial",)
-        self.layers: list[tuple[Layer, TemporalHalf | None]] = [(block, None) for block in base.blocks]
+        self.layers: list[tuple[Layer, TemporalLayer | None]] = [(block, None) for block in base.blocks]
         if temporal is not None:
             self.channels = ("spatial", "temporal")
-            halves = map(TemporalHalf, temporal.attention, temporal.gate)
-            self.layers = list(zip(base.blocks, halves))
+            temporal_layers = map(TemporalLayer, temporal.attention, temporal.gate)
+            self.layers = list(zip(base.blocks, temporal_layers))
 
     def forward(self, tokens: Tensor, layout: Layout, boost: float = 0.0) -> Tensor:
         """Logits of the next image code at every frame slot, float32 [B, S, V].
@@ -259,14 +285,14 @@ class DualChannelTransformer(nn.Module):
     def hidden(
         self, tokens: Tensor, layout: Layout, boost: float = 0.0, corners: Tensor | None = None
     ) -> Tensor:
-        """Hidden states of the frames after the last norm [B, S, D], for `head`. corners [B, 2]: first row
-        and column of what the tokens are a window of, if they are not whole frames."""
+        """Hidden states of the frames after the last norm [B, S, D], for `head`. corners [B, 2]: if the
+        frames are crops of larger ones, their first rows and columns in these."""
         x = self._embed(tokens, layout, corners)  # [B, T + S, D]
         view = SequenceView(
-            layout=self._present(tokens, layout),
+            layout=self._of_tokens(tokens, layout),
             window=self.window,
             bias=self._bias(tokens, layout, boost),
-            turns=self._turns(layout, x.device, x.shape[1], corners),
+            rotary=self._rotary_table(layout, x.device, x.shape[1], corners),
             boost=boost,
             dropout=self.config.dropout if self.training else 0.0,
         )
@@ -280,10 +306,10 @@ class DualChannelTransformer(nn.Module):
         its boost."""
         x = self._embed(tokens, layout)
         view = PromptView(
-            layout=self._present(tokens, layout),
+            layout=self._of_tokens(tokens, layout),
             window=self.window,
             bias=self._bias(tokens, layout, boost),
-            turns=self._turns(layout, x.device, x.shape[1]),
+            rotary=self._rotary_table(layout, x.device, x.shape[1]),
             boost=boost,
             cache=cache,
         )
@@ -291,13 +317,13 @@ class DualChannelTransformer(nn.Module):
         *layers, (last, last_temporal) = self.layers
         for block, temporal in layers:
             x = block(x, view, temporal)
-        last.write_keys(x, view, last_temporal)  # nobody asks for what follows the prompt
+        last.write_keys(x, view, last_temporal)  # the prompt's own output is not needed
 
-    def step(self, tokens: Tensor, cache: Cache, places: Sequence[int]) -> Tensor:
-        """Logits after tokens [B, m] at m laid places, one or several that do not depend on each other:
-        float32 [B, m, V]."""
-        x = self.base.embed(tokens) + cache.positions[places]  # [B, m, D]
-        view = StepView(cache, places)
+    def step(self, tokens: Tensor, cache: Cache, positions: Sequence[int]) -> Tensor:
+        """Logits after tokens [B, m] at m laid positions that do not depend on each other: float32
+        [B, m, V]."""
+        x = self.base.embed(tokens) + cache.positions[positions]  # [B, m, D]
+        view = StepView(cache, positions)
         for block, temporal in self.layers:
             x = block(x, view, temporal)
         return self.head(self.base.norm(x))
@@ -311,20 +337,20 @@ class DualChannelTransformer(nn.Module):
         c = self.config
         like = self.base.norm.weight
         sizes = (c.layers, batch, c.heads, c.width // c.heads)
-        channels = {one: ChannelCache(layout, one, self.window, sizes, like) for one in self.channels}
+        channels = {name: ChannelCache(layout, name, self.window, sizes, like) for name in self.channels}
         longest = max(channel.longest for channel in channels.values())
         bias = like.new_zeros(batch * c.heads, 1, longest)
-        turns = self._turns(layout, like.device)
-        if turns is not None:
-            turns = turns[:, layout.text_len :]
-        return Cache(channels, self._frame_positions(layout), bias, turns)
+        rotary = self._rotary_table(layout, like.device)
+        if rotary is not None:
+            rotary = rotary[:, layout.text_len :]
+        return Cache(channels, self._frame_positions(layout), bias, rotary)
 
-    # -- what enters the first layer, and what all layers share
+    # -- the input of the first layer, and what all layers share
 
-    def _present(self, tokens: Tensor, layout: Layout) -> Layout:
-        """The layout of the frames that are there: all, or the first ones."""
-        given = tokens.shape[1] - layout.text_len
-        return layout if given == layout.tokens else layout.first(given // layout.frame_len)
+    def _of_tokens(self, tokens: Tensor, layout: Layout) -> Layout:
+        """The layout of the frames among the tokens: all, or the first ones."""
+        count = tokens.shape[1] - layout.text_len
+        return layout if count == layout.clip_tokens else layout.first(count // layout.frame_tokens)
 
     def _bias(self, tokens: Tensor, layout: Layout, boost: float) -> Tensor:
         """[B, T] added to the scores of text."""
@@ -334,8 +360,8 @@ class DualChannelTransformer(nn.Module):
     def _embed(self, tokens: Tensor, layout: Layout, corners: Tensor | None = None) -> Tensor:
         """Text and the first frames, each with its position: [B, T + S] to [B, T + S, D]."""
         ranks = text_ranks(tokens[:, : layout.text_len], self.config.pad)
-        given = tokens.shape[1] - layout.text_len
-        frames = self._frame_positions(layout, corners)[..., :given, :].expand(len(tokens), -1, -1)
+        count = tokens.shape[1] - layout.text_len
+        frames = self._frame_positions(layout, corners)[..., :count, :].expand(len(tokens), -1, -1)
         x = self.base.embed(tokens) + torch.cat((self.base.positions(ranks), frames), 1)
         return F.dropout(x, self.config.dropout, self.training)
 
@@ -347,32 +373,31 @@ class DualChannelTransformer(nn.Module):
             table = torch.cat((table, self.temporal.positions.weight))
         if corners is None:
             return table[layout.positions(table.device)]
-        time, row, column = (layout.axes(table.device) + F.pad(corners, (1, 0))[:, None]).unbind(-1)
+        time, row, column = layout.axes_at(corners).unbind(-1)
         return table[(time * self.config.grid + row) * self.config.grid + column]
 
-    def _turns(
+    def _rotary_table(
         self, layout: Layout, device: torch.device, count: int | None = None, corners: Tensor | None = None
     ) -> Tensor | None:
-        """[2, T + F * N, d] the rotations of text, which has none, and of all laid places, or of the first
-        `count` of them; None without rotary embedding."""
+        """[2, T + F * N, d] the rotations of text, which has none, and of all laid positions, or of the first
+        `count` of all these; None without rotary embedding."""
         if not self.config.rotary:
             return None
         width = self.config.width // self.config.heads
         if corners is None:
-            turns = turns_of_layout(layout, width, device)
+            rotary = layout_rotary_table(layout, width, device)
         else:
-            axes = layout.axes(device) + F.pad(corners, (1, 0))[:, None]
-            axes = F.pad(axes, (0, 0, layout.text_len, 0))  # [B, T + S, 3]
-            turns = turns_of(axes.flatten(0, 1), width).unflatten(1, axes.shape[:2])[:, :, None]
-        return turns[..., :count, :]
+            axes = F.pad(layout.axes_at(corners), (0, 0, layout.text_len, 0))  # [B, T + S, 3]
+            rotary = rotary_table(axes.flatten(0, 1), width).unflatten(1, axes.shape[:2])[:, :, None]
+        return rotary[..., :count, :]
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # what is kept must serve training too
-def turns_of_layout(layout: Layout, width: int, device: torch.device) -> Tensor:
-    """[2, T + F * N, width] for `rotate`: text stays as it is, frames turn by time, row and column."""
+@torch.inference_mode(False)  # cached: must not be an inference tensor, since training uses it
+def layout_rotary_table(layout: Layout, width: int, device: torch.device) -> Tensor:
+    """[2, T + F * N, width] for `rotate`: text is not rotated, frames are by time, row and column."""
     text = torch.zeros(layout.text_len, 3, dtype=torch.long, device=device)
-    return turns_of(torch.cat((text, layout.axes(device))), width)
+    return rotary_table(torch.cat((text, layout.axes(device))), width)
 
 
 def text_ranks(text: Tensor, pad: int) -> Tensor:
@@ -381,7 +406,7 @@ def text_ranks(text: Tensor, pad: int) -> Tensor:
 
 
 def text_bias(text: Tensor, pad: int, dtype: torch.dtype) -> Tensor:
-    """What is added to scores towards text [B, T]: 0 on text, -inf on padding."""
+    """The bias on attention scores towards text [B, T]: 0 on text, -inf on padding."""
     return torch.zeros_like(text, dtype=dtype).masked_fill(text == pad, float("-inf"))
 
 

@@ -47,8 +47,10 @@ class VQVAEConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # pixels in [0, 1] are normalised by these
     std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
     # of a HierarchicalVQVAE
-    rates: tuple[SmallSize, ...] = ()  # pixels a side that one code stands for, each twice the one before
-    rate: SmallCount = 0  # the one of `rates` that is meant when none is named
+    rates: tuple[
+        SmallSize, ...
+    ] = ()  # downsampling factors, each twice the one before; none: one, by the encoder
+    rate: SmallCount = 0  # the one of `rates` that is used by default
     attended: tuple[SmallCount, ...] = ()  # levels in which attention follows every residual block
 
     def __post_init__(self) -> None:
@@ -406,8 +408,7 @@ class HierarchicalVQVAE(VQVAE):
     factors 4, 8 and 16.
 
     The encoder reaches the first factor, and each further factor halves the map once more. A code of factor r
-    stands for r x r pixels; images may have any size that r divides. Arguments named `rate` are a factor, 0
-    the configured one.
+    stands for r x r pixels; images may have any size that r divides. A factor of 0 is the configured one.
     """
 
     def __init__(self, config: VQVAEConfig):
@@ -419,42 +420,42 @@ class HierarchicalVQVAE(VQVAE):
         self.codebook = Codebook(config.codes, config.code_width)
         # a decoder for a larger factor has more levels, with as many channels as the first
         self.decoders = nn.ModuleList(
-            _decoder(config, (1,) * number + config.multipliers) for number in range(len(config.rates))
+            _decoder(config, (1,) * level + config.multipliers) for level in range(len(config.rates))
         )
 
-    def _number(self, rate: int) -> int:
-        rate = rate or self.config.rate
-        if rate not in self.config.rates:
-            factors = ", ".join(map(str, self.config.rates))
-            raise ValueError(f"no downsampling factor {rate}; choose one of {factors}")
-        return self.config.rates.index(rate)
+    def _level(self, factor: int) -> int:
+        factor = factor or self.config.rate
+        if factor not in self.config.rates:
+            choices = ", ".join(map(str, self.config.rates))
+            raise ValueError(f"no downsampling factor {factor}; choose one of {choices}")
+        return self.config.rates.index(factor)
 
-    def latents(self, images: Tensor, rate: int = 0) -> Tensor:
-        """[B, 3, H, W] to encoder outputs before quantisation [B, C, H / rate, W / rate]."""
+    def latents(self, images: Tensor, factor: int = 0) -> Tensor:
+        """[B, 3, H, W] to encoder outputs before quantisation [B, C, H / factor, W / factor]."""
         z: Tensor = self.encoder(self._normalise(images))
-        for halve in self.halves[: self._number(rate)]:
+        for halve in self.halves[: self._level(factor)]:
             z = halve(z)
         z = self.project(z)
         return z
 
     @torch.no_grad()
-    def encode(self, images: Tensor, rate: int = 0) -> Tensor:
+    def encode(self, images: Tensor, factor: int = 0) -> Tensor:
         """[B, 3, H, W] in [0, 1] to ids [B, N], raster order."""
-        z = self.latents(images.to(self.dtype), rate).float().permute(0, 2, 3, 1)  # [B, h, w, C]
+        z = self.latents(images.to(self.dtype), factor).float().permute(0, 2, 3, 1)  # [B, h, w, C]
         return self.codebook.nearest(z.flatten(0, 2)).view(len(z), -1)
 
-    def rebuild(self, z: Tensor, rate: int = 0) -> Tensor:
-        """Code vectors [B, C, h, w] to images [B, 3, h * rate, w * rate], not clamped."""
-        return self._denormalise(self.decoders[self._number(rate)](z).float())
+    def rebuild(self, z: Tensor, factor: int = 0) -> Tensor:
+        """Code vectors [B, C, h, w] to images [B, 3, h * factor, w * factor], not clamped."""
+        return self._denormalise(self.decoders[self._level(factor)](z).float())
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, rate: int = 0) -> Tensor:
+    def decode(self, ids: Tensor, factor: int = 0) -> Tensor:
         """ids [B, N] of square maps, of any size, to images [B, 3, R, R], clamped to [0, 1]."""
         side = math.isqrt(ids.shape[1])
         assert side * side == ids.shape[1], f"{ids.shape[1]} codes are no square map"
         z = self.vectors(ids).to(self.dtype)
         # one by one: the largest maps of a large image take much memory
-        return torch.cat([self.rebuild(one, rate) for one in z.split(1)]).clamp(0, 1)
+        return torch.cat([self.rebuild(rows, factor) for rows in z.split(1)]).clamp(0, 1)
 
 
 def to_images(frames: np.ndarray) -> Tensor:

@@ -4,13 +4,13 @@ recipes        the curricula, as one table
 phase          one phase of a recipe
 run            a run: its options, what is finished, where a phase begins, whether it can work
 loop           the training loop
-objectives     the kinds of phases: check, step, preview, cost
+objectives     the kinds of phases: check, loss, preview, cost
 inputs         what a loss reads of a batch
 losses         cross-entropy of codes, and the hierarchical loss of frames
 discriminator  the adversary of a video decoder
 optim          optimizers and learning rates
 parallel       several processes or devices, applied from outside
-inherit        what a new run begins with
+inherit        the weights that a new run starts from
 checkpoint     save and resume
 report         log, loss curve
 preview        images of progress

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from cogvideo.files import atomic_path
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import FORMER
-from cogvideo.train.parallel import Machine, gather_momentum, whole
+from cogvideo.train.parallel import Distributed, gather_momentum, whole
 
 
 def save(
@@ -24,19 +24,19 @@ def save(
     step: int,
     parts: dict[str, nn.Module],
     optimizers: list[torch.optim.Optimizer],
-    machine: Machine,
+    distributed: Distributed,
 ) -> None:
     """Write a checkpoint. All processes call this; the first one writes."""
-    gather_momentum(optimizers, machine)
+    gather_momentum(optimizers, distributed)
 
     def collect(values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors, gathered one by one; only the first process keeps them."""
-        found = {}
+        collected = {}
         for key, value in values.items():
             full = whole(value)
-            if machine.first:
-                found[key] = full.cpu() if full is not value else full
-        return found
+            if distributed.first:
+                collected[key] = full.cpu() if full is not value else full
+        return collected
 
     state = {
         "step": step,
@@ -46,22 +46,22 @@ def save(
             for saved in (optimizer.state_dict() for optimizer in optimizers)
         ],
     }
-    if machine.first:
+    if distributed.first:
         with atomic_path(path) as file:
             torch.save(state, file)
 
 
 def resume(
-    path: Path, parts: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer], machine: Machine
+    path: Path, parts: dict[str, nn.Module], optimizers: list[torch.optim.Optimizer], distributed: Distributed
 ) -> int:
     """Load a checkpoint into parts and optimizers, if there is one; return the next step. Every process reads
     the file and takes its shards. ValueError if the file is damaged or belongs to another optimizer."""
     if not path.exists():
         return 0
-    state = read(path, machine.ranks > 1)
+    state = read(path, distributed.ranks > 1)
     for name, part in parts.items():
-        mine = part.state_dict()
-        part.load_state_dict({k: _like(v, mine[k]) for k, v in state["parts"][name].items()})
+        like = part.state_dict()
+        part.load_state_dict({k: _like(v, like[k]) for k, v in state["parts"][name].items()})
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         params = [p for group in optimizer.param_groups for p in group["params"]]
         for i, row in saved["state"].items():
@@ -86,23 +86,23 @@ def read(path: Path, mapped: bool = True) -> dict[str, Any]:
     return state
 
 
-def _like(value: Tensor, mine: Tensor) -> Tensor:
-    """A whole tensor, sharded like `mine`; scalars, such as a count of steps, stay whole."""
-    if not isinstance(mine, DTensor) or value.ndim == 0:
+def _like(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, sharded like `like`; scalars, such as a count of steps, stay whole."""
+    if not isinstance(like, DTensor) or value.ndim == 0:
         return value
-    return distribute_tensor(value, mine.device_mesh, mine.placements, src_data_rank=None)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def unshard(parts: dict[str, nn.Module], machine: Machine, spec: Spec) -> dict[str, nn.Module]:
+def unshard(parts: dict[str, nn.Module], distributed: Distributed, spec: Spec) -> dict[str, nn.Module]:
     """Parts that work without the other processes: whole copies of sharded parts on the first process, none
     on the others. All processes call this."""
-    if machine.mesh is None:
-        return dict(parts) if machine.first else {}
-    found = {}
+    if distributed.mesh is None:
+        return dict(parts) if distributed.first else {}
+    whole_parts = {}
     for name, part in parts.items():
         state = {key: whole(value.detach()) for key, value in part.state_dict().items()}
-        if machine.first:
-            found[name] = spec.outline(name)
-            found[name].load_state_dict(state, assign=True)
-            found[name].eval().requires_grad_(False)
-    return found
+        if distributed.first:
+            whole_parts[name] = spec.outline(name)
+            whole_parts[name].load_state_dict(state, assign=True)
+            whole_parts[name].eval().requires_grad_(False)
+    return whole_parts

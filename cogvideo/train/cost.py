@@ -18,19 +18,19 @@ def token_flops(layout: Layout, stage: str, trains: Sequence[str], parts: Parts)
     """Operations for one clip of this layout, forward and backward. `stage` names the temporal channel, if
     the parts have one; `trains` the parts that learn."""
     c = part(parts, "base", Base).config
-    tokens = c.text_len + layout.tokens
+    tokens = c.text_len + layout.clip_tokens
     flops = 0.0
     for name in ("base", stage):
         if name in parts:
             linear = [m for m in parts[name].modules() if isinstance(m, nn.Linear)]
             flops += sum(m.weight.numel() for m in linear) * tokens * (6 if name in trains else 4)
-    predicted = len(layout.trained) * layout.frame_len
+    predicted = len(layout.trained) * layout.frame_tokens
     flops += c.codes * c.width * predicted * (6 if "base" in trains else 4)
-    pairs = c.layers * (layout.sees("spatial").sum() + (layout.tokens + c.text_len) * c.text_len)
+    pairs = c.layers * (layout.sees("spatial").sum() + (layout.clip_tokens + c.text_len) * c.text_len)
     if stage in parts:
         temporal = part(parts, stage, TemporalChannel)
         for layer in range(c.layers):
             shifted = bool(temporal.window) and layer % 2 == 1
             seen = layout.sees("temporal", temporal.window, shifted)
-            pairs += seen.sum() + layout.tokens * c.text_len
+            pairs += seen.sum() + layout.clip_tokens * c.text_len
     return float(flops + 12.0 * c.width * float(pairs))

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from cogvideo.model.features import weighted
 
-NOISE = 0.01  # standard deviation, in shares of white, of what the slope is measured by
-SLOPE = 100.0  # weight of the squared change that it makes: in the place of r1
+NOISE = 0.01  # standard deviation of the noise that measures the slope; pixels are from 0 to 1
+SLOPE = 100.0  # weight of the squared change of scores by that noise, as R1 weighs the squared gradient
 
 
 class Discriminator(nn.Module):
@@ -48,28 +48,28 @@ class Discriminator(nn.Module):
 
 
 def new_discriminator(seed: int) -> Discriminator:
-    """With fresh weights, the same for the same seed."""
+    """Build a discriminator with new weights, the same for the same seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Discriminator()
 
 
 @dataclass(frozen=True)
-class Opinion:
-    """What a discriminator says of a step."""
+class AdversarialLosses:
+    """The losses of one step; the gradient of each leaves the other network alone."""
 
-    decoder: Tensor  # the loss of the decoder, whose gradient leaves the discriminator alone
-    own: Tensor  # the loss of the discriminator, whose gradient leaves the decoder alone
+    decoder: Tensor
+    discriminator: Tensor
     numbers: dict[str, float]  # mean scores
 
 
-def opinion(
+def adversarial_losses(
     discriminator: Discriminator,
     decoded: Tensor,
     true_clips: Tensor,
     seeds: Sequence[int],
     weights: Tensor | None = None,
-) -> Opinion:
+) -> AdversarialLosses:
     """Decoded clips against true ones, both [B, F, 3, H, W]. seeds: a number a clip, for the noise. weights
     [B, F, y, x], of any size: how much a cell counts, relative to the other cells of its clip."""
     if weights is not None:
@@ -86,9 +86,9 @@ def opinion(
     judged = torch.cat((true_clips, true_clips + NOISE * noise, decoded.detach()))
     true, shaken, false = discriminator(judged).chunk(3)
     slope = SLOPE * (true - shaken).square().mean()
-    own = mean(F.softplus(-true)) + mean(F.softplus(false)) + slope
+    loss = mean(F.softplus(-true)) + mean(F.softplus(false)) + slope
     scores = {"adversary": decoder, "true": true.mean(), "decoded": false.mean()}
-    return Opinion(decoder, own, {name: float(value.detach()) for name, value in scores.items()})
+    return AdversarialLosses(decoder, loss, {name: float(value.detach()) for name, value in scores.items()})
 
 
 def _noise(clip: Tensor, seed: int) -> Tensor:

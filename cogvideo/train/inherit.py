@@ -2,11 +2,11 @@
 
 A tensor is taken if the other model has one of its name and shape. Of a table, the rows with the same meaning
 are taken: of `embed` the image codes, the words if both models have the same text model, and the tokens of
-equal frame rates; of the decoder's `words` all or none; of `frame_positions` the moments that both have.
+equal fps; of the decoder's `words` all or none; of `frame_positions` the moments that both have.
 """
 
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,13 @@ from cogvideo.convert.gpt2 import read_embedding
 from cogvideo.data.cut import Source
 from cogvideo.data.loader import read_captions
 from cogvideo.files import atomic_folder
-from cogvideo.model.decoder import VideoDecoder
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import FolderConfig, ModelFolder
 from cogvideo.model.regression import RegressionTransformer
-from cogvideo.model.transformer import Base
 from cogvideo.model.vqvae import VQVAE
 from cogvideo.text import split_words, train_text
 from cogvideo.train.recipes import Recipe
 
-Rows = list[tuple[int, int]]  # here and there
 CAPTIONS = 40_000  # that the text model is trained on
 
 
@@ -33,6 +30,15 @@ class SelfInitialised(Protocol):
     """A part that initialises its own weights."""
 
     def init_weights(self, generator: torch.Generator) -> None: ...
+
+
+@runtime_checkable
+class HasTables(Protocol):
+    """A part with tables of which another part may have some rows."""
+
+    def shared_rows(self, other: Any, same_words: bool) -> dict[str, list[tuple[int, int]]]:
+        """For each such table, the rows with the same meaning, here and in a part of the same class."""
+        ...
 
 
 def new_part(spec: Spec, name: str, seed: int) -> nn.Module:
@@ -48,7 +54,8 @@ def new_part(spec: Spec, name: str, seed: int) -> nn.Module:
 def shared_parts(spec: Spec, init: ModelFolder) -> list[str]:
     """The parts that both models have; ValueError if there are none."""
     there = init.spec().parts
-    if not (shared := [name for name in spec.parts if name in there and init.has(name)]):
+    shared = [name for name in spec.parts if name in there and init.has(name)]
+    if not shared:
         raise ValueError(
             f"{init.path} has no part of this model; its parts are {', '.join(there)}, "
             f"this model's are {', '.join(spec.parts)}"
@@ -58,15 +65,17 @@ def shared_parts(spec: Spec, init: ModelFolder) -> list[str]:
 
 def text_model(init: ModelFolder, spec: Spec) -> bytes | None:
     """The text model of `init`, if `init` has the embedding of its pieces and they fit into this model."""
-    if init.config.text == "gpt2" or spec.reader not in shared_parts(spec, init):
+    if init.config.text == "gpt2" or spec.text_part not in shared_parts(spec, init):
         return None
     text = init.text()
-    return text.model if spec.first_text + len(text) <= spec.speaks.vocab else None
+    return text.model if spec.first_text + len(text) <= spec.text_config.vocab else None
 
 
 def read_words(spec: Spec, where: str) -> Tensor:
     """GPT-2's embedding [ids, width]; ValueError if it is not of this model's size."""
-    given, ids, width = read_embedding(where), spec.speaks.vocab, spec.speaks.width
+    given = read_embedding(where)
+    ids = spec.text_config.vocab
+    width = spec.text_config.width
     if given.shape != (ids, width):
         raise ValueError(
             f"the embedding in {where} is {given.shape[0]} ids x {given.shape[1]}, this model's "
@@ -87,9 +96,9 @@ def check(
                 f"{folder.path} holds another model, {config.preset}, than the recipe "
                 f"{recipe.name} trains, {recipe.preset}; choose another --out"
             )
-        if asked and asked != (begun := config.begun):
+        if asked and asked != config.begun:
             raise ValueError(
-                f"the run in {folder.path.parent} has begun with {begun or 'new weights'}; to "
+                f"the run in {folder.path.parent} has begun with {config.begun or 'new weights'}; to "
                 f"begin with {asked} choose another --out"
             )
         return
@@ -124,21 +133,21 @@ def prepare(
         return
     config = FolderConfig(spec, recipe.preset, recipe.name, trained={}, begun=_asked(init, init_embedding))
     if recipe.pieces:
-        read = list(read_captions(source, captions or CAPTIONS, recipe.seed))
-        words = sorted({word for caption in read for word in split_words(caption)})
+        texts = list(read_captions(source, captions or CAPTIONS, recipe.seed))
+        words = sorted({word for text in texts for word in split_words(text)})
         config = replace(config, words=tuple(words))
-        theirs = text_model(init, spec) if init else None
-        text = _own_text(folder) or theirs or train_text(read, recipe.pieces)
-        same_words = text == theirs
+        inherited = text_model(init, spec) if init else None
+        model = _own_text(folder) or inherited or train_text(texts, recipe.pieces)
+        same_words = model == inherited
     else:
         config = replace(config, text="gpt2")  # which knows all words
-        text = b""
+        model = b""
         same_words = bool(init and init.config.text == "gpt2")
     parts = _first_parts(spec, recipe.seed, init, init_embedding, same_words)
     with atomic_folder(folder.path) as path:
         new = ModelFolder(path)
         if recipe.pieces:
-            new.write_text(text)
+            new.write_text(model)
         for name, part in parts.items():
             new.save(name, part)
         new.write_config(config)
@@ -161,11 +170,11 @@ def _first_parts(
             print(f"{name} from {init.path}: {take(parts[name], init.load(name), same_words)}")
         print(f"words: {'the same' if same_words else 'those of the captions here'}")
     if init_embedding is not None:
-        if spec.reader not in parts:
-            parts[spec.reader] = new_part(spec, spec.reader, seed)
-        model: Any = parts[spec.reader]
+        if spec.text_part not in parts:
+            parts[spec.text_part] = new_part(spec, spec.text_part, seed)
+        model: Any = parts[spec.text_part]
         with torch.no_grad():
-            model.embed.weight[: spec.speaks.vocab] = read_words(spec, init_embedding)
+            model.embed.weight[: spec.text_config.vocab] = read_words(spec, init_embedding)
         print(f"embedding of words from {init_embedding}")
     return parts
 
@@ -181,65 +190,33 @@ def copy(part: nn.Module, parent: nn.Module) -> None:
 
 
 @torch.no_grad()
-def take(part: nn.Module, parent: nn.Module, same_words: bool = True) -> str:
-    """Copy the tensors, or the rows of tables, that a part has in common with its parent. Return a line that
+def take(part: nn.Module, other: nn.Module, same_words: bool = True) -> str:
+    """Copy the tensors, or the rows of tables, that a part has in common with another. Return a line that
     says what was taken and what stays new."""
-    tables = _tables(part, parent, same_words)
-    theirs = parent.state_dict()
-    if isinstance(part, VQVAE) and part.codebook.vectors.shape != theirs["codebook.vectors"].shape:
+    tables = part.shared_rows(other, same_words) if isinstance(part, HasTables) else {}
+    given = other.state_dict()
+    if isinstance(part, VQVAE) and part.codebook.vectors.shape != given["codebook.vectors"].shape:
         for name in part.codebook.state_dict():  # all or none: without its codes it must not count as filled
-            del theirs[f"codebook.{name}"]
-    mine = dict(part.named_parameters()) | dict(part.named_buffers())
-    trained = mine.pop("trained", None)  # of RegressionTransformer: the frames that it can generate
+            del given[f"codebook.{name}"]
+    tensors = dict(part.named_parameters()) | dict(part.named_buffers())
+    if isinstance(part, RegressionTransformer):
+        del tensors["trained"]
 
     new = []
-    for name, tensor in mine.items():
-        given = theirs.get(name)
+    for name, tensor in tensors.items():
+        source = given.get(name)
         rows = tables.get(name)
-        if given is not None and rows is not None and given.shape[1:] == tensor.shape[1:]:
-            here = [row for row, _ in rows]
-            there = [row for _, row in rows]
-            tensor[here] = given[there]
+        if source is not None and rows is not None and source.shape[1:] == tensor.shape[1:]:
+            tensor[[here for here, _ in rows]] = source[[there for _, there in rows]]
             if len(rows) < len(tensor):
                 new.append(f"{name} but for {len(rows)} of {len(tensor)} rows")
-        elif given is not None and given.shape == tensor.shape:
-            tensor.copy_(given)
+        elif source is not None and source.shape == tensor.shape:
+            tensor.copy_(source)
         else:
             new.append(name)
 
     if isinstance(part, RegressionTransformer):
-        moments = len(tables["frame_positions.weight"])
-        part.spread(theirs["trained"][:, :moments].any(0))
-        if trained is not None and same_words and not mine.keys() & {*new}:
-            for mine_fps, their_fps in _equal_fps(part, parent):
-                trained[mine_fps, :moments] = theirs["trained"][their_fps, :moments]
+        complete = same_words and not any(name in tensors for name in new)
+        part.take_trained(cast(RegressionTransformer, other), complete)
     summary = f"new: {', '.join(new)}" if new else "nothing is new"
-    return f"{len(mine) - len(new)} of {len(mine)} tensors taken; {summary}"
-
-
-def _tables(part: nn.Module, parent: nn.Module, same_words: bool) -> dict[str, Rows]:
-    """The rows with the same meaning in both, for each table where not all have it."""
-    if not isinstance(part, (Base, RegressionTransformer, VideoDecoder)):
-        return {}
-    here: Any = part.config
-    there: Any = parent.config
-    if isinstance(part, Base):
-        same = here.vocab if same_words else here.codes
-        return {"embed.weight": _first(same if here.codes == there.codes else 0, there.vocab)}
-    if isinstance(part, VideoDecoder):
-        return {"words.weight": _first(here.pieces if same_words else 0, there.pieces)}
-    words = _first(here.vocab if same_words else 0, there.vocab)
-    fps = [(here.vocab + i, there.vocab + j) for i, j in _equal_fps(part, parent)]
-    moments = here.frames if here.rates[-1] == there.rates[-1] else 1
-    return {"embed.weight": words + fps, "frame_positions.weight": _first(moments, there.frames)}
-
-
-def _first(*counts: int) -> Rows:
-    return [(i, i) for i in range(min(counts))]
-
-
-def _equal_fps(part: Any, parent: Any) -> Rows:
-    """The frame rates that both know."""
-    here = part.config.rates
-    there = parent.config.rates
-    return [(here.index(fps), there.index(fps)) for fps in here if fps in there]
+    return f"{len(tensors) - len(new)} of {len(tensors)} tensors taken; {summary}"

@@ -1,4 +1,4 @@
-"""What a loss reads of a batch: ids, codes, weights of places; windows over the object, and wrong codes.
+"""What a loss reads of a batch: ids, codes, weights of positions; crops over the object, and wrong codes.
 
 Shapes: B clips, F frames, N codes a frame, T ids.
 """
@@ -25,15 +25,19 @@ M = TypeVar("M", bound=nn.Module)
 
 def part(parts: Parts, name: str, kind: type[M]) -> M:
     """A part by its name, of the class that it has."""
-    found = parts[name]
-    assert isinstance(found, kind), f"{name} is a {type(found).__name__}, not a {kind.__name__}"
-    return found
+    module = parts[name]
+    assert isinstance(module, kind), f"{name} is a {type(module).__name__}, not a {kind.__name__}"
+    return module
 
 
 def prepare_text(tokenizer: TextTokenizer, batch: Batch, text_len: int, template: str = TEMPLATE) -> Tensor:
-    """Ids [B, text_len] of the captions of a batch. A dropped caption is empty and keeps its duration."""
-    rows = [tokenizer.prompt(c, d, template) for c, d in zip(batch.captions, batch.durations)]
-    return torch.tensor([tokenizer.pad_left(row[:text_len], text_len) for row in rows])
+    """Ids [B, text_len] of the captions of a batch; longer ones are truncated (`loop.warn_of_long_captions`).
+    A dropped caption is empty and keeps its duration."""
+    rows = []
+    for caption, duration in zip(batch.captions, batch.durations):
+        ids = tokenizer.prompt(caption, duration, template)
+        rows.append(tokenizer.pad_left(ids[:text_len], text_len))
+    return torch.tensor(rows)
 
 
 @torch.no_grad()
@@ -50,29 +54,29 @@ def object_weights(batch: Batch, phase: "Phase") -> Tensor | None:
     return 1 + phase.object_weight * batch.cover.to(batch.device)
 
 
-# -- windows over the object
+# -- crops over the object
 
 
-def in_window(number: int, share: float) -> bool:
-    """Whether only a window of the clip of this number is learnt: a `share` of any that follow each other."""
+def is_cropped(number: int, share: float) -> bool:
+    """Whether the clip of this number is cropped: evenly, a `share` of consecutive clips."""
     return int((number + 1) * share) > int(number * share)
 
 
-def window_corners(batch: Batch, side: int, step: int = 1) -> Tensor:
-    """First row and column [B, 2] of a window of side x side codes for each clip, drawn from the clip's seed.
+def crop_corners(batch: Batch, side: int, step: int = 1) -> Tensor:
+    """First row and column [B, 2] of a crop of side x side codes for each clip, random by the clip's number.
 
-    A window holds what the object covers in any frame, or as much of it as fits. Both numbers are multiples
-    of `step`, which keeps the tiles of the temporal channel whole. Raise ValueError if the clips do not say
-    where their object is.
+    A crop holds what the object covers in any frame, or as much of it as fits. It lies anywhere if the video
+    does not know where its object is (`cover` is zero). Both numbers are multiples of `step`, which keeps the
+    tiles of the temporal channel whole. Raise ValueError if the phase's clips have no `cover`.
     """
     if batch.cover is None:
-        raise ValueError("the clips do not say where their object is")
+        raise ValueError("crops over the object need clips with a cover (ClipSpec.cover)")
     covers = batch.cover.amax(1).cpu()  # [B, cells, cells]
     return torch.stack([_corner(c, n, side, step) for c, n in zip(covers, batch.numbers)])
 
 
 def _corner(cover: Tensor, seed: int, side: int, step: int) -> Tensor:
-    """The corner [2] of a window, of the share [cells, cells] of each cell that the object covers."""
+    """The corner [2] of a crop, for the share [cells, cells] of each cell that the object covers."""
     last = torch.full((2,), cover.shape[-1] - side)
     low = torch.zeros_like(last)
     high = last
@@ -85,8 +89,8 @@ def _corner(cover: Tensor, seed: int, side: int, step: int) -> Tensor:
     return (corner + step // 2) // step * step
 
 
-def windows(maps: Tensor, corners: Tensor, side: int) -> Tensor:
-    """[B, F, N] to the window of each clip [B, F, side * side]."""
+def crop_codes(maps: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Crop side x side codes from maps [B, F, N]: [B, F, side * side]."""
     grid = math.isqrt(maps.shape[-1])
     rows, columns = corners[:, :, None].add(torch.arange(side, device=maps.device)).unbind(1)  # [B, side]
     cells = (rows[:, :, None] * grid + columns[:, None]).flatten(1)  # [B, side * side]
@@ -97,7 +101,7 @@ def windows(maps: Tensor, corners: Tensor, side: int) -> Tensor:
 
 
 def corrupt(codebook: Codebook, codes: Tensor, share: float, seeds: Sequence[int]) -> Tensor:
-    """Codes [B, F, N] with about `share` of them replaced by near ones, drawn from each clip's seed."""
+    """Codes [B, F, N] with about `share` of them replaced by similar ones, random by each clip's seed."""
     return codebook.perturb(codes.flatten(1), share, seeds).view_as(codes)
 
 
@@ -115,14 +119,14 @@ class Resampler:
     def __call__(self, codes: Tensor, text: Tensor, batch: Batch, share: float) -> Tensor:
         """Codes [B, F, N] and ids [B, T] to codes of which about `share` are sampled anew. A clip that spans
         the whole duration is of key frames, any other of interpolated ones."""
-        keyframes = torch.tensor([one >= SECONDS for one in batch.durations], device=codes.device)
+        keyframes = torch.tensor([seconds >= SECONDS for seconds in batch.durations], device=codes.device)
         numbers = torch.stack([torch.rand(2, *codes.shape[1:], generator=seeded(n)) for n in batch.numbers])
         chances, uniform = numbers.to(codes.device).unbind(1)  # each [B, F, N]
 
         sampled = codes.clone()
-        for (layout, model), mine in zip(self.stages, (keyframes, ~keyframes)):
-            if mine.any():
-                sampled[mine] = self._resample(layout, model, codes[mine], text[mine], uniform[mine])
+        for (layout, model), rows in zip(self.stages, (keyframes, ~keyframes)):
+            if rows.any():
+                sampled[rows] = self._resample(layout, model, codes[rows], text[rows], uniform[rows])
         return torch.where(chances < share, sampled, codes)
 
     def _resample(

@@ -47,51 +47,51 @@ def train(run: Run) -> ModelFolder:
     if run.options.threads is not None:
         torch.set_num_threads(run.options.threads)
     processes = 1 if run.by_torchrun or not run.phases else run.ranks
-    work = partial(run_phases, run)
-    with parallel.launch(processes, work) as member:
-        work(member)
+    active = partial(run_phases, run)
+    with parallel.launch(processes, active) as worker:
+        active(worker)
     return run.folder
 
 
-def run_phases(run: Run, member: parallel.Member | None) -> None:
+def run_phases(run: Run, worker: parallel.Worker | None) -> None:
     """The share of one process in a run that has been checked."""
     options = run.options
-    machine = parallel.start(options.device, options.recompute, options.compile, options.shard, member)
+    distributed = parallel.start(options.device, options.recompute, options.compile, options.shard, worker)
     try:
-        if machine.first:
+        if distributed.first:
             inherit.prepare(
                 run.folder, run.recipe, run.spec, run.source, options.init, options.init_embedding
             )
-        machine.wait()
+        distributed.wait()
         text = run.folder.text()
-        if machine.first and not options.quiet:
+        if distributed.first and not options.quiet:
             warn_of_long_captions(text, run.source, run.spec)
         chosen = {phase.name: phase for phase in run.phases}
         for name in (phase.name for phase in run.recipe.phases):
             if name in chosen:
-                run_phase(run, chosen[name], text, machine)
+                run_phase(run, chosen[name], text, distributed)
     finally:
-        parallel.stop(machine)
+        parallel.stop(distributed)
 
 
-def run_phase(run: Run, phase: Phase, text: TextTokenizer, machine: parallel.Machine) -> None:
+def run_phase(run: Run, phase: Phase, text: TextTokenizer, distributed: parallel.Distributed) -> None:
     """Train one phase to its last step, and write its parts into the model folder."""
-    work = begin(run, phase, text, machine)
-    loop_over_steps(work)
-    finish(work)
+    active = begin(run, phase, text, distributed)
+    loop_over_steps(active)
+    finish(active)
 
 
 @dataclass
-class Work:
+class ActivePhase:
     """A phase at work in one process."""
 
     run: Run
     phase: Phase
-    machine: parallel.Machine
+    distributed: parallel.Distributed
     out: Path
     parts: dict[str, nn.Module]  # all that the objective uses
     learning: dict[str, nn.Module]  # those that learn
-    model: parallel.Step
+    model: parallel.TrainStep
     container: nn.ModuleDict  # of `learning`
     optims: list[torch.optim.Optimizer]
     first: int  # step
@@ -104,7 +104,7 @@ class Work:
         return [p for p in self.container.parameters() if p.requires_grad]
 
 
-def begin(run: Run, phase: Phase, text: TextTokenizer, machine: parallel.Machine) -> Work:
+def begin(run: Run, phase: Phase, text: TextTokenizer, distributed: parallel.Distributed) -> ActivePhase:
     """Load and place the parts of a phase, resume its last save, open its data and its report."""
     out = run.out / phase.name
     out.mkdir(parents=True, exist_ok=True)
@@ -118,42 +118,55 @@ def begin(run: Run, phase: Phase, text: TextTokenizer, machine: parallel.Machine
     for module in learning.values():
         module.requires_grad_(True).train()
 
-    model = parallel.Step(parts, partial(phase.objective.step, parts, text, phase))
-    parallel.place(model, machine, phase.precision)
+    model = parallel.TrainStep(parts, partial(phase.objective.build_loss, parts, text, phase))
+    parallel.to_devices(model, distributed, phase.precision)
     container = nn.ModuleDict(learning)
     optims = optimizers(container, phase.optimizer, phase.weight_decay, phase.betas)
-    parallel.share_muon(optims, machine)
-    first = checkpoint.resume(run.state(phase), learning, optims, machine)
+    parallel.share_muon(optims, distributed)
+    first = checkpoint.resume(run.state(phase), learning, optims, distributed)
 
-    loader = open_data(run, phase, parts, machine, first)
-    report = open_report(run, phase, parts, machine)
-    if machine.first:
+    loader = open_data(run, phase, parts, distributed, first)
+    report = open_report(run, phase, parts, distributed)
+    if distributed.first:
         report.forget(first)
-    skipped = {**run.source.skipped}
-    return Work(
-        run, phase, machine, out, parts, learning, model, container, optims, first, loader, report, skipped
+    return ActivePhase(
+        run=run,
+        phase=phase,
+        distributed=distributed,
+        out=out,
+        parts=parts,
+        learning=learning,
+        model=model,
+        container=container,
+        optims=optims,
+        first=first,
+        loader=loader,
+        report=report,
+        skipped={**run.source.skipped},
     )
 
 
-def open_data(run: Run, phase: Phase, parts: Parts, machine: parallel.Machine, first: int) -> Iterator[Batch]:
+def open_data(
+    run: Run, phase: Phase, parts: Parts, distributed: parallel.Distributed, first: int
+) -> Iterator[Batch]:
     """This process's batches of a phase, starting at step `first`."""
-    mine = parallel.share(phase, machine.ranks, machine.mesh is not None)
-    place: dict[str, Any] = {
+    local = parallel.share(phase, distributed.ranks, distributed.mesh is not None)
+    options: dict[str, Any] = {
         "seed": run.seed(phase),
         "step": first,
-        "rank": machine.rank,
-        "ranks": machine.ranks,
+        "rank": distributed.rank,
+        "ranks": distributed.ranks,
         "workers": run.options.workers or 0,
         "drop": phase.drop,
     }
     if phase.reuse == 1:
-        return batches(run.source, phase.cut, mine, **place)
-    encode = partial(encode_here, parts, machine, phase.precision)
-    return recurring(run.source, phase.cut, mine, Reuse(phase.reuse), encode, **place)
+        return batches(run.source, phase.clips, local, **options)
+    encode = partial(encode_here, parts, distributed, phase.precision)
+    return recurring(run.source, phase.clips, local, Reuse(phase.reuse), encode, **options)
 
 
-def open_report(run: Run, phase: Phase, parts: Parts, machine: parallel.Machine) -> Report:
-    peak = machine.total(gemm_rate(machine.device, phase.precision))
+def open_report(run: Run, phase: Phase, parts: Parts, distributed: parallel.Distributed) -> Report:
+    peak = distributed.total(gemm_rate(distributed.device, phase.precision))
     flops = phase.objective.clip_flops(phase, parts)
     return Report(
         run.out / phase.name,
@@ -166,46 +179,46 @@ def open_report(run: Run, phase: Phase, parts: Parts, machine: parallel.Machine)
     )
 
 
-def loop_over_steps(work: Work) -> None:
+def loop_over_steps(active: ActivePhase) -> None:
     """Take the steps of a phase that remain; log, save and preview on the way."""
-    phase = work.phase
-    machine = work.machine
-    options = work.run.options
-    seed = work.run.seed(phase)
-    weights = work.weights
+    phase = active.phase
+    distributed = active.distributed
+    options = active.run.options
+    seed = active.run.seed(phase)
+    weights = active.weights
     overflows = 0  # in a row
 
-    for step in range(work.first, phase.steps):
-        batch = next(work.loader)
-        work.skipped |= batch.skipped
-        batch = replace(batch, frames=tuple(f.to(machine.device) for f in batch.frames))
-        torch.manual_seed(hash((seed, step, machine.rank)) % 2**31)  # for dropout
+    for step in range(active.first, phase.steps):
+        batch = next(active.loader)
+        active.skipped |= batch.skipped
+        batch = replace(batch, frames=tuple(f.to(distributed.device) for f in batch.frames))
+        torch.manual_seed(hash((seed, step, distributed.rank)) % 2**31)  # for dropout
         lr = learning_rate(step, phase.steps, phase.lr, phase.warmup, phase.decay, phase.schedule)
-        set_learning_rate(work.optims, lr)
+        set_learning_rate(active.optims, lr)
 
-        with machine.arithmetic(phase.precision):
-            loss, numbers = work.model(batch, step)
+        with distributed.arithmetic(phase.precision):
+            loss, numbers = active.model(batch, step)
             loss.backward()
-        machine.average_gradients(weights)
+        distributed.average_gradients(weights)
         norm = parallel.whole(nn.utils.clip_grad_norm_(weights, phase.clip))
 
         if torch.isfinite(norm):
             overflows = 0
-            for optimizer in work.optims:
+            for optimizer in active.optims:
                 optimizer.step()
         else:  # the step is skipped
             overflows += 1
             check_overflows(phase, overflows)
-        work.container.zero_grad(set_to_none=True)
+        active.container.zero_grad(set_to_none=True)
 
-        numbers = machine.mean({"loss": float(loss.detach()), **numbers})
-        if machine.first:
-            work.report.step(step, lr, {**numbers, "norm": float(norm)})
+        numbers = distributed.mean({"loss": float(loss.detach()), **numbers})
+        if distributed.first:
+            active.report.step(step, lr, {**numbers, "norm": float(norm)})
         done = step + 1 == phase.steps
         if done or (step + 1) % options.save_every == 0:
-            save(work, step + 1)
+            save(active, step + 1)
         if options.probe is not None and (done or (step + 1) % options.probe_every == 0):
-            preview(work, step + 1, batch)
+            preview(active, step + 1, batch)
 
 
 def check_overflows(phase: Phase, overflows: int) -> None:
@@ -217,55 +230,55 @@ def check_overflows(phase: Phase, overflows: int) -> None:
         )
 
 
-def save(work: Work, step: int) -> None:
+def save(active: ActivePhase, step: int) -> None:
     """Write what the phase can resume from, and draw its loss curve; all processes call this."""
-    checkpoint.save(work.run.state(work.phase), step, work.learning, work.optims, work.machine)
-    work.skipped = work.machine.union(work.skipped)
-    if work.machine.first:
-        work.report.skip(work.skipped)
-        draw_curve(work.out / "log.jsonl", work.out / "loss.png")
+    checkpoint.save(active.run.state(active.phase), step, active.learning, active.optims, active.distributed)
+    active.skipped = active.distributed.union(active.skipped)
+    if active.distributed.first:
+        active.report.skip(active.skipped)
+        draw_curve(active.out / "log.jsonl", active.out / "loss.png")
 
 
-def preview(work: Work, step: int, batch: Batch) -> None:
+def preview(active: ActivePhase, step: int, batch: Batch) -> None:
     """Hand the model's parts to the probe, which writes an image of them; all processes call this."""
-    work.container.eval()
-    known = {*work.phase.uses, *work.phase.trains}  # without what the model folder does not keep
-    parts = {name: module for name, module in work.parts.items() if name in known}
-    whole = checkpoint.unshard(parts, work.machine, work.run.spec)
-    probe = work.run.options.probe
-    if work.machine.first and probe is not None:
-        strips = work.out / "strips"
+    active.container.eval()
+    known = {*active.phase.uses, *active.phase.trains}  # without what the model folder does not keep
+    parts = {name: module for name, module in active.parts.items() if name in known}
+    whole = checkpoint.unshard(parts, active.distributed, active.run.spec)
+    probe = active.run.options.probe
+    if active.distributed.first and probe is not None:
+        strips = active.out / "strips"
         strips.mkdir(exist_ok=True)
-        probe(work.run.folder, whole, work.phase, batch, strips / f"{step:07d}.png")
-    work.container.train()
+        probe(active.run.folder, whole, active.phase, batch, strips / f"{step:07d}.png")
+    active.container.train()
 
 
-def finish(work: Work) -> None:
+def finish(active: ActivePhase) -> None:
     """Write the trained parts into the model folder, and note there that the phase is finished."""
-    phase = work.phase
-    folder = work.run.folder
-    trained = {name: work.learning[name] for name in phase.trains}
-    for name, module in checkpoint.unshard(trained, work.machine, work.run.spec).items():
+    phase = active.phase
+    folder = active.run.folder
+    trained = {name: active.learning[name] for name in phase.trains}
+    for name, module in checkpoint.unshard(trained, active.distributed, active.run.spec).items():
         folder.save(name, module)
-    if work.machine.first:
-        work.report.end()
+    if active.distributed.first:
+        active.report.end()
         config = folder.config
         row = TrainedPhase(phase.steps, phase.batch, phase.trains)
         folder.write_config(replace(config, trained={**(config.trained or {}), phase.name: row}))
-    work.machine.wait()
+    active.distributed.wait()
 
 
-def encode_here(parts: Parts, machine: parallel.Machine, precision: str, clips: Tensor) -> Tensor:
+def encode_here(parts: Parts, distributed: parallel.Distributed, precision: str, clips: Tensor) -> Tensor:
     """Clips [B, F, 3, R, R] to codes [B, F, N], in the arithmetic of a step."""
-    with machine.arithmetic(precision):
-        return encode_clips(part(parts, "vqvae", VQVAE), clips.to(machine.device))
+    with distributed.arithmetic(precision):
+        return encode_clips(part(parts, "vqvae", VQVAE), clips.to(distributed.device))
 
 
 def warn_of_long_captions(text: TextTokenizer, source: Source, spec: Spec) -> None:
     """Print how many captions will be truncated."""
     count = source.count or CAPTION_SAMPLE
-    length = spec.speaks.text_len
+    length = spec.text_config.text_len
     captions = (source.caption(i, np.random.default_rng((0, i))) for i in range(count))
     long = sum(len(text.prompt(caption, SECONDS, spec.template)) > length for caption in captions)
     if long:
-        print(f"{long} of {count} captions are longer than {length} tokens, and will be cut")
+        print(f"{long} of {count} captions are longer than {length} tokens and will be truncated")

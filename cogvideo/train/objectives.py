@@ -1,7 +1,7 @@
-"""What a phase is: one object for each kind, with its check, its step, its preview and its cost.
+"""What a phase is: one object for each kind, with its check, its loss, its preview and its cost.
 
-A step takes a batch of clips and its number, and returns a loss and numbers worth a line in the log. It is
-built once, from the parts of the model.
+A loss function takes a batch of clips and the number of the step, and returns a loss and numbers for the log.
+An objective builds it once for a run, from the parts of the model.
 """
 
 from abc import ABC, abstractmethod
@@ -23,19 +23,19 @@ from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalCha
 from cogvideo.model.vqvae import VQVAE
 from cogvideo.text import PLAIN, TEMPLATE, TextTokenizer
 from cogvideo.train.cost import token_flops
-from cogvideo.train.discriminator import Discriminator, new_discriminator, opinion
+from cogvideo.train.discriminator import Discriminator, adversarial_losses, new_discriminator
 from cogvideo.train.inputs import (
     Parts,
     Resampler,
     corrupt,
+    crop_codes,
+    crop_corners,
     encode_clips,
-    in_window,
+    is_cropped,
     object_weights,
     part,
     prepare_text,
     seeded,
-    window_corners,
-    windows,
 )
 from cogvideo.train.losses import HierarchicalLoss, Result, frames_loss, token_loss, tokenizer_loss
 from cogvideo.train.preview import PREVIEW_CLIPS, preview_text, rows_of, samples, shown_clips
@@ -44,7 +44,7 @@ from cogvideo.video import Frames
 if TYPE_CHECKING:
     from cogvideo.train.phase import Phase
 
-Step = Callable[[Batch, int], Result]  # of a batch and the number of the step
+LossFunction = Callable[[Batch, int], Result]  # of a batch and the number of the step
 
 UNQUANTISED = 200  # steps of the tokenizer before its codebook is initialised
 
@@ -55,14 +55,14 @@ class Objective(ABC):
     An objective has no state: all that a run sets is in the `Phase`.
     """
 
-    recurs: ClassVar[bool] = False  # whether clips may recur as codes
-    has_windows: ClassVar[bool] = False  # whether windows of clips may be learnt
-    has_adversary: ClassVar[bool] = False  # whether a discriminator may judge the output
+    recurs: ClassVar[bool] = False  # whether clips may recur as codes (`Phase.reuse`)
+    has_crops: ClassVar[bool] = False  # whether it can train on crops (`Phase.crop_share`)
+    has_adversary: ClassVar[bool] = False  # whether it can train against a discriminator (`Phase.adversary`)
 
     def check(self, phase: "Phase", spec: Spec) -> None:
         """Raise ValueError if this objective cannot use the steps, the clips or the fields of a phase."""
-        if phase.windowed and not self.has_windows:
-            raise ValueError(f"{phase.name}.windowed must be 0: only models of codes learn windows of them")
+        if phase.crop_share and not self.has_crops:
+            raise ValueError(f"{phase.name}.crop_share must be 0: only models of codes train on crops")
         if phase.adversary and not self.has_adversary:
             raise ValueError(f"{phase.name}.adversary must be 0: only decoders of clips have a discriminator")
         if phase.reuse > 1 and not self.recurs:
@@ -71,17 +71,17 @@ class Objective(ABC):
             )
 
     def prepare(self, module: nn.Module, phase: "Phase") -> None:
-        """Change a part that is about to learn, before its first step."""
+        """Change a part that the phase trains, before its first step."""
         return None
 
     def extra_parts(self, phase: "Phase", seed: int) -> dict[str, nn.Module]:
-        """Modules that learn next to the parts, and that the checkpoint keeps but the model folder does
+        """Modules that are trained along with the parts; the checkpoint keeps them, the model folder does
         not."""
         return {}
 
     @abstractmethod
-    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
-        """The function that turns a batch and its number into a loss and the numbers for the log."""
+    def build_loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> LossFunction:
+        """Build the function that computes the loss of a step."""
 
     @abstractmethod
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
@@ -107,14 +107,14 @@ class TokenizerObjective(Objective):
                 f"{phase.name}: there are no codes before step {UNQUANTISED}; give it more steps"
             )
 
-    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
+    def build_loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> LossFunction:
         vqvae = part(parts, "vqvae", VQVAE)
         hierarchical = HierarchicalLoss(phase.loss).to(device_of(vqvae))
 
-        def step(batch: Batch, number: int) -> Result:
+        def loss(batch: Batch, step: int) -> Result:
             clips = batch.frames[0]
             generator = seeded(batch.numbers[0])  # for the codes that are chosen at random
-            if number >= UNQUANTISED and not vqvae.codebook.filled:
+            if step >= UNQUANTISED and not vqvae.codebook.filled:
                 with torch.no_grad():
                     z = vqvae.latents(clips.flatten(0, 1)).float()
                 vqvae.codebook.init_codes(z.permute(0, 2, 3, 1).flatten(0, 2), generator)
@@ -123,10 +123,10 @@ class TokenizerObjective(Objective):
                 vqvae, hierarchical, clips, generator, phase.perturb, batch.numbers, weights
             )
 
-        return step
+        return loss
 
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
-        """The frames, and what is left of them."""
+        """The frames, and their reconstructions."""
         vqvae = part(parts, "vqvae", VQVAE)
         clips = shown_clips(batch)
         images = clips.flatten(0, 1)
@@ -144,33 +144,33 @@ class TokenObjective(Objective):
     stage: str
 
     recurs: ClassVar[bool] = True
-    has_windows: ClassVar[bool] = True
+    has_crops: ClassVar[bool] = True
 
     def check(self, phase: "Phase", spec: Spec) -> None:
         super().check(phase, spec)
         if not isinstance(spec, CogVideoSpec):
             raise ValueError(f"{phase.name} trains a model of codes, but this model has none")
         grid = spec.model.grid
-        if phase.cut.cover not in (0, grid):
+        if phase.clips.cover not in (0, grid):
             raise ValueError(
-                f"{phase.name}: cut.cover is {phase.cut.cover}, but a frame has {grid} codes a side"
+                f"{phase.name}: clips.cover is {phase.clips.cover}, but a frame has {grid} codes a side"
             )
-        if phase.windowed and not phase.cut.cover:
-            raise ValueError(f"{phase.name}: windows over the object need a cut.cover of {grid}")
+        if phase.crop_share and not phase.clips.cover:
+            raise ValueError(f"{phase.name}: crops over the object need a clips.cover of {grid}")
 
     def model(self, parts: Parts) -> DualChannelTransformer:
         """The model of the stage."""
         temporal = None if self.stage == "image" else part(parts, self.stage, TemporalChannel)
         return DualChannelTransformer(part(parts, "base", Base), temporal)
 
-    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
+    def build_loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> LossFunction:
         vqvae = part(parts, "vqvae", VQVAE)
         model = self.model(parts)
         layout = model.config.layout(self.stage)
-        side = layout.grid // 2  # of a window
+        side = layout.grid // 2  # of a crop
         small = replace(layout, grid=side)
 
-        def step(batch: Batch, number: int) -> Result:
+        def loss(batch: Batch, step: int) -> Result:
             ids = prepare_text(text, batch, layout.text_len).to(batch.device)
             codes = encode_clips(vqvae, batch.frames[0]) if batch.codes is None else batch.codes
             context = codes
@@ -179,29 +179,39 @@ class TokenObjective(Objective):
             cells = object_weights(batch, phase)
             weights = torch.ones_like(codes, dtype=torch.float32) if cells is None else cells.flatten(2)
 
-            cut = torch.tensor([in_window(n, phase.windowed) for n in batch.numbers])
-            if not cut.any():
+            cropped = torch.tensor([is_cropped(number, phase.crop_share) for number in batch.numbers])
+            if not cropped.any():
                 return token_loss(model, layout, ids, codes, context, weights)
-            corners = window_corners(batch, side, model.window or 1)[cut].to(codes.device)
-            learnt, read, counts = (windows(one[cut], corners, side) for one in (codes, context, weights))
-            windowed, _ = token_loss(model, small, ids[cut], learnt, read, counts, corners)
-            numbers = {"window": float(windowed.detach())}
-            if cut.all():
-                return windowed, numbers
-            whole, found = token_loss(model, layout, ids[~cut], codes[~cut], context[~cut], weights[~cut])
-            share = float(cut.float().mean())
-            return share * windowed + (1 - share) * whole, {**found, **numbers}
 
-        return step
+            corners = crop_corners(batch, side, model.window or 1)[cropped].to(codes.device)
+            crop_loss, _ = token_loss(
+                model,
+                small,
+                ids[cropped],
+                crop_codes(codes[cropped], corners, side),
+                crop_codes(context[cropped], corners, side),
+                crop_codes(weights[cropped], corners, side),
+                corners,
+            )
+            numbers = {"crops": float(crop_loss.detach())}
+            if cropped.all():
+                return crop_loss, numbers
+
+            rest = [tensor[~cropped] for tensor in (ids, codes, context, weights)]
+            whole_loss, whole_numbers = token_loss(model, layout, *rest)
+            share = float(cropped.float().mean())
+            return share * crop_loss + (1 - share) * whole_loss, {**whole_numbers, **numbers}
+
+        return loss
 
     def clip_flops(self, phase: "Phase", parts: Parts) -> float | None:
-        """The average over whole clips and windows."""
+        """The average over whole clips and crops."""
         layout = part(parts, "base", Base).config.layout(self.stage)
         whole = token_flops(layout, self.stage, phase.trains, parts)
-        if not phase.windowed:
+        if not phase.crop_share:
             return whole
         small = token_flops(replace(layout, grid=layout.grid // 2), self.stage, phase.trains, parts)
-        return (1 - phase.windowed) * whole + phase.windowed * small
+        return (1 - phase.crop_share) * whole + phase.crop_share * small
 
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
         """Samples for captions of the batch."""
@@ -212,9 +222,9 @@ class TokenObjective(Objective):
 class DecoderObjective(Objective):
     """Codes of a clip to its frames.
 
-    Some codes are wrong, as the decoder will meet them: replaced by near ones (`Phase.corrupt`), or sampled
-    by the stages from all codes before them (`Phase.resample`). With an `adversary` the frames must pass a
-    discriminator, too.
+    Some codes are wrong, as in generated clips: replaced by similar ones (`Phase.corrupt`), or sampled by the
+    stages from all codes before them (`Phase.resample`). With `Phase.adversary` a discriminator adds its
+    loss.
     """
 
     has_adversary: ClassVar[bool] = True
@@ -222,13 +232,13 @@ class DecoderObjective(Objective):
     def extra_parts(self, phase: "Phase", seed: int) -> dict[str, nn.Module]:
         return {"discriminator": new_discriminator(seed)} if phase.adversary else {}
 
-    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
+    def build_loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> LossFunction:
         vqvae = part(parts, "vqvae", VQVAE)
         model = part(parts, "decoder", VideoDecoder)
         hierarchical = HierarchicalLoss(phase.loss).to(device_of(model))
         resampler = Resampler(parts) if phase.resample else None
 
-        def step(batch: Batch, number: int) -> Result:
+        def loss(batch: Batch, step: int) -> Result:
             (clips,) = batch.frames
             ids = prepare_text(text, batch, model.config.text_len).to(clips.device)
             codes = encode_clips(vqvae, clips)
@@ -241,13 +251,13 @@ class DecoderObjective(Objective):
             weights = object_weights(batch, phase)
             total, numbers = frames_loss(decoded, hierarchical, clips, weights)
             if phase.adversary:
-                judge = part(parts, "discriminator", Discriminator)
-                found = opinion(judge, decoded, clips, batch.numbers, weights)
-                total = total + phase.adversary * found.decoder + found.own
-                numbers = {**numbers, **found.numbers}
+                discriminator = part(parts, "discriminator", Discriminator)
+                losses = adversarial_losses(discriminator, decoded, clips, batch.numbers, weights)
+                total = total + phase.adversary * losses.decoder + losses.discriminator
+                numbers = {**numbers, **losses.numbers}
             return total, numbers
 
-        return step
+        return loss
 
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
         """The frames, decoded one by one, and decoded together."""
@@ -270,15 +280,15 @@ def code_vectors(vqvae: VQVAE, codes: Tensor) -> Tensor:
 class RefinerObjective(Objective):
     """Small clips to large ones: those that the tokenizer decodes, or, without a tokenizer, the true ones."""
 
-    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
+    def build_loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> LossFunction:
         model = part(parts, "refiner", Refiner)
         hierarchical = HierarchicalLoss(phase.loss).to(device_of(model))
 
-        def step(batch: Batch, number: int) -> Result:
+        def loss(batch: Batch, step: int) -> Result:
             low, high = batch.frames
             return frames_loss(model(self._coded(low, parts)), hierarchical, high)
 
-        return step
+        return loss
 
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
         """Resized, refined, true."""
@@ -301,9 +311,9 @@ class RegressionObjective(Objective):
         super().check(phase, spec)
         if not isinstance(spec, RegressionSpec):
             raise ValueError(f"{phase.name} trains a regression model, and this is another")
-        (fps,) = phase.cut.rates
-        frames = len(spec.regression.slots(fps)[: phase.cut.keep])
-        due = phase.cut.keep or phase.cut.frames
+        (fps,) = phase.clips.fps
+        frames = len(spec.regression.slots(fps)[: phase.clips.keep])
+        due = phase.clips.keep or phase.clips.frames
         if frames != due:
             raise ValueError(
                 f"{phase.name} cuts {due} frames, but the model has {frames} at {fps:g} frames a second"
@@ -312,27 +322,27 @@ class RegressionObjective(Objective):
     def prepare(self, module: nn.Module, phase: "Phase") -> None:
         """Mark the frames of the phase as trained, and start new ones from those that were."""
         assert isinstance(module, RegressionTransformer)
-        (fps,) = phase.cut.rates
-        module.get_ready(fps, module.config.slots(fps)[: phase.cut.keep])
+        (fps,) = phase.clips.fps
+        module.prepare(fps, module.config.slots(fps)[: phase.clips.keep])
 
-    def step(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> Step:
+    def build_loss(self, parts: Parts, text: TextTokenizer, phase: "Phase") -> LossFunction:
         model = part(parts, "regression", RegressionTransformer)
-        (fps,) = phase.cut.rates
-        slots = model.config.slots(fps)[: phase.cut.keep]
+        (fps,) = phase.clips.fps
+        slots = model.config.slots(fps)[: phase.clips.keep]
         hierarchical = HierarchicalLoss(phase.loss).to(device_of(model))
 
-        def step(batch: Batch, number: int) -> Result:
+        def loss(batch: Batch, step: int) -> Result:
             (clips,) = batch.frames
             ids = prepare_text(text, batch, model.config.text_len, PLAIN).to(clips.device)
             return frames_loss(model(ids, fps, slots), hierarchical, clips)
 
-        return step
+        return loss
 
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
         """The model's frames for the captions, and the true ones."""
         model = part(parts, "regression", RegressionTransformer)
         clips = shown_clips(batch)
-        (fps,) = phase.cut.rates
+        (fps,) = phase.clips.fps
         ids = preview_text(folder.text(), batch, model.config.text_len, 0.0, PLAIN)
-        frames = model(ids.to(clips.device), fps, model.config.slots(fps)[: phase.cut.keep])
+        frames = model(ids.to(clips.device), fps, model.config.slots(fps)[: phase.clips.keep])
         return rows_of(frames, clips)

@@ -15,9 +15,11 @@ def learning_rate(
 ) -> float:
     """The learning rate of a step, counted from 0.
 
-    "trapezoid": warm up linearly, stay, and fall linearly to 0 over the last `decay` share of the steps.
-    "cosine": that of the released models (SPEC B.4), 100 steps at a twentieth, for moments to settle on
-    inherited weights, then the linear warm-up from where it would be, then half a cosine down to a tenth.
+    "trapezoid": rise linearly over `warmup` steps, stay at the peak, and fall linearly to 0 over the last
+    `decay` share of the steps. "cosine": the schedule of the released models (docs/reference.md, "Learning
+    rate"). 100 steps at a twentieth of the peak let the optimizer's averages settle on inherited weights. The
+    linear rise follows, at the value it would have reached by then, and half a cosine down to a tenth of the
+    peak.
     """
     rise = min(1.0, (step + 1) / max(warmup, 1))
     if schedule == "trapezoid":
@@ -62,14 +64,11 @@ def optimizers(
             decayed.append(p)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     fused = all(p.is_cuda for p in decayed + plain)
-    found: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=betas, fused=fused)
-    ]
-    if hidden:
-        found.append(
-            torch.optim.Muon(hidden, lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
-    return found
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=betas, fused=fused)
+    if not hidden:
+        return [adamw]
+    muon = torch.optim.Muon(hidden, lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adamw, muon]
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:

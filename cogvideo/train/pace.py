@@ -30,7 +30,7 @@ CAPTIONS = 5_000  # that the text model is trained on
 
 @dataclass(frozen=True)
 class Pace:
-    """Of one phase on this machine."""
+    """How fast one phase trains on this machine."""
 
     phase: Phase
     step: float  # seconds
@@ -42,7 +42,7 @@ class Pace:
 
     @property
     def clips(self) -> float:
-        """A second."""
+        """Clips a second."""
         return self.phase.batch / self.step
 
 
@@ -81,8 +81,8 @@ def _measure_phase(run: Run, phase: Phase, steps: int) -> Pace:
     short = replace(phase, steps=steps + 1, reuse=1)
     work = partial(loop.run_phases, replace(run, recipe=replace(run.recipe, phases=(short,)), phases=[short]))
     processes = run.options.processes or 1
-    with parallel.launch(processes, work) as member:
-        work(member)
+    with parallel.launch(processes, work) as worker:
+        work(worker)
     rows = read_log(run.out / phase.name / "log.jsonl")[1:]
     middle = sorted(rows, key=lambda row: row["clips_per_second"])[len(rows) // 2]
     measured = phase.batch / middle["clips_per_second"]
@@ -111,13 +111,13 @@ def random_model(folder: ModelFolder, recipe: Recipe, spec: Spec, source: Source
 def _seconds_a_clip(folder: ModelFolder, phase: Phase, source: Source, device: torch.device) -> float:
     """Seconds to read and encode one clip."""
     vqvae = folder.load_as(VQVAE, "vqvae").to(device)
-    clips = batches(source, phase.cut, 4, seed=0)
-    machine = parallel.Machine(device)
+    clips = batches(source, phase.clips, 4, seed=0)
+    distributed = parallel.Distributed(device)
     times = []
     for _ in range(3):
         began = time.perf_counter()
         frames = next(clips).frames[0].to(device)
-        with machine.arithmetic(phase.precision):
+        with distributed.arithmetic(phase.precision):
             encode_clips(vqvae, frames).cpu()
         times.append(time.perf_counter() - began)
     return min(times) / 4
@@ -126,11 +126,11 @@ def _seconds_a_clip(folder: ModelFolder, phase: Phase, source: Source, device: t
 def table(paces: list[Pace]) -> str:
     """A line for each phase, and one for all."""
     lines = [f"{'phase':<12}{'steps':>8}{'s/step':>9}{'clips/s':>9}{'mfu':>6}{'hours':>8}"]
-    for one in paces:
-        mfu = f"{one.mfu:.0%}" if one.mfu else "-"
+    for pace in paces:
+        mfu = f"{pace.mfu:.0%}" if pace.mfu else "-"
         lines.append(
-            f"{one.phase.name:<12}{one.phase.steps:>8}{one.step:>9.2f}{one.clips:>9.1f}{mfu:>6}"
-            f"{one.hours:>8.1f}"
+            f"{pace.phase.name:<12}{pace.phase.steps:>8}{pace.step:>9.2f}{pace.clips:>9.1f}{mfu:>6}"
+            f"{pace.hours:>8.1f}"
         )
-    lines.append(f"{'all':<44}{sum(one.hours for one in paces):>8.1f}")
+    lines.append(f"{'all':<44}{sum(pace.hours for pace in paces):>8.1f}")
     return "\n".join(lines)

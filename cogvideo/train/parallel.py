@@ -7,7 +7,7 @@ machines. Together N processes take the steps that one process would take:
   process orthogonalises an N-th of Muon's matrices and sends the result to the others (`split_muon`).
 - Where that does not fit, weights, gradients and optimizer states are cut into N shards (FSDP2,
   `fully_shard`). A block, or a matrix of a temporal channel, is gathered when it is needed and freed again.
-  The rest (embeddings, positions, norms, gates) stays gathered for the whole step: `Step` is the module
+  The rest (embeddings, positions, norms, gates) stays gathered for the whole step: `TrainStep` is the module
   around everything, so that models may use their tables as they like.
 - The tokenizer's codebook is updated by the vectors of all processes.
 """
@@ -39,7 +39,7 @@ from cogvideo.model.transformer import Block
 from cogvideo.model.vqvae import Codebook
 from cogvideo.train.inputs import Parts
 from cogvideo.train.losses import Result
-from cogvideo.train.objectives import Step as ObjectiveStep
+from cogvideo.train.objectives import LossFunction
 from cogvideo.train.phase import Phase
 
 BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -47,25 +47,26 @@ BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 def share(phase: Phase, ranks: int, shard: bool = False) -> int:
     """Return the clips of a batch for each of `ranks` processes; ValueError if it cannot be shared. With
-    shards every process must gather the model equally often, for windows and for whole frames."""
+    shards every process must gather the model equally often, for crops and for whole frames."""
     if phase.batch % ranks:
         raise ValueError(
             f"a batch of {phase.batch} clips cannot be shared by {ranks} processes; choose a multiple of "
             f"{ranks} for --{phase.name}.batch"
         )
-    mine = phase.batch // ranks
-    if shard and ranks > 1 and mine > 1 and mine * phase.windowed % 1:
+    local = phase.batch // ranks
+    if shard and ranks > 1 and local > 1 and local * phase.crop_share % 1:
         raise ValueError(
-            f"{phase.name}.windowed is {phase.windowed}, but where weights are cut into shards a whole "
-            f"number of the {mine} clips of each process must be windows; choose another "
+            f"{phase.name}.crop_share is {phase.crop_share}, but where weights are cut into shards a whole "
+            f"number of the {local} clips of each process must be crops; choose another "
             f"--{phase.name}.batch"
         )
-    return mine
+    return local
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a run computes on: the device of this process, and its rank."""
+class Distributed:
+    """The processes that train together, as one of them sees them: its device, its rank, and how weights are
+    cut into shards. Alone it has rank 0 of 1."""
 
     device: torch.device
     mesh: DeviceMesh | None = None  # weights are cut into shards over it; without one, each process has all
@@ -83,23 +84,28 @@ class Machine:
         """Each number averaged over the processes that have it; all of them call this."""
         if self.ranks == 1:
             return numbers
-        found: list[Any] = [None] * self.ranks
-        dist.all_gather_object(found, numbers)
-        names = dict.fromkeys(name for one in found for name in one)
-        values = {name: [one[name] for one in found if name in one] for name in names}
-        return {name: sum(those) / len(those) for name, those in values.items()}
+        gathered: list[Any] = [None] * self.ranks
+        dist.all_gather_object(gathered, numbers)
+        values: dict[str, list[float]] = {}
+        for row in gathered:
+            for name, value in row.items():
+                values.setdefault(name, []).append(value)
+        return {name: sum(row) / len(row) for name, row in values.items()}
 
     def total(self, number: float) -> float:
         """The sum over the processes; all of them call this."""
         return self.mean({"": number})[""] * self.ranks
 
-    def union(self, mine: dict[str, str]) -> dict[str, str]:
+    def union(self, local: dict[str, str]) -> dict[str, str]:
         """What all processes found; all of them call this."""
         if self.ranks == 1:
-            return mine
-        found: list[Any] = [None] * self.ranks
-        dist.all_gather_object(found, mine)
-        return {key: value for one in found for key, value in one.items()}
+            return local
+        gathered: list[Any] = [None] * self.ranks
+        dist.all_gather_object(gathered, local)
+        union = {}
+        for row in gathered:
+            union.update(row)
+        return union
 
     def arithmetic(self, precision: str) -> ExitStack:
         """A context for a step, with matrix products in `precision`.
@@ -133,12 +139,12 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Member:
+class Worker:
     """One of the processes that `launch` started, and the file by which they find each other."""
 
     rank: int
     ranks: int
-    meeting: Path
+    rendezvous: Path
 
 
 def start(
@@ -146,33 +152,33 @@ def start(
     recompute: bool = False,
     compile: bool = False,
     shard: bool = False,
-    member: Member | None = None,
-) -> Machine:
+    worker: Worker | None = None,
+) -> Distributed:
     """Join the other processes, each with a device of its own: those that torchrun started, or `launch`;
     alone when there are none. `shard` cuts the weights into shards, one a process."""
     device = find_device(device)
-    if member is None and "RANK" not in os.environ:
-        return Machine(device, recompute=recompute, compile=compile)
+    if worker is None and "RANK" not in os.environ:
+        return Distributed(device, recompute=recompute, compile=compile)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"several processes train on cpu or cuda, not on {device.type}")
     if device.type == "cuda":
-        device = torch.device("cuda", member.rank if member else int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", worker.rank if worker else int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if member is None:
+    if worker is None:
         dist.init_process_group(backend)
     else:
-        where = f"file://{member.meeting}"
-        dist.init_process_group(backend, init_method=where, rank=member.rank, world_size=member.ranks)
+        where = f"file://{worker.rendezvous}"
+        dist.init_process_group(backend, init_method=where, rank=worker.rank, world_size=worker.ranks)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mesh = None
     if shard and ranks > 1:
         mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("shards",))
-    return Machine(device, mesh, rank, ranks, recompute, compile)
+    return Distributed(device, mesh, rank, ranks, recompute, compile)
 
 
-def stop(machine: Machine) -> None:
-    if dist.is_initialized() and machine.ranks > 1:
+def stop(distributed: Distributed) -> None:
+    if dist.is_initialized() and distributed.ranks > 1:
         dist.destroy_process_group()
 
 
@@ -185,8 +191,8 @@ def fitting_processes(phases: list[Phase], device: torch.device) -> int:
 
 
 @contextmanager
-def launch(ranks: int, work: Callable[[Member], object]) -> Iterator[Member | None]:
-    """Start `work(member)` in `ranks` - 1 new processes; this one is the first and works in the body of the
+def launch(ranks: int, work: Callable[[Worker], object]) -> Iterator[Worker | None]:
+    """Start `work(worker)` in `ranks` - 1 new processes; this one is the first and works in the body of the
     `with`. OSError if one of them ended too early. They end when this process ends, for whatever reason.
 
     `work` is pickled: a function of a module, or a `partial` of one.
@@ -196,23 +202,25 @@ def launch(ranks: int, work: Callable[[Member], object]) -> Iterator[Member | No
         return
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        members = [Member(rank, ranks, Path(folder) / "meeting") for rank in range(ranks)]
+        workers = [Worker(rank, ranks, Path(folder) / "meeting") for rank in range(ranks)]
         new = mp.get_context("spawn").Process
-        processes = [new(target=_member, args=(work, one, threads, os.getpid())) for one in members[1:]]
+        processes = []
+        for worker in workers[1:]:
+            processes.append(new(target=_run_worker, args=(work, worker, threads, os.getpid())))
         for process in processes:
             process.start()
         try:
-            yield members[0]
+            yield workers[0]
             for process in processes:
                 process.join()
         except RuntimeError as error:  # the connection breaks where a process ends
             for process in processes:
                 process.join(1)
-            ended = [str(one.exitcode) for one in processes if one.exitcode]
-            if not ended:
+            codes = [str(process.exitcode) for process in processes if process.exitcode]
+            if not codes:
                 raise
             raise OSError(
-                f"a training process ended (exit code {', '.join(ended)}); the same command "
+                f"a training process ended (exit code {', '.join(codes)}); the same command "
                 f"resumes the run at its last save"
             ) from error
         finally:
@@ -220,7 +228,7 @@ def launch(ranks: int, work: Callable[[Member], object]) -> Iterator[Member | No
                 process.kill()
 
 
-def _member(work: Callable[[Member], object], member: Member, threads: int, parent: int) -> None:
+def _run_worker(work: Callable[[Worker], object], worker: Worker, threads: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
     if sys.platform == "linux":  # elsewhere the broken connection ends it
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -229,61 +237,61 @@ def _member(work: Callable[[Member], object], member: Member, threads: int, pare
     torch.set_num_threads(threads)
     code = 0
     try:
-        work(member)
+        work(worker)
     except (ValueError, OSError) as error:
-        print(f"process {member.rank}: {error}", file=sys.stderr)
+        print(f"process {worker.rank}: {error}", file=sys.stderr)
         code = 2
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo's threads outlive their group, and may abort a Python that is shutting down
 
 
-class Step(nn.Module):
-    """The step of an objective and the parts that it uses, as one module: `forward` is a step up to the loss.
+class TrainStep(nn.Module):
+    """A loss function and the parts that it uses, as one module: `forward` computes the loss of a step.
 
-    The objective's step is built in the first forward, when all but the matrices is whole: models keep the
-    tensors that they find in their parts.
+    The loss function is built in the first forward, when FSDP has gathered all but the matrices: models keep
+    the tensors that they find in their parts.
     """
 
-    def __init__(self, parts: Parts, build: Callable[[], ObjectiveStep]):
+    def __init__(self, parts: Parts, build_loss: Callable[[], LossFunction]):
         super().__init__()
         self.parts = nn.ModuleDict(parts)
-        self.build = build
-        self.step: ObjectiveStep | None = None
+        self.build_loss = build_loss
+        self.loss: LossFunction | None = None
 
-    def forward(self, batch: Batch, number: int) -> Result:
-        if self.step is None:
-            self.step = self.build()
-        return self.step(batch, number)
+    def forward(self, batch: Batch, step: int) -> Result:
+        if self.loss is None:
+            self.loss = self.build_loss()
+        return self.loss(batch, step)
 
 
-def place(step: Step, machine: Machine, precision: str) -> None:
-    """Bring all parts of a step to the machine: to its device, or in shards over its mesh.
+def to_devices(step: TrainStep, distributed: Distributed, precision: str) -> None:
+    """Move all parts of a step to the device of this process, or into shards over all processes.
 
     Recomputing goes inside compiling, compiling inside sharding. With bfloat16 on cuda the shards travel as
     bfloat16 and gradients are summed in float32; autocast decides which operation computes in which.
     """
-    if machine.recompute:
+    if distributed.recompute:
         _recompute_blocks(step)
-    blocks = [module for module in step.modules() if isinstance(module, _wrapped(machine))]
-    if machine.compile:
+    blocks = [module for module in step.modules() if isinstance(module, _wrapped(distributed))]
+    if distributed.compile:
         for block in blocks:
             block.compile()
-    if machine.ranks > 1:
+    if distributed.ranks > 1:
         for module in step.modules():
             if isinstance(module, Codebook):
-                module.peers = CodebookPeers(machine)
-    if machine.mesh is None:
-        step.to(machine.device)
+                module.peers = CodebookPeers(distributed)
+    if distributed.mesh is None:
+        step.to(distributed.device)
         return
 
-    half = torch.bfloat16 if machine.device.type == "cuda" and precision == "bfloat16" else None
+    half = torch.bfloat16 if distributed.device.type == "cuda" and precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(half, half and torch.float32, cast_forward_inputs=False)
     within = {module for block in blocks for module in block.modules()}
     matrices = [m for m in step.modules() if isinstance(m, nn.Linear) and m not in within]
     for module in blocks + matrices:
-        fully_shard(module, mesh=machine.mesh, mp_policy=policy)
-    fully_shard(step, mesh=machine.mesh, mp_policy=policy)
+        fully_shard(module, mesh=distributed.mesh, mp_policy=policy)
+    fully_shard(step, mesh=distributed.mesh, mp_policy=policy)
 
 
 def _recompute_blocks(module: nn.Module) -> None:
@@ -296,26 +304,26 @@ def _recompute_blocks(module: nn.Module) -> None:
             _recompute_blocks(child)
 
 
-def _wrapped(machine: Machine) -> tuple[type[nn.Module], ...]:
+def _wrapped(distributed: Distributed) -> tuple[type[nn.Module], ...]:
     """The classes of whole blocks as they stand in the tree now."""
-    return (CheckpointWrapper,) if machine.recompute else BLOCKS
+    return (CheckpointWrapper,) if distributed.recompute else BLOCKS
 
 
 @dataclass(frozen=True)
 class CodebookPeers:
-    """The processes of a machine, as a codebook needs them."""
+    """The other processes, for the codebook's update."""
 
-    machine: Machine
+    distributed: Distributed
 
     @property
     def first(self) -> bool:
-        return self.machine.first
+        return self.distributed.first
 
     def gather(self, rows: Tensor) -> Tensor:
         rows = rows.contiguous()
-        found = [torch.empty_like(rows) for _ in range(self.machine.ranks)]
-        dist.all_gather(found, rows)
-        return torch.cat(found)
+        gathered = [torch.empty_like(rows) for _ in range(self.distributed.ranks)]
+        dist.all_gather(gathered, rows)
+        return torch.cat(gathered)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -327,56 +335,58 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def share_muon(optimizers: list[torch.optim.Optimizer], machine: Machine) -> None:
+def share_muon(optimizers: list[torch.optim.Optimizer], distributed: Distributed) -> None:
     """Let Muon work on several processes as on one."""
     for optimizer in optimizers:
-        if type(optimizer).__name__ == "Muon" and machine.ranks > 1:
-            if machine.mesh is None:
-                split_muon(optimizer, machine)
+        if type(optimizer).__name__ == "Muon" and distributed.ranks > 1:
+            if distributed.mesh is None:
+                split_muon(optimizer, distributed)
             else:
                 optimizer.register_step_pre_hook(_gather)
 
 
-def split_muon(optimizer: torch.optim.Optimizer, machine: Machine) -> None:
+def split_muon(optimizer: torch.optim.Optimizer, distributed: Distributed) -> None:
     """Each process updates its share of the matrices and sends the result to the others.
 
     Only the process that `owners` names for a matrix keeps its momentum up to date; `gather_momentum` brings
     all of them together.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    owner = owners(params, machine.ranks)
+    owner = owners(params, distributed.ranks)
     for p in params:  # Muon's initial state, on every process
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def leave_to_others(*_: Any) -> None:
         for p in params:
-            if owner[p] != machine.rank:
+            if owner[p] != distributed.rank:
                 p.grad = None
 
     def exchange(*_: Any) -> None:
-        _send_from_owners({p: p.detach() for p in params}, owner, machine)
+        _send_from_owners({p: p.detach() for p in params}, owner, distributed)
 
     optimizer.register_step_pre_hook(leave_to_others)
     optimizer.register_step_post_hook(exchange)
 
 
-def gather_momentum(optimizers: list[torch.optim.Optimizer], machine: Machine) -> None:
+def gather_momentum(optimizers: list[torch.optim.Optimizer], distributed: Distributed) -> None:
     """Bring the momentum of all matrices of a split Muon to every process; all of them call this."""
     for optimizer in optimizers:
-        if type(optimizer).__name__ == "Muon" and machine.ranks > 1 and machine.mesh is None:
+        if type(optimizer).__name__ == "Muon" and distributed.ranks > 1 and distributed.mesh is None:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             momentum = {p: optimizer.state[p]["momentum_buffer"] for p in params}
-            _send_from_owners(momentum, owners(params, machine.ranks), machine)
+            _send_from_owners(momentum, owners(params, distributed.ranks), distributed)
 
 
-def _send_from_owners(values: dict[Tensor, Tensor], owner: dict[Tensor, int], machine: Machine) -> None:
+def _send_from_owners(
+    values: dict[Tensor, Tensor], owner: dict[Tensor, int], distributed: Distributed
+) -> None:
     """Overwrite the value of every parameter by that of its owner, one message an owner."""
-    for rank in range(machine.ranks):
-        theirs = [value for p, value in values.items() if owner[p] == rank]
-        if theirs:
-            flat = torch.cat([value.flatten() for value in theirs])
+    for rank in range(distributed.ranks):
+        owned = [value for p, value in values.items() if owner[p] == rank]
+        if owned:
+            flat = torch.cat([value.flatten() for value in owned])
             dist.broadcast(flat, rank)
-            for value, new in zip(theirs, flat.split([value.numel() for value in theirs])):
+            for value, new in zip(owned, flat.split([value.numel() for value in owned])):
                 value.copy_(new.view_as(value))
 
 
@@ -384,11 +394,12 @@ def owners(params: list[Tensor], ranks: int) -> dict[Tensor, int]:
     """Assign each matrix to the process that updates it: the most expensive ones first, each to the process
     with the least work."""
     cost = {p: p.numel() * min(p.shape) for p in params}
-    found, load = {}, [0] * ranks
+    owner: dict[Tensor, int] = {}
+    load = [0] * ranks
     for p in sorted(params, key=lambda p: -cost[p]):
-        found[p] = load.index(min(load))
-        load[found[p]] += cost[p]
-    return found
+        owner[p] = load.index(min(load))
+        load[owner[p]] += cost[p]
+    return owner
 
 
 def _gather(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 
-from cogvideo.data.cut import Cut
+from cogvideo.data.cut import ClipSpec
 from cogvideo.model.families import Spec
 from cogvideo.train import objectives
 from cogvideo.train.losses import HierarchicalLoss, LossWeights
 from cogvideo.train.optim import OPTIMIZERS, SCHEDULES, check_optimizer
 
 PRECISIONS = ("float32", "bfloat16")
-SHARES = ("decay", "drop", "perturb", "corrupt", "resample", "windowed")  # fields between 0 and 1
+SHARES = ("decay", "drop", "perturb", "corrupt", "resample", "crop_share")  # fields between 0 and 1
 SIZES = (
     "steps",
     "batch",
@@ -31,7 +31,7 @@ class Phase:
     objective: objectives.Objective  # the kind of phase
     trains: tuple[str, ...]  # parts that learn; all others stay as they are
     uses: tuple[str, ...]  # parts that it needs
-    cut: Cut
+    clips: ClipSpec
     steps: int
     batch: int  # clips
     lr: float  # peak learning rate
@@ -47,7 +47,7 @@ class Phase:
     precision: str = "bfloat16"  # of matrix products; weights stay in float32
     drop: float = 0.1  # share of captions that are dropped
     reuse: int = 1  # token models: times that a clip is used, each time with another caption
-    windowed: float = 0.0  # token models: share of clips of which only a window over the object is learnt
+    crop_share: float = 0.0  # token models: share of clips of which only a window over the object is learnt
     perturb: float = 0.0  # tokenizer: share of codes replaced by near ones
     corrupt: float = 0.0  # token models: share of the codes they read replaced by near ones
     resample: float = 0.0  # decoder: share of codes that the stages sample again
@@ -82,9 +82,9 @@ class Phase:
         """Raise ValueError unless the phase can train this model: its clips have the right sizes and frame
         rates, its loss can be computed, and torch has its optimizer."""
         size, scale = spec.resolution, spec.refiner.scale if spec.refiner else 1
-        due = (size, size * scale)[: len(self.cut.sizes)]
-        if self.cut.sizes != due:
-            have, want = (" and ".join(map(str, sizes)) for sizes in (self.cut.sizes, due))
+        due = (size, size * scale)[: len(self.clips.sizes)]
+        if self.clips.sizes != due:
+            have, want = (" and ".join(map(str, sizes)) for sizes in (self.clips.sizes, due))
             raise ValueError(
                 f"{self.name} cuts frames of {have} pixels, but the model's are of {want}; "
                 f"choose another preset"

@@ -61,7 +61,9 @@ def samples(folder: ModelFolder, parts: Parts, prompts: Sequence[str]) -> Frames
             model = DualChannelTransformer(base, part(parts, stage, TemporalChannel))
             setattr(pipe.parts, stage, model)
 
-    prompts = [one for one in prompts if len(pipe.text.prompt(one, SECONDS)) <= pipe.spec.model.text_len]
+    prompts = [
+        prompt for prompt in prompts if len(pipe.text.prompt(prompt, SECONDS)) <= pipe.spec.model.text_len
+    ]
     seeds = list(range(len(prompts)))
     if "stage1" not in parts and not folder.has("stage1"):
         frames = [clip.frames for clip in pipe.decode(pipe.first_frames(prompts, seeds))]

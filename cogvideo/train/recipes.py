@@ -18,7 +18,7 @@ and of the regression family, whose one model all phases train:
 
 from dataclasses import dataclass, fields, replace
 
-from cogvideo.data.cut import Cut
+from cogvideo.data.cut import ClipSpec
 from cogvideo.train import objectives
 from cogvideo.train.losses import LossWeights
 from cogvideo.train.phase import Phase
@@ -45,10 +45,10 @@ class Recipe:
     def changed(self, values: dict[str, str]) -> "Recipe":
         """With fields of phases set, as in {"image.steps": "100", "tokenizer.loss.temporal": "0"}. Only
         numbers and words can be set; each is parsed by the type of its present value."""
-        found = self
+        changed = self
         for key, value in values.items():
             name, _, what = key.partition(".")
-            phase = found.phase(name)
+            phase = changed.phase(name)
             known = {f.name: getattr(phase, f.name) for f in fields(phase)[1:]}
             known |= {f"loss.{f.name}": getattr(phase.loss, f.name) for f in fields(phase.loss)}
             kinds = {name: type(now) for name, now in known.items() if type(now) in (int, float, str)}
@@ -64,12 +64,19 @@ class Recipe:
                 what, typed = "loss", replace(phase.loss, **{what.removeprefix("loss."): typed})
             new = replace(phase, **{what: typed})
             new = replace(new, epochs=0) if what == "steps" else new
-            found = replace(found, phases=tuple(new if p is phase else p for p in found.phases))
-        return found
+            changed = replace(changed, phases=tuple(new if p is phase else p for p in changed.phases))
+        return changed
 
 
 def regression(
-    name: str, cut: Cut, *, batch: int, lr: float, steps: int = 1, epochs: int = 0, optimizer: str = "adamw"
+    name: str,
+    clips: ClipSpec,
+    *,
+    batch: int,
+    lr: float,
+    steps: int = 1,
+    epochs: int = 0,
+    optimizer: str = "adamw",
 ) -> Phase:
     """A phase of the regression family; it starts from the previous phase's weights."""
     return Phase(
@@ -77,7 +84,7 @@ def regression(
         objectives.RegressionObjective(),
         trains=("regression",),
         uses=(),
-        cut=cut,
+        clips=clips,
         steps=steps,
         batch=batch,
         lr=lr,
@@ -88,9 +95,9 @@ def regression(
 
 
 REFERENCE = (  # of the regression family
-    regression("image", Cut(4, (1,), keep=1, sizes=(64,)), epochs=10, batch=16, lr=1e-4),
-    regression("low", Cut(4, (1,), sizes=(64,)), epochs=10, batch=16, lr=1e-4),
-    regression("high", Cut(32, (8,), sizes=(64,)), epochs=10, batch=16, lr=1e-4),
+    regression("image", ClipSpec(4, (1,), keep=1, sizes=(64,)), epochs=10, batch=16, lr=1e-4),
+    regression("low", ClipSpec(4, (1,), sizes=(64,)), epochs=10, batch=16, lr=1e-4),
+    regression("high", ClipSpec(32, (8,), sizes=(64,)), epochs=10, batch=16, lr=1e-4),
 )
 
 RECIPES = {
@@ -103,7 +110,7 @@ RECIPES = {
                 objectives.TokenizerObjective(),
                 trains=("vqvae",),
                 uses=(),
-                cut=Cut(1, (8,), sizes=(192,), crop=96, cover=48),
+                clips=ClipSpec(1, (8,), sizes=(192,), crop=96, cover=48),
                 steps=5000,
                 batch=32,
                 lr=1e-3,
@@ -120,7 +127,7 @@ RECIPES = {
                 objectives.TokenizerObjective(),
                 trains=("vqvae",),
                 uses=(),
-                cut=Cut(1, (8,), sizes=(192,), cover=48),
+                clips=ClipSpec(1, (8,), sizes=(192,), cover=48),
                 steps=2000,
                 batch=8,
                 lr=1e-3,
@@ -136,11 +143,11 @@ RECIPES = {
                 objectives.TokenObjective("image"),
                 trains=("base",),
                 uses=("vqvae",),
-                cut=Cut(5, (1, 1, 2, 4, 8), keep=1, sizes=(192,), cover=16),
+                clips=ClipSpec(5, (1, 1, 2, 4, 8), keep=1, sizes=(192,), cover=16),
                 steps=20000,
                 batch=64,
                 lr=7e-4,
-                windowed=0.75,
+                crop_share=0.75,
                 object_weight=2.0,
             ),
             Phase(
@@ -148,7 +155,7 @@ RECIPES = {
                 objectives.TokenObjective("stage1"),
                 trains=("stage1",),
                 uses=("vqvae", "base"),
-                cut=Cut(5, (1, 1, 1, 1, 1, 1, 2, 4), sizes=(192,), cover=16),
+                clips=ClipSpec(5, (1, 1, 1, 1, 1, 1, 2, 4), sizes=(192,), cover=16),
                 steps=20000,
                 batch=8,
                 lr=2e-3,
@@ -161,7 +168,7 @@ RECIPES = {
                 objectives.TokenObjective("stage2"),
                 trains=("stage2",),
                 uses=("vqvae", "base"),
-                cut=Cut(5, (2, 2, 4, 8), sizes=(192,), cover=16),
+                clips=ClipSpec(5, (2, 2, 4, 8), sizes=(192,), cover=16),
                 steps=20000,
                 batch=8,
                 lr=2e-3,
@@ -174,7 +181,7 @@ RECIPES = {
                 objectives.DecoderObjective(),
                 trains=("decoder",),
                 uses=("vqvae",),
-                cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), crop=96, cover=48),
+                clips=ClipSpec(5, (8, 8, 8, 4, 2, 1), sizes=(192,), crop=96, cover=48),
                 steps=5000,
                 batch=8,
                 lr=5e-4,
@@ -192,7 +199,7 @@ RECIPES = {
                 objectives.DecoderObjective(),
                 trains=("decoder",),
                 uses=("vqvae", "base", "stage1", "stage2"),
-                cut=Cut(5, (8, 8, 8, 4, 2, 1), sizes=(192,), cover=48),
+                clips=ClipSpec(5, (8, 8, 8, 4, 2, 1), sizes=(192,), cover=48),
                 steps=3000,
                 batch=2,
                 lr=5e-4,
@@ -213,15 +220,15 @@ RECIPES = {
         "direct-tiny",
         "direct-tiny",
         (
-            regression("image", Cut(5, (1,), keep=1), steps=2000, batch=32, lr=1e-3, optimizer="muon"),
-            regression("low", Cut(5, (1,)), steps=2000, batch=8, lr=1e-3, optimizer="muon"),
-            regression("high", Cut(33, (8,)), steps=600, batch=4, lr=1e-3, optimizer="muon"),
+            regression("image", ClipSpec(5, (1,), keep=1), steps=2000, batch=32, lr=1e-3, optimizer="muon"),
+            regression("low", ClipSpec(5, (1,)), steps=2000, batch=8, lr=1e-3, optimizer="muon"),
+            regression("high", ClipSpec(33, (8,)), steps=600, batch=4, lr=1e-3, optimizer="muon"),
             Phase(
                 "refiner",
                 objectives.RefinerObjective(),
                 trains=("refiner",),
                 uses=(),
-                cut=Cut(3, (8,), sizes=(48, 192)),
+                clips=ClipSpec(3, (8,), sizes=(48, 192)),
                 steps=1500,
                 batch=4,
                 lr=5e-4,

@@ -33,9 +33,9 @@ Probe = Callable[[ModelFolder, Parts, Phase, Batch, Path], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How a run works; no option changes a result but by rounding, except what the run begins with.
+    """How a run works. Options change results by rounding alone, except `init` and `init_embedding`.
 
-    None stands for what suits the machine; `settled` finds it.
+    None stands for a default that depends on the machine (`with_defaults`).
     """
 
     device: torch.device | str = "cpu"
@@ -61,8 +61,8 @@ class Options:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers must be 0 or more, got {self.workers}")
 
-    def settled(self, phases: Sequence[Phase]) -> Options:
-        """With what suits this machine and these phases in place of None. Threads stay None if the
+    def with_defaults(self, phases: Sequence[Phase]) -> Options:
+        """Replace each None by the default for this machine and these phases. Threads stay None if the
         environment sets their number."""
         device = find_device(self.device)
         processes = self.processes or parallel.fitting_processes([*phases], device)
@@ -103,7 +103,7 @@ class Run:
     def seed(self, phase: Phase) -> int:
         return self.recipe.seed + 1000 * self._names.index(phase.name)
 
-    # -- what is there
+    # -- its files
 
     @property
     def finished(self) -> dict[str, TrainedPhase]:
@@ -112,12 +112,12 @@ class Run:
             return {}
         return self.folder.config.trained or {}
 
-    def previous(self, phase: Phase) -> Path | None:
+    def previous_state(self, phase: Phase) -> Path | None:
         """The state of the last phase before this one that trains the same part."""
         earlier = self.recipe.phases[: self._names.index(phase.name)]
         return next(self._states(earlier[::-1], phase), None)
 
-    def later(self, phase: Phase) -> Path | None:
+    def later_state(self, phase: Phase) -> Path | None:
         """The state of the first phase after this one that trains the same part."""
         return next(self._states(self.recipe.phases[self._names.index(phase.name) + 1 :], phase), None)
 
@@ -128,7 +128,7 @@ class Run:
     def new_part(self, phase: Phase, name: str) -> nn.Module:
         """A part that `phase` trains, before its first step: the previous phase's weights, else the
         folder's, else a copy of the part that the phase inherits, else new ones."""
-        previous = self.previous(phase)
+        previous = self.previous_state(phase)
         part: Any
         if previous is not None:
             part = inherit.new_part(self.spec, name, self.seed(phase))
@@ -140,8 +140,8 @@ class Run:
             if phase.inherits:
                 inherit.copy(part, self.folder.load(phase.inherits))
         phase.objective.prepare(part, phase)
-        learnt: nn.Module = part
-        return learnt
+        module: nn.Module = part
+        return module
 
     @property
     def _names(self) -> list[str]:
@@ -153,10 +153,11 @@ class Run:
             if {*other.trains} & {*phase.trains} and self.state(other).exists():
                 yield self.state(other)
 
-    # -- whether it can work
+    # -- checks before work
 
     def preflight(self) -> Run:
-        """The run that remains. Raise ValueError for whatever can be known to fail before work starts."""
+        """Return the run without its finished phases. Raise ValueError for all that can be known to fail
+        before work starts."""
         run = replace(self, options=replace(self.options, device=find_device(self.options.device)))
         run.check_devices()
         run = run.with_steps()
@@ -179,11 +180,11 @@ class Run:
             raise ValueError(f"{self.ranks} processes need a device each, and there are {count}")
 
     def with_steps(self) -> Run:
-        """With the steps that the epochs of each phase are, on this source."""
+        """Replace the epochs of each phase by steps, on this source."""
         return replace(self, phases=[phase.over(self.source.count) for phase in self.phases])
 
     def without_finished(self) -> Run:
-        """Without the phases that have reached their last step. ValueError if resuming a phase would discard
+        """Remove the phases that reached their last step. Raise ValueError if resuming a phase would discard
         a later one that was trained from it."""
         finished = self.finished
         remaining = []
@@ -191,7 +192,7 @@ class Run:
             row = finished.get(phase.name)
             if row is not None and row.steps >= phase.steps and self.state(phase).exists():
                 continue
-            later = self.later(phase)
+            later = self.later_state(phase)
             if later is not None:
                 raise ValueError(
                     f"cannot resume {phase.name}: {later.parent.name} was already trained from it; "
@@ -227,7 +228,7 @@ class Run:
         """Raise ValueError if a phase would start from one that was stopped before its end."""
         finished = {*self.finished, *(phase.name for phase in self.phases)}
         for phase in self.phases:
-            previous = self.previous(phase)
+            previous = self.previous_state(phase)
             if previous is not None and previous.parent.name not in finished:
                 raise ValueError(
                     f"{phase.name} starts from {previous.parent.name}, which was stopped before its end; "
@@ -235,8 +236,8 @@ class Run:
                 )
 
     def with_shards(self) -> Run:
-        """With the weights cut into shards where whole weights, gradients and averages of the optimizer do
-        not fit in each process. ValueError where not even the shards of those fit."""
+        """Cut the weights into shards if whole weights, gradients and optimizer states do not fit in each
+        process. Raise ValueError if not even their shards fit."""
         device = torch.device(self.options.device)
         free = free_memory(device)
         if free is None:
@@ -251,13 +252,13 @@ class Run:
             if due / self.ranks > free:
                 raise ValueError(
                     f"{phase.name} needs {due / self.ranks / 1e9:.1f} GB for weights, gradients "
-                    f"and averages alone, and {free / 1e9:.1f} GB are free; choose a smaller "
+                    f"and optimizer states alone, and {free / 1e9:.1f} GB are free; choose a smaller "
                     f"preset, or more devices"
                 )
         return replace(self, options=replace(self.options, shard=shard))
 
     def check_sharing(self) -> None:
-        """Raise ValueError unless, with shards, each process has a whole number of windows."""
+        """Raise ValueError unless, with shards, each process has a whole number of crops."""
         for phase in self.phases:
             parallel.share(phase, self.ranks, self.options.shard)
 
@@ -269,6 +270,6 @@ class Run:
         """Raise ValueError unless each phase finds a clip to train on."""
         for phase in self.phases:
             try:
-                next(batches(self.source, phase.cut, 1, seed=0))
+                next(batches(self.source, phase.clips, 1, seed=0))
             except ValueError as error:
                 raise ValueError(f"{phase.name} finds no clip to train on: {error}") from None

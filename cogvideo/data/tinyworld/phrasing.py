@@ -46,8 +46,8 @@ def _phrasing() -> dict[str, Any]:
 def names(sprite: str, language: str = "en") -> tuple[str, ...]:
     """What people call a sprite; its own name is the first."""
     more = _phrasing()["names"].get(sprite, {}).get(language, [])
-    found = dict.fromkeys((*words.names_of(sprite, language), *more))
-    return tuple(name for name in found if name not in _phrasing()["names left out"])
+    options = dict.fromkeys((*words.names_of(sprite, language), *more))
+    return tuple(name for name in options if name not in _phrasing()["names left out"])
 
 
 def caption(scene: Scene, rng: np.random.Generator, language: str | None = None, varied: bool = False) -> str:
@@ -76,12 +76,12 @@ def _choose(rng: np.random.Generator, choices: Sequence[str]) -> str:
 
 
 def _name(scene: Scene, rng: np.random.Generator, language: str) -> str:
-    found = names(scene.sprite, language)
-    if rng.random() < 0.5 or len(found) == 1:
-        return found[0]
-    name = _choose(rng, found[1:])
+    options = names(scene.sprite, language)
+    if rng.random() < 0.5 or len(options) == 1:
+        return options[0]
+    name = _choose(rng, options[1:])
     sized = name[0] in "小大" or not {"tall", "great", "baby"}.isdisjoint(name.split())
-    return found[0] if scene.bulk and sized else name
+    return options[0] if scene.bulk and sized else name
 
 
 def _verb(scene: Scene, rng: np.random.Generator) -> str:

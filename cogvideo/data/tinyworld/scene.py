@@ -149,17 +149,18 @@ def _choices(
     sprite: str, held_out: bool | None, motion: str | None, place: str | None
 ) -> dict[str, tuple[str, ...]]:
     """The motions that are open to a sprite, each with its places."""
-    found: dict[str, tuple[str, ...]] = {}
-    places = [one for one in PLACES if place in (None, one)]
+    places_by_motion: dict[str, tuple[str, ...]] = {}
+    places = [choice for choice in PLACES if place in (None, choice)]
     for scene_motion in MOTIONS:
         if motion not in (None, scene_motion):
             continue
-        possible = [one for one in places if allowed(sprite, scene_motion, one)]
+        possible = [choice for choice in places if allowed(sprite, scene_motion, choice)]
         if held_out is not None:
-            possible = [one for one in possible if Scene(sprite, scene_motion, one).held_out == held_out]
+            scenes = [Scene(sprite, scene_motion, choice) for choice in possible]
+            possible = [scene.place for scene in scenes if scene.held_out == held_out]
         if possible:
-            found[scene_motion] = tuple(possible)
-    return found
+            places_by_motion[scene_motion] = tuple(possible)
+    return places_by_motion
 
 
 def sample_scene(
