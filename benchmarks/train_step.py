@@ -82,7 +82,7 @@ def take_steps(
     steps: int,
     cores: int,
     reuse: int,
-    member: parallel.Member | None = None,
+    worker: parallel.Worker | None = None,
     clock: Clock | None = None,
 ) -> None:
     """A short run of a phase, one way or the other, in the folder that `model` is in."""
@@ -95,7 +95,7 @@ def take_steps(
     options = Options(quiet=True, save_every=10**9, log_every=10**9, probe_every=1, probe=clock)
     short = replace(recipe, phases=(phase,))
     run = Run(short, model.parent, source, presets.find(recipe.preset), [phase], options)
-    loop.run_phases(run, member)
+    loop.run_phases(run, worker)
 
 
 def one_round(
@@ -105,8 +105,8 @@ def one_round(
     clock, first = Clock(), reuse + 1
     ranks = cores if way == "now" else 1
     work: Any = partial(take_steps, way, recipe, phase, model, first + steps, cores, reuse)
-    with parallel.launch(ranks, work) as member:
-        work(member, clock=clock)
+    with parallel.launch(ranks, work) as worker:
+        work(worker, clock=clock)
     spans = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(clock.times[first - 1 :], clock.times[first:])]
     print(json.dumps(spans))
 
