@@ -29,6 +29,7 @@ from benchmarks.classifier import FRAMES, HEADS, SIZE, ClipClassifier
 from benchmarks.fidelity import reconstruct, trained_sprites
 from cogvideo.data.tinyworld import MOTIONS, PLACES, Scene, TinyWorld, render, sprites
 from cogvideo.eval.metrics import frechet_distance
+from cogvideo.eval.tinyworld import SHIPPED
 from cogvideo.files import atomic_path
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import to_frames, to_images
@@ -263,7 +264,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--sprites", type=int, help="default: as many as the model was trained on")
     parser.add_argument("--reconstructions", action="store_true", help="only the bounds, nothing generated")
-    parser.add_argument("--judge", type=Path, default=classifier.FILE, help="weights of the classifier")
+    parser.add_argument("--judge", type=Path, default=SHIPPED, help="weights of the classifier")
     parser.add_argument("--out", type=Path, default=Path("runs/adherence"))
     args = parser.parse_args()
     from cogvideo.generate.cogvideo import CogVideo, find_model

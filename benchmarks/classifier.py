@@ -1,9 +1,9 @@
 """The judge of prompt adherence: a small classifier that says which sprite moves how, and where, in a clip.
 
-    python -m benchmarks.classifier --out runs/classifier        trains it (~20 minutes on one core)
+    python -m benchmarks.classifier --out runs/classifier        trains another (~20 minutes on one core)
     python -m benchmarks.classifier --judge frame                the grey frame judge: frame_judge.py
 
-Notable:
+The one that judges ships with the package (`cogvideo/eval/tinyworld.py`). Notable:
 - It is trained on rendered clips only, never on anything a model made. Blur, noise, block noise, colours and
   crops vary, so that it looks at what is drawn and not at the renderer's pixel statistics.
 - Places are shuffled among scenes where that keeps the drawing right, so that the sprite does not tell the
@@ -21,86 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks import frame_judge
 from cogvideo.data.tinyworld import MOTIONS, PLACES, Scene, TinyWorld, render, sample_scene, sprites
+from cogvideo.eval.tinyworld import FPS, FRAMES, HEADS, SIZE, ClipClassifier, load, pixels
 
-SIZE, FRAMES = 48, 9
-TIMES = np.arange(FRAMES) / 2  # seconds: frames 0, 4, ..., 32 of a clip at 8 fps
-HEADS = ("sprite", "motion", "place")
+TIMES = np.arange(FRAMES) / FPS  # seconds: frames 0, 4, ..., 32 of a clip at 8 fps
 FILE = Path("runs/classifier/classifier.safetensors")
-
-
-class ClipClassifier(nn.Module):
-    """Clips [B, 9, 3, 48, 48] in [0, 1] to logits of sprite [B, names], motion [B, 12] and place [B, 10]."""
-
-    def __init__(self, names: int = 64, width: int = 32):
-        super().__init__()
-        self.trunk = nn.Sequential(  # each frame, beside its difference to the mean of the clip
-            _conv(6, width, 4, 2),
-            _conv(width, width),
-            _conv(width, 2 * width, 3, 2),
-            _conv(2 * width, 2 * width),
-            _conv(2 * width, 2 * width),
-            _conv(2 * width, 4 * width, 3, 2),
-            _conv(4 * width, 4 * width),
-        )
-        self.look = nn.Linear(8 * width, 96)
-        self.spot = nn.Conv2d(4 * width, 16, 1)
-        self.way = nn.Sequential(
-            nn.Conv1d(16 * 36, 128, 3, padding=1),
-            nn.BatchNorm1d(128),
-            nn.ReLU(),
-            nn.Conv1d(128, 64, 3, padding=1),
-            nn.BatchNorm1d(64),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64 * FRAMES, 32),
-        )
-        self.heads = nn.ModuleDict(
-            {
-                "sprite": nn.Linear(96, names),
-                "motion": nn.Linear(32, len(MOTIONS)),
-                "place": nn.Linear(96, len(PLACES)),
-            }
-        )
-
-    def features(self, clips: Tensor) -> Tensor:
-        """[B, F, 3, S, S] to [B, 128]: 96 numbers of what is seen, 32 of how it moves."""
-        both = torch.cat((clips, clips - clips.mean(1, keepdim=True)), 2).flatten(0, 1)  # [B * F, 6, S, S]
-        both = both.sub(0.25).mul(2).contiguous(memory_format=torch.channels_last)
-        maps = self.trunk(both)  # [B * F, C, 6, 6]
-        pooled = torch.cat((maps.mean((2, 3)), maps.amax((2, 3))), 1)  # [B * F, 2 * C]
-        pooled = pooled.unflatten(0, (-1, FRAMES)).mean(1)  # [B, 2 * C]
-        spots = self.spot(maps).flatten(1).unflatten(0, (-1, FRAMES)).transpose(1, 2)  # [B, 16 * 36, F]
-        return torch.cat((self.look(pooled), self.way(spots)), 1)  # [B, D]
-
-    def logits(self, features: Tensor) -> dict[str, Tensor]:
-        look, way = features.split((96, 32), 1)
-        return {name: head(F.relu(way if name == "motion" else look)) for name, head in self.heads.items()}
-
-    def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        return self.logits(self.features(clips))
-
-
-def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-    )
-
-
-def load(file: str | Path = FILE) -> ClipClassifier:
-    """The trained classifier. Raises FileNotFoundError with the command that makes it."""
-    file = Path(file)
-    if not file.exists():
-        command = f"python -m benchmarks.classifier --out {file.parent}"
-        raise FileNotFoundError(f"no classifier at {file}; train it: {command}")
-    state = load_file(file)
-    net = ClipClassifier(len(state["heads.sprite.weight"]), len(state["trunk.0.0.weight"]))
-    net.load_state_dict(state)
-    return net.eval().requires_grad_(False)
 
 
 def labels(scenes: Sequence[Scene]) -> Tensor:
@@ -112,14 +41,10 @@ def labels(scenes: Sequence[Scene]) -> Tensor:
 @torch.inference_mode()
 def classify(net: ClipClassifier, clips: np.ndarray, batch: int = 64) -> tuple[Tensor, Tensor]:
     """Clips uint8 [B, 9, 48, 48, 3] to the classes [B, 3] (sprite, motion, place), and features [B, D]."""
-    parts = [net.features(_pixels(clips[i : i + batch])) for i in range(0, len(clips), batch)]
+    parts = [net.features(pixels(clips[i : i + batch])) for i in range(0, len(clips), batch)]
     features = torch.cat(parts)
     logits = net.logits(features)
     return torch.stack([logits[name].argmax(1) for name in HEADS], 1), features
-
-
-def _pixels(clips: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(clips)).permute(0, 1, 4, 2, 3).float() / 255
 
 
 # -- training --
@@ -191,7 +116,7 @@ def train(
         pool[at] = np.stack([render(scene, TIMES, SIZE) for scene in scenes])
         known[at] = labels(scenes)
         chosen = rng.integers(min((step + 1) * fresh, len(pool)), size=batch)
-        clips, target = vary(_pixels(pool[chosen]), generator), known[chosen]
+        clips, target = vary(pixels(pool[chosen]), generator), known[chosen]
         with torch.autocast("cpu", torch.bfloat16):
             logits = net(clips)
         losses = [F.cross_entropy(logits[name].float(), target[:, i]) for i, name in enumerate(HEADS)]

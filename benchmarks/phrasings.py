@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import adherence, classifier
 from cogvideo.data.tinyworld import Scene, sample_scene, sprites
+from cogvideo.eval.tinyworld import SHIPPED
 from cogvideo.files import atomic_path
 from cogvideo.generate.prompts import Prompts
 from cogvideo.model.folder import ModelFolder
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--dtype", help="numbers to compute with; default: as `cogvideo generate`")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--sprites", type=int, help="default: as many as the model was trained on")
-    parser.add_argument("--judge", type=Path, default=classifier.FILE, help="weights of the classifier")
+    parser.add_argument("--judge", type=Path, default=SHIPPED, help="weights of the classifier")
     args = parser.parse_args()
     from cogvideo.generate.cogvideo import CogVideo, find_model
 

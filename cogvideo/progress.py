@@ -19,6 +19,7 @@ def open_progress(progress: bool | Progress) -> Iterator[Progress | None]:
         rich.BarColumn(),
         rich.MofNCompleteColumn(),
         rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
     ) as bar:
         tasks: dict[str, rich.TaskID] = {}
 

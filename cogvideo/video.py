@@ -158,13 +158,22 @@ class VideoFile:
                     return cls(name, data, start, seconds, _fps(stream))
         raise ValueError(f"cannot read {name}: its frames have no times")
 
-    def frames(self, times: Sequence[float] | np.ndarray, size: int, repeat: bool = True) -> Frames:
-        """The middle squares of the frames nearest to `times` (seconds), uint8 [F, size, size, 3].
+    @property
+    def title(self) -> str:
+        """The title that the container stores: the caption, in videos of `Clip.save`."""
+        with _open_video(self.data, self.name) as (container, _):
+            return str(container.metadata.get("title", ""))
+
+    def frames(
+        self, times: Sequence[float] | np.ndarray, size: int | None = None, repeat: bool = True
+    ) -> Frames:
+        """The frames nearest to `times` (seconds): their middle squares, uint8 [F, size, size, 3], or without
+        a size the whole frames [F, H, W, 3].
 
         Raise TooFewFrames, unless `repeat`, if one frame is the nearest to two of the times.
         """
         times = np.asarray(times, np.float64) + self.start
-        out = np.empty((len(times), size, size, 3), np.uint8)
+        images: list[Frames | None] = [None] * len(times)
         waiting = list(np.argsort(-times, kind="stable"))  # the next one is the last of the list
         with _open_video(self.data, self.name) as (container, stream):
             if times.min() > self.start + 2:  # a second early: some files seek by the time of decoding
@@ -174,12 +183,12 @@ class VideoFile:
                 while waiting and times[waiting[-1]] <= until:
                     if not uses:
                         image = _decode(frame, size)
-                    out[waiting.pop()] = image
+                    images[waiting.pop()] = image
                     uses += 1
                 if uses > 1 and not repeat:
                     raise TooFewFrames(f"{self.name} has too few frames at {frame.time - self.start:.2f} s")
                 if not waiting:
-                    return out
+                    return np.stack([image for image in images if image is not None])
         raise ValueError(f"cannot read {self.name}: no frames at {times - self.start} seconds")
 
 

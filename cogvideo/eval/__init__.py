@@ -1,4 +1,8 @@
-"""Evaluate: measures of clips.
+"""Evaluate: two sets of clips in, numbers with their protocols out.
 
-metrics   Frechet distance, PSNR, SSIM, sharpness, flicker
+evaluate      the comparison: guards, halves, floors, temporal controls protocol      how a video becomes what
+a network sees; the protocols of papers clips         the videos of one side extractors    networks that turn
+clips into features features      features and measures of every clip, cached, in processes or on a cluster
+metrics       Frechet and kernel distances, precision and recall, PSNR, SSIM, sharpness, flicker, warping
+error tinyworld     the judge of the tiny world, for features and captions report        a table, JSON, a page
 """

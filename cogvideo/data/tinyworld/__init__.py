@@ -7,6 +7,7 @@
     canvas     the same on any device, many frames at a time
     words      what things are called, in English and Chinese
     phrasing   a scene as a sentence
+    reading    a sentence as a sprite, a motion and a place
     world      scenes by index, as a `Source` to train on
 
 Notable:
