@@ -46,7 +46,7 @@ SET_METRICS: dict[str, SetMetric] = {
     "density": lambda a, b: metrics.neighbourhood(a, b).density,
     "coverage": lambda a, b: metrics.neighbourhood(a, b).coverage,
 }
-LOWER_IS_BETTER = ("frechet", "kernel")
+DISTANCES = ("frechet", "kernel")  # by which the controls judge whether an extractor sees motion
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def _set_results(
         destroyed = {kind: _stack(real, extractor.name, kind) for kind in CONTROLS}
     results = []
     for kind, metric in SET_METRICS.items():
-        if kind not in LOWER_IS_BETTER and min(len(fake), len(true)) // 2 * fake.shape[1] <= 5:
+        if kind not in DISTANCES and min(len(fake), len(true)) // 2 * fake.shape[1] <= 5:
             continue
         results.append(_set_result(extractor, kind, metric, fake, true, destroyed, request.protocol.seed))
     if extractor.has_classes:
@@ -389,8 +389,8 @@ def _set_result(
             spoilt[name].append(metric(_flat(features[t1]), _flat(true[t2])))
 
     sees_motion = None
-    if destroyed:
-        sees_motion = all(_is_worse(kind, values, floor) for values in spoilt.values())
+    if destroyed and kind in DISTANCES:
+        sees_motion = all(_is_worse(values, floor) for values in spoilt.values())
     return SetResult(
         metric=_title(kind, extractor),
         kind=kind,
@@ -417,10 +417,9 @@ def _title(kind: str, extractor: Extractor) -> str:
     return f"{kind} ({extractor.name})"
 
 
-def _is_worse(kind: str, values: Sequence[float], floor: Sequence[float]) -> bool:
-    """Whether a control is worse than the floor in every repeat; both have the same halves there."""
-    sign = 1 if kind in LOWER_IS_BETTER else -1
-    return all(sign * (value - best) > 0 for value, best in zip(values, floor))
+def _is_worse(values: Sequence[float], floor: Sequence[float]) -> bool:
+    """Whether a control is farther than the floor in every repeat; both have the same halves there."""
+    return all(value > best for value, best in zip(values, floor))
 
 
 def _score_result(extractor: Extractor, fake: np.ndarray, true: np.ndarray, seed: int) -> SetResult:

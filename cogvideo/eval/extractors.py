@@ -110,6 +110,7 @@ class Lite0(Extractor):
     the clip, and the mean size of their change from frame to frame. It sees texture and colour, and that
     something moves; not what."""
 
+    CHANGE = 40.0  # weight of the change, which makes both halves vary alike over clips of the tiny world
     name = "efficientnet-lite0"
     distance = "Frechet distance (efficientnet-lite0, 160)"
 
@@ -128,7 +129,7 @@ class Lite0(Extractor):
         maps = self._net(to_images(frames))
         rows = torch.cat([level.mean((2, 3)) for level in maps], 1)  # [F, 80]
         change = (rows[1:] - rows[:-1]).abs().mean(0) if len(rows) > 1 else torch.zeros_like(rows[0])
-        return torch.cat((rows.mean(0), change))[None]
+        return torch.cat((rows.mean(0), self.CHANGE * change))[None]
 
 
 class TinyWorldJudge(Extractor):

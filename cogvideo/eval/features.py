@@ -28,7 +28,7 @@ from cogvideo.files import atomic_path
 from cogvideo.model.vqvae import to_images
 from cogvideo.video import Frames, TooFewFrames
 
-VERSION = 2  # of what is cached; raised when a computation changes
+VERSION = 3  # of what is cached; raised when a computation changes
 MEASURES = ("motion", "flicker", "warping error", "sharpness")  # of single clips
 CONTROLS = ("shuffled", "frozen")  # a clip with its frames in random order; its first frame, repeated
 

@@ -156,7 +156,7 @@ def _set_section(report: Report) -> str:
     names = ["metric", "value", f"at {half} clips", f"floor at {half}", "shuffled", "frozen", "sees motion"]
     rows = []
     for result in report.sets:
-        sees = {True: "yes", False: "no", None: "not tested"}[result.sees_motion]
+        sees = {True: "yes", False: "no", None: "-"}[result.sees_motion]
         controls = [_number(spread.mean) for spread in result.controls.values()] or ["-", "-"]
         cells = [
             result.metric,
