@@ -65,7 +65,7 @@ def test_another_world_is_farther_than_the_floor_and_noise_is_farthest(world, tm
     alike = evaluate(Request(a, b, PROTOCOL, few=True, controls=False))
     spoilt = evaluate(Request(noise, b, PROTOCOL, few=True, controls=False))
     first, second = (next(r for r in found.sets if r.kind == "frechet") for found in (alike, spoilt))
-    assert second.halves.mean > 5 * first.halves.mean
+    assert second.halves.mean > 3 * first.halves.mean
     assert abs(first.halves.mean - first.floor.mean) < 3 * (first.halves.deviation + first.floor.deviation)
     measures = {result.measure: result.value for result in spoilt.generated}
     reference = {result.measure: result.value for result in spoilt.reference}
@@ -462,3 +462,24 @@ def test_presets_are_protocols_with_known_networks():
     for preset in PRESETS.values():
         assert preset.about and set(preset.extractors) <= {*extractors.SHIPPED, *extractors.FROM_FILES}
     assert PRESETS["ucf101"].protocol.count >= ev.FEWEST
+
+
+def test_a_cluster_of_two_nodes_computes_the_same(world, monkeypatch):
+    """Two raylets on this machine; Ray Data moves the clips to both."""
+    pytest.importorskip("ray", reason='Ray is not installed: pip install "cogvideo[cluster]"')
+    import ray
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parent.parent))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        shared = evaluate(Request(*world, PROTOCOL, few=True, controls=False, ray=cluster.address))
+        assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    alone = evaluate(Request(*world, PROTOCOL, few=True, controls=False))
+    for one, other in zip(alone.sets, shared.sets):
+        assert one.value == pytest.approx(other.value, rel=1e-4, abs=1e-6)

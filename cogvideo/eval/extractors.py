@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cogvideo.eval import tinyworld
 from cogvideo.eval.protocol import Protocol
 from cogvideo.model.features import ImageFeatures
+from cogvideo.model.folder import read_state
 from cogvideo.model.vqvae import to_images
 from cogvideo.video import Frames
 
@@ -300,9 +301,7 @@ def _c3d_state(path: Path) -> dict[str, Tensor]:
             given = {name: torch.from_numpy(stored[name]) for name in stored.files}
         given = {name.replace("/W", ".weight").replace("/b", ".bias"): value for name, value in given.items()}
     elif path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        given = load_file(path)
+        given = read_state(path)
     else:
         given = torch.load(path, map_location="cpu", weights_only=True)
     given = {

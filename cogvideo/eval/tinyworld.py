@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cogvideo.data.tinyworld import MOTIONS, PLACES, sprites
 from cogvideo.data.tinyworld.reading import read
+from cogvideo.model.folder import read_state
 from cogvideo.video import Frames
 
 SIZE = 48  # pixels a side
@@ -87,7 +87,7 @@ def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Seq
 
 def load(file: str | Path = SHIPPED) -> ClipClassifier:
     """A trained classifier, by default the shipped one."""
-    state = load_file(file)
+    state = read_state(Path(file))
     net = ClipClassifier(len(state["heads.sprite.weight"]), len(state["trunk.0.0.weight"]))
     net.load_state_dict(state)
     return net.eval().requires_grad_(False)

@@ -354,6 +354,15 @@ def restore_rounded(state: dict[str, torch.Tensor]) -> None:
             state[name.removesuffix(SCALE)] = weight.float() * scale
 
 
+def read_state(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name; ModelError if it cannot be read."""
+    try:
+        state: dict[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is damaged: {error}") from None
+    return state
+
+
 def read_tensor(file: Path, ending: str) -> Tensor | None:
     """The first tensor of a safetensors file whose name has this ending; ModelError if it cannot be read."""
     try:
