@@ -88,6 +88,20 @@ SHORTENED = {
     ),
     'cogvideo generate "一只小狗在草地上奔跑" --model models/cogvideo -o dog.mp4 --seed 1 --keep drafts': WHOLE,  # noqa: E501
     "python -m benchmarks.full_size": nano(),
+    # judging: with few clips, and without the weights of others
+    "cogvideo evaluate generated/ reference/ -o report.json --preset tinyworld --scorer tinyworld": Shorter(
+        more="--few"
+    ),
+    "cogvideo evaluate generated/ reference/ -o fvd.json --preset ucf101 --extractors i3d "
+    "--weights i3d=i3d_torchscript.pt": Shorter(
+        (("--preset ucf101 --extractors i3d --weights i3d=i3d_torchscript.pt", "--few"),)
+    ),
+    "cogvideo evaluate generated/ reference/ -o paired.json --paired --count 512 --workers 8": Shorter(
+        (("512", "8"), ("--workers 8", "--workers 2")), "--few"
+    ),
+    "cogvideo evaluate generated/ reference/ -o report.json --ray ADDRESS": Shorter(
+        (("ADDRESS", "local"),), "--few"
+    ),
     # training
     "torchrun --nproc-per-node 8 -m cogvideo train tiny --out runs/tiny": nano(
         (" 8 ", " 2 "), ("runs/tiny", "runs/two")

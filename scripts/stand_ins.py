@@ -135,6 +135,12 @@ def write_files(folder: Path) -> None:
     judge = folder / "runs" / "judge" / "frame.safetensors"  # whose training takes an hour
     judge.parent.mkdir(parents=True)
     save_file({name: value.contiguous() for name, value in FrameJudge().state_dict().items()}, judge)
+    for side, seed in (("generated", 2), ("reference", 3)):  # to be judged
+        (folder / side).mkdir()
+        for i in range(8):
+            video = TinyWorld(sprites(8), seed)[i]
+            caption = video.caption(np.random.default_rng(i))
+            Clip(video.frames(times[:33], 64), 8, caption).save(folder / side / f"out-{i}.mp4")
     _write_checkpoints(folder)
 
 

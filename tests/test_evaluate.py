@@ -483,3 +483,42 @@ def test_a_cluster_of_two_nodes_computes_the_same(world, monkeypatch):
     alone = evaluate(Request(*world, PROTOCOL, few=True, controls=False))
     for one, other in zip(alone.sets, shared.sets):
         assert one.value == pytest.approx(other.value, rel=1e-4, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def transformers_folders(tmp_path_factory):
+    """Tiny random models of VideoMAE and CLIP, saved as transformers saves them."""
+    transformers = pytest.importorskip("transformers", reason="VideoMAE and CLIP are those of transformers")
+    root = tmp_path_factory.mktemp("networks")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    videomae = transformers.VideoMAEConfig(**sizes, image_size=32, patch_size=16, num_frames=8)
+    transformers.VideoMAEModel(videomae).save_pretrained(root / "videomae")
+
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    words = {f"{letter}{end}": 0 for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")}
+    vocabulary = {word: i for i, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    last = len(vocabulary) - 1
+    text = {**sizes, "vocab_size": len(vocabulary), "bos_token_id": last - 1, "eos_token_id": last}
+    clip = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    transformers.CLIPModel(clip).save_pretrained(root / "clip")
+    (root / "vocab.json").write_text(json.dumps(vocabulary))
+    (root / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(root / "vocab.json"), str(root / "merges.txt"))
+    tokenizer.save_pretrained(root / "clip")
+    return {"videomae": root / "videomae", "clip": root / "clip"}
+
+
+def test_networks_of_transformers_load_from_a_folder(world, transformers_folders):
+    protocol = Protocol(frames=8, fps=1.75, size=48)
+    request = Request(
+        *world, protocol, ("videomae", "clip"), transformers_folders, few=True, controls=False, scorer="clip"
+    )
+    found = evaluate(request)
+    names = {result.metric for result in found.sets if result.kind == "frechet"}
+    assert names == {"Frechet distance (VideoMAE)", "Frechet distance of frames (CLIP)"}
+    assert all(np.isfinite(result.value) for result in found.sets)
+    (similarity,) = found.adherence
+    assert similarity.measure == "CLIPSIM (CLIP)" and similarity.clips == 12 and -1 < similarity.value < 1
+    with pytest.raises(ValueError, match="this VideoMAE needs clips of 8 frames, not 9"):
+        evaluate(Request(*world, PROTOCOL, ("videomae",), transformers_folders, few=True))

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from cogvideo.eval.metrics import frechet_distance, psnr, ssim
+from cogvideo.eval.metrics import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    motion,
+    neighbourhood,
+    psnr,
+    ssim,
+    warping_error,
+)
 
 
 def _exact(mean: list[float], cov: np.ndarray, n: int = 400, seed: int = 0) -> np.ndarray:
@@ -82,3 +91,69 @@ def test_ssim_is_one_for_equal_pictures_and_needs_room_for_its_window():
     assert torch.allclose(ssim(a, a), torch.ones(3)) and (ssim(a, b) < 0.99).all()
     with pytest.raises(ValueError, match="11 pixels"):
         ssim(a[..., :10], b[..., :10])
+
+
+def _two_sets(n: int = 12, m: int = 9, width: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(7)
+    return rng.standard_normal((n, width)), rng.standard_normal((m, width)) + 0.3
+
+
+def test_the_kernel_distance_is_the_sum_over_pairs_of_different_samples():
+    a, b = _two_sets()
+
+    def kernel(x, y):
+        return (x @ y / 5 + 1) ** 3
+
+    within_a = [kernel(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j]
+    within_b = [kernel(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j]
+    between = [kernel(x, y) for x in a for y in b]
+    expected = np.mean(within_a) + np.mean(within_b) - 2 * np.mean(between)
+    assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_kernel_distance_of_halves_is_the_same_on_average_and_a_frechet_distance_is_not():
+    rng = np.random.default_rng(8)
+    kernel, frechet = [], []
+    for n in (50, 400):
+        pairs = [(rng.standard_normal((n, 8)), rng.standard_normal((n, 8))) for _ in range(60)]
+        kernel.append(np.mean([kernel_distance(x, y) for x, y in pairs]))
+        frechet.append(np.mean([frechet_distance(x, y) for x, y in pairs]))
+    assert abs(kernel[0] - kernel[1]) < 0.05 and frechet[0] > 4 * frechet[1]
+
+
+def test_neighbourhoods_are_those_of_the_definition():
+    fake, real = _two_sets(15, 14)
+    k = 3
+
+    def radius(points):
+        return [sorted(np.linalg.norm(points - x, axis=1))[k] for x in points]
+
+    distance = np.array([[np.linalg.norm(x - y) for y in fake] for x in real])  # [real, fake]
+    inside = distance < np.array(radius(real))[:, None]
+    found = neighbourhood(fake, real, k)
+    assert found.precision == pytest.approx(inside.any(0).mean())
+    assert found.recall == pytest.approx((distance < np.array(radius(fake))[None]).any(1).mean())
+    assert found.density == pytest.approx(inside.sum() / (k * len(fake)))
+    assert found.coverage == pytest.approx((distance.min(1) < np.array(radius(real))).mean())
+    with pytest.raises(ValueError, match="neighbourhoods of 20 need more than 20 samples"):
+        neighbourhood(fake, real, 20)
+
+
+def test_the_inception_score_counts_classes_that_are_certain():
+    assert inception_score(np.eye(7)) == pytest.approx(7)
+    assert inception_score(np.full((5, 4), 0.25)) == pytest.approx(1)
+    assert inception_score(np.eye(7)[[0, 0, 0, 1, 1, 1]]) == pytest.approx(2)
+
+
+def test_a_moved_image_has_motion_and_little_warping_error_and_noise_has_much_of_both():
+    pytest.importorskip("skimage")
+    generator = torch.Generator().manual_seed(3)
+    large = torch.nn.functional.interpolate(
+        torch.rand(1, 3, 10, 10, generator=generator), (60, 60), mode="bicubic"
+    ).clamp(0, 1)[0]
+    moving = torch.stack([large[:, 5:53, t : t + 48] for t in range(6)])
+    noise = torch.rand(moving.shape, generator=generator)
+    still = moving[:1].expand(6, -1, -1, -1)
+    assert motion(still) == 0 and warping_error(still) < 1e-4
+    assert motion(moving) > 3 * warping_error(moving)
+    assert warping_error(noise) > 10 * warping_error(moving)
