@@ -102,6 +102,12 @@ SHORTENED = {
     "cogvideo evaluate generated/ reference/ -o report.json --ray ADDRESS": Shorter(
         (("ADDRESS", "local"),), "--few"
     ),
+    "cogvideo judge new study --systems generated/ reference/ --real reference --mode pairs": Shorter(
+        more="--size 64 --prompts captions.txt"
+    ),
+    "cogvideo judge serve study": Shorter(by="tests/test_study.py"),
+    "cogvideo judge serve study --port 8000": Shorter(by="tests/test_study.py"),
+    "cogvideo judge report study": Shorter((("report study", "report voted"),)),
     # training
     "torchrun --nproc-per-node 8 -m cogvideo train tiny --out runs/tiny": nano(
         (" 8 ", " 2 "), ("runs/tiny", "runs/two")

@@ -141,7 +141,24 @@ def write_files(folder: Path) -> None:
             video = TinyWorld(sprites(8), seed)[i]
             caption = video.caption(np.random.default_rng(i))
             Clip(video.frames(times[:33], 64), 8, caption).save(folder / side / f"out-{i}.mp4")
+    (folder / "captions.txt").write_text("".join(f"sentence {i}\n" for i in range(8)))
+    _write_study(folder)
     _write_checkpoints(folder)
+
+
+def _write_study(folder: Path) -> None:
+    """A study with the votes of one rater."""
+    from cogvideo.eval.protocol import Protocol
+    from cogvideo.eval.study import Ballot, Plan, create
+
+    systems = [folder / "generated", folder / "reference"]
+    protocol = Protocol(frames=9, fps=2, size=32)
+    create(folder / "voted", Plan(systems, prompts=folder / "captions.txt", protocol=protocol, per_rater=4))
+    ballot = Ballot(folder / "voted")
+    rater = ballot.join()
+    for position in range(len(ballot.study.order(rater))):
+        clips = ballot.study.trials[ballot.study.order(rater)[position][0]].clips
+        ballot.vote(rater, position, clips[0], {}, 2.0)
 
 
 def _write_checkpoints(folder: Path) -> None:

@@ -5,4 +5,7 @@ a network sees; the protocols of papers clips         the videos of one side ext
 clips into features features      features and measures of every clip, cached, in processes or on a cluster
 metrics       Frechet and kernel distances, precision and recall, PSNR, SSIM, sharpness, flicker, warping
 error tinyworld     the judge of the tiny world, for features and captions report        a table, JSON, a page
+study         a blind study with people: what is shown to whom, and their votes
+study_server  its page
+study_report  what the votes say
 """
