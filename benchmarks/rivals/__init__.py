@@ -1,0 +1,17 @@
+"""Rivals trained on the same world for the same time, judged by the same judges.
+
+    python -m benchmarks.rivals train ours --minutes 60           resumes after it was killed
+    python -m benchmarks.rivals train raster --minutes 60
+    python -m benchmarks.rivals judge                             all that are trained: a table and a sheet
+
+Systems:
+    ours     base, then both stages: half of the time, a quarter and a quarter still    the floor: the first
+    frame of ours, repeated raster   a plain GPT of the same blocks over the codes of all 33 frames in raster
+    order: no second channel, no
+             hierarchy, no diagonals
+
+All use the tokenizer of the shipped model, whose training does not count, frame by frame, without the video
+decoder. All have 4 layers of width 256 and learn the first 12 sprites; prompts are about held-out
+compositions. Time is that of one processor core. Each system writes videos, and `cogvideo.eval` judges those:
+no system is judged by a road of its own.
+"""

@@ -1,0 +1,120 @@
+"""Ours: the paper's method, by the package's own training and generation; and its first frame, repeated."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.ablate import tokenizer_of
+from benchmarks.rivals.contest import FPS, System, to_clips
+from cogvideo.data.cut import Source
+from cogvideo.data.sources import open_source
+from cogvideo.files import atomic_path
+from cogvideo.generate.cogvideo import CogVideo
+from cogvideo.layout import rounds
+from cogvideo.model.folder import ModelFolder, find_model
+from cogvideo.train import loop, recipes
+from cogvideo.train.run import Options, Run
+from cogvideo.video import Clip
+
+SHARES = {"image": 0.5, "stage1": 0.25, "stage2": 0.25}  # of the time
+MEASURED_STEPS = 12  # after which the steps that fit are known
+
+
+class Ours(System):
+    name = "ours"
+
+    def train(self, minutes: float, lr: float | None, seed: int) -> None:
+        """Phase after phase. The steps of each are decided once, from its speed, and kept in steps.json."""
+        init = tokenizer_of(ModelFolder(find_model(self.size.model)), self.out / "tokenizer")
+        for name, share in SHARES.items():
+            phase = recipes.find("tiny").phase(name)
+            if lr is not None:
+                phase = replace(phase, lr=lr)
+            recipe = replace(recipes.find("tiny"), phases=(phase,), sprites=self.size.sprites, seed=seed)
+            source = open_source("tinyworld", seed=seed, sprites=self.size.sprites)
+            steps = self._steps(name, minutes * share, recipe, source, init)
+            phase = replace(phase, steps=steps, warmup=min(phase.warmup, steps // 10))
+            recipe = replace(recipe, phases=(phase,))
+            options = Options(init=init, quiet=True, save_every=20)
+            started = time.process_time()
+            init = loop.train(Run(recipe, self.out / name, source, self.size.spec, [phase], options))
+            self._spend(name, time.process_time() - started)
+
+    def _steps(
+        self, name: str, minutes: float, recipe: recipes.Recipe, source: Source, init: ModelFolder
+    ) -> int:
+        """The steps of a phase that fit into so many minutes."""
+        file = self.out / "steps.json"
+        known: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
+        if name not in known:
+            phase = replace(recipe.phases[0], steps=MEASURED_STEPS, warmup=1)
+            short = replace(recipe, phases=(phase,))
+            options = Options(init=init, quiet=True)
+            run = Run(short, self.out / f"speed-{name}", source, self.size.spec, [phase], options)
+            started = time.process_time()
+            loop.train(run)
+            seconds = (time.process_time() - started) / MEASURED_STEPS
+            known[name] = max(1, int(60 * minutes / seconds))
+            self._write(file, known)
+        return known[name]
+
+    def _spend(self, name: str, seconds: float) -> None:
+        file = self.out / "seconds.json"
+        spent: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+        spent[name] = spent.get(name, 0.0) + seconds
+        self._write(file, spent)
+
+    def _write(self, file: Path, values: dict) -> None:
+        with atomic_path(file) as part:
+            part.write_text(json.dumps(values))
+
+    @property
+    def folder(self) -> ModelFolder:
+        return ModelFolder(self.out / "stage2" / "model")
+
+    def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Clip]:
+        pipe = CogVideo(self.folder)
+        draft = pipe.keyframes(list(captions), list(seeds))
+        while draft.fps < max(rounds(self.size.spec.model.frames).values()):
+            draft = pipe.interpolate(draft)
+        return to_clips(pipe.parts.vqvae, draft.codes, captions)
+
+    @property
+    def parameters(self) -> int:
+        spec = self.size.spec
+        counts = []
+        for part in ("base", "stage1", "stage2"):
+            counts += [shape.numel() for shape in spec.shapes(part).values()]
+        return sum(counts)
+
+    @property
+    def minutes(self) -> float:
+        file = self.out / "seconds.json"
+        return sum(json.loads(file.read_text()).values()) / 60 if file.exists() else 0.0
+
+
+class Still(Ours):
+    """The floor of everything that moves: the first frame of ours, repeated."""
+
+    name = "still"
+
+    def train(self, minutes: float, lr: float | None, seed: int) -> None:
+        """Nothing of its own: it shows what `ours` has trained."""
+
+    @property
+    def folder(self) -> ModelFolder:
+        return ModelFolder(self.out.parent / "ours" / "stage2" / "model")
+
+    def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Clip]:
+        pipe = CogVideo(self.folder)
+        draft = pipe.first_frames(list(captions), list(seeds))
+        clips = to_clips(pipe.parts.vqvae, draft.codes, captions)
+        return [Clip(np.repeat(clip.frames, 33, axis=0), FPS, clip.caption) for clip in clips]
+
+    @property
+    def minutes(self) -> float:
+        return Ours(self.size, self.out.parent / "ours").minutes * SHARES["image"]
