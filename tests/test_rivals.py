@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks.rivals import __main__ as contest
+from benchmarks.rivals.ablations import ABLATIONS
 from benchmarks.rivals.contest import Size, prompts, rendered
-from benchmarks.rivals.ours import SHARES, Ours
+from benchmarks.rivals.ours import Ours
 from benchmarks.rivals.raster import Raster, RasterGPT
 from cogvideo.generate.sampling import Sampling, uniforms
 from cogvideo.model.transformer import TransformerConfig
@@ -108,7 +109,25 @@ def test_systems_of_equal_size_are_of_equal_size_but_for_the_channels(tmp_path):
     size = Size(layers=2, width=64)
     base = Raster(size, tmp_path).parameters
     ours = Ours(size, tmp_path).parameters
-    assert base < ours < 3 * base and sum(SHARES.values()) == 1
+    assert base < ours < 3 * base
+    for kind in contest.SYSTEMS.values():
+        if issubclass(kind, Ours):
+            assert sum(part.share for part in kind.plan) == 1
+
+
+@pytest.mark.parametrize("kind", [Ours, *ABLATIONS], ids=lambda kind: kind.name)
+def test_every_variant_trains_and_generates_33_frames(kind, tmp_path, monkeypatch):
+    """A few steps at nano size; a second call has nothing left to do."""
+    monkeypatch.setattr("benchmarks.rivals.ours.MEASURED_STEPS", 1)
+    monkeypatch.setattr("cogvideo.train.inherit.CAPTIONS", 500)
+    system = kind(Size(layers=1, width=64, sprites=4), tmp_path / kind.name)
+    system.train(0.001, None, 1)
+    spent = system.minutes
+    system.train(0.001, None, 1)
+    assert 0 < spent <= system.minutes < spent + 0.2
+    clips = system.generate(["a dog runs to the right"], [3])
+    assert clips[0].frames.shape == (33, 192, 192, 3) and clips[0].fps == 8
+    assert contest.trained(system.size, tmp_path).keys() >= {kind.name}
 
 
 def test_the_table_has_a_row_for_each_system():

@@ -9,6 +9,7 @@ Systems:
     frame of ours, repeated raster   a plain GPT of the same blocks over the codes of all 33 frames in raster
     order: no second channel, no
              hierarchy, no diagonals
+    random, one-stage-1, one-stage-2, unfrozen, unwindowed    the paper's ablations: `ablations.py`
 
 All use the tokenizer of the shipped model, whose training does not count, frame by frame, without the video
 decoder. All have 4 layers of width 256 and learn the first 12 sprites; prompts are about held-out

@@ -12,6 +12,7 @@ from PIL import Image
 
 import benchmarks.rivals
 from benchmarks import frame_judge
+from benchmarks.rivals.ablations import ABLATIONS
 from benchmarks.rivals.contest import Prompt, Size, System, prompts, rendered
 from benchmarks.rivals.ours import Ours, Still
 from benchmarks.rivals.raster import Raster
@@ -20,7 +21,8 @@ from cogvideo.eval.protocol import Protocol
 from cogvideo.files import atomic_path
 from cogvideo.video import Clip
 
-SYSTEMS: dict[str, type[System]] = {kind.name: kind for kind in (Ours, Still, Raster)}
+SYSTEMS: dict[str, type[System]] = {kind.name: kind for kind in (Ours, Still, Raster, *ABLATIONS)}
+SEEDS = range(4)  # of trainings that are looked for
 PROTOCOL = Protocol(frames=33, fps=8, size=96, filter="area")
 BATCH = 8  # videos generated together
 
@@ -96,6 +98,21 @@ def sheet(folders: dict[str, Path], count: int, out: Path) -> None:
     Image.fromarray(np.concatenate(blocks)).save(out)
 
 
+def folder_of(name: str, seed: int) -> str:
+    return name if seed == 0 else f"{name}-seed{seed}"
+
+
+def trained(size: Size, out: Path) -> dict[str, System]:
+    """The systems that have been trained, of all seeds."""
+    found = {}
+    for name, kind in SYSTEMS.items():
+        for seed in SEEDS:
+            system = kind(size, out / folder_of(name, seed))
+            if system.minutes:
+                found[folder_of(name, seed)] = system
+    return found
+
+
 def judge_all(args: argparse.Namespace, size: Size) -> None:
     rows = prompts(size.names, args.count)
     judge = frame_judge.load(args.judge)
@@ -109,10 +126,7 @@ def judge_all(args: argparse.Namespace, size: Size) -> None:
     results = {}
     folders = {"rendered": reference}
     results["rendered"] = measure(reference, other, rows, judge)
-    for name, kind in SYSTEMS.items():
-        system = kind(size, args.out / name)
-        if not system.minutes:
-            continue
+    for name, system in trained(size, args.out).items():
         folders[name] = args.out / name / "videos"
         seconds = write_videos(system, rows, folders[name])
         values = measure(folders[name], other, rows, judge)
@@ -148,7 +162,8 @@ def main() -> None:
     elif args.name is None:
         parser.error(f"name one of {', '.join(SYSTEMS)}")
     else:
-        SYSTEMS[args.name](size, args.out / args.name).train(args.minutes, args.lr, args.seed)
+        system = SYSTEMS[args.name](size, args.out / folder_of(args.name, args.seed))
+        system.train(args.minutes, args.lr, args.seed)
 
 
 if __name__ == "__main__":

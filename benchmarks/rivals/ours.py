@@ -3,8 +3,9 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -14,35 +15,53 @@ from cogvideo.data.cut import Source
 from cogvideo.data.sources import open_source
 from cogvideo.files import atomic_path
 from cogvideo.generate.cogvideo import CogVideo
+from cogvideo.generate.draft import Draft
 from cogvideo.layout import rounds
+from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import ModelFolder, find_model
 from cogvideo.train import loop, recipes
 from cogvideo.train.run import Options, Run
 from cogvideo.video import Clip
 
-SHARES = {"image": 0.5, "stage1": 0.25, "stage2": 0.25}  # of the time
 MEASURED_STEPS = 12  # after which the steps that fit are known
+
+
+@dataclass(frozen=True)
+class Part:
+    """A phase of the recipe, the share of the time that it gets, and the fields that differ from the
+    recipe's."""
+
+    phase: str
+    share: float
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 class Ours(System):
     name = "ours"
+    plan: ClassVar[tuple[Part, ...]] = (Part("image", 0.5), Part("stage1", 0.25), Part("stage2", 0.25))
+    changes: ClassVar[dict[str, Any]] = {}  # of the transformer's config
+
+    @property
+    def spec(self) -> CogVideoSpec:
+        spec = self.size.spec
+        return replace(spec, model=replace(spec.model, **self.changes))
 
     def train(self, minutes: float, lr: float | None, seed: int) -> None:
         """Phase after phase. The steps of each are decided once, from its speed, and kept in steps.json."""
         init = tokenizer_of(ModelFolder(find_model(self.size.model)), self.out / "tokenizer")
-        for name, share in SHARES.items():
-            phase = recipes.find("tiny").phase(name)
+        for part in self.plan:
+            phase = replace(recipes.find("tiny").phase(part.phase), **part.changes)
             if lr is not None:
                 phase = replace(phase, lr=lr)
             recipe = replace(recipes.find("tiny"), phases=(phase,), sprites=self.size.sprites, seed=seed)
             source = open_source("tinyworld", seed=seed, sprites=self.size.sprites)
-            steps = self._steps(name, minutes * share, recipe, source, init)
+            steps = self._steps(part.phase, minutes * part.share, recipe, source, init)
             phase = replace(phase, steps=steps, warmup=min(phase.warmup, steps // 10))
             recipe = replace(recipe, phases=(phase,))
             options = Options(init=init, quiet=True, save_every=20)
             started = time.process_time()
-            init = loop.train(Run(recipe, self.out / name, source, self.size.spec, [phase], options))
-            self._spend(name, time.process_time() - started)
+            init = loop.train(Run(recipe, self.out / part.phase, source, self.spec, [phase], options))
+            self._spend(part.phase, time.process_time() - started)
 
     def _steps(
         self, name: str, minutes: float, recipe: recipes.Recipe, source: Source, init: ModelFolder
@@ -54,7 +73,7 @@ class Ours(System):
             phase = replace(recipe.phases[0], steps=MEASURED_STEPS, warmup=1)
             short = replace(recipe, phases=(phase,))
             options = Options(init=init, quiet=True)
-            run = Run(short, self.out / f"speed-{name}", source, self.size.spec, [phase], options)
+            run = Run(short, self.out / f"speed-{name}", source, self.spec, [phase], options)
             started = time.process_time()
             loop.train(run)
             seconds = (time.process_time() - started) / MEASURED_STEPS
@@ -74,22 +93,22 @@ class Ours(System):
 
     @property
     def folder(self) -> ModelFolder:
-        return ModelFolder(self.out / "stage2" / "model")
+        return ModelFolder(self.out / self.plan[-1].phase / "model")
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Clip]:
         pipe = CogVideo(self.folder)
-        draft = pipe.keyframes(list(captions), list(seeds))
+        draft = self.keyframes(pipe, captions, seeds)
         while draft.fps < max(rounds(self.size.spec.model.frames).values()):
             draft = pipe.interpolate(draft)
         return to_clips(pipe.parts.vqvae, draft.codes, captions)
 
+    def keyframes(self, pipe: CogVideo, captions: Sequence[str], seeds: Sequence[int]) -> Draft:
+        return pipe.keyframes(list(captions), list(seeds))
+
     @property
     def parameters(self) -> int:
-        spec = self.size.spec
-        counts = []
-        for part in ("base", "stage1", "stage2"):
-            counts += [shape.numel() for shape in spec.shapes(part).values()]
-        return sum(counts)
+        parts = {"base", *(part.phase for part in self.plan if part.phase != "image")}
+        return sum(shape.numel() for part in parts for shape in self.spec.shapes(part).values())
 
     @property
     def minutes(self) -> float:
@@ -107,7 +126,11 @@ class Still(Ours):
 
     @property
     def folder(self) -> ModelFolder:
-        return ModelFolder(self.out.parent / "ours" / "stage2" / "model")
+        return ModelFolder(self._shown.out / "stage2" / "model")
+
+    @property
+    def _shown(self) -> Ours:
+        return Ours(self.size, self.out.with_name(self.out.name.replace("still", "ours")))
 
     def generate(self, captions: Sequence[str], seeds: Sequence[int]) -> list[Clip]:
         pipe = CogVideo(self.folder)
@@ -117,4 +140,4 @@ class Still(Ours):
 
     @property
     def minutes(self) -> float:
-        return Ours(self.size, self.out.parent / "ours").minutes * SHARES["image"]
+        return self._shown.minutes * self.plan[0].share
