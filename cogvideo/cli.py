@@ -387,7 +387,7 @@ def convert(
 
 def evaluate(
     generated: Positional[str],
-    reference: Positional[str],
+    reference: Positional[str | None] = None,
     /,
     out: Short = Path("report.json"),
     preset: str | None = None,
@@ -420,7 +420,7 @@ def evaluate(
 
     Args:
         generated: The videos to judge.
-        reference: The videos to compare them with.
+        reference: The videos to compare them with. Without: only measures of single clips and --scorer.
         out: The JSON file to write; the page gets the same name.
         preset: The protocol of a paper: tinyworld, ucf101, kinetics600, msrvtt. Other options override it.
         extractors: Networks: efficientnet-lite0, tinyworld; from files: i3d, c3d, inception, videomae, clip.

@@ -454,6 +454,13 @@ def test_the_command_writes_a_report(world, tmp_path, capsys, monkeypatch):
     ):
         with pytest.raises(ValueError, match=match):
             cli._parse([*arguments, *wrong])()
+    alone = ["evaluate", str(a), "-o", str(tmp_path / "alone.json"), "--scorer", "tinyworld", "--quiet"]
+    cli._parse([*alone, "--frames", "9", "--fps", "2", "--size", "48", "--cache", str(tmp_path / "cache")])()
+    written = json.loads((tmp_path / "alone.json").read_text())
+    assert written["reference"] is None and not written["sets"] and written["adherence"]["generated"]
+    assert "Clips that are wrong" in (tmp_path / "alone.html").read_text()
+    with pytest.raises(ValueError, match="pairs need a reference"):
+        Request(a, None, paired=True)
     with pytest.raises(ValueError, match="--out must end in .json"):
         cli._parse(["evaluate", str(a), str(b), "-o", "r.txt"])()
 

@@ -54,7 +54,7 @@ class Request:
     """What an evaluation compares, and how."""
 
     generated: str | Path
-    reference: str | Path
+    reference: str | Path | None  # None: only measures of single clips, and what captions ask for
     protocol: Protocol = field(default_factory=Protocol)
     extractors: tuple[str, ...] = ("efficientnet-lite0",)
     weights: Mapping[str, Path] = field(default_factory=dict)
@@ -71,6 +71,18 @@ class Request:
             raise ValueError(f"scorer must be one of {', '.join(SCORERS)}; got {self.scorer!r}")
         if not 0 <= self.workers <= 256:
             raise ValueError(f"workers must be from 0 to 256; got {self.workers}")
+        if self.reference is None and self.paired:
+            raise ValueError("pairs need a reference")
+        if not self.extractors:
+            raise ValueError("there is no extractor; choose at least one")
+
+    @property
+    def networks(self) -> list[str]:
+        """The extractors, if there is something to compare, and the scorer's network."""
+        names = [] if self.reference is None else [*self.extractors]
+        if self.scorer is not None:
+            names.append(self.scorer)
+        return list(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -179,7 +191,7 @@ class Report:
 
         return {
             "generated": str(self.request.generated),
-            "reference": str(self.request.reference),
+            "reference": None if self.request.reference is None else str(self.request.reference),
             "sets": sets,
             "clips": {"generated": rows(self.generated), "reference": rows(self.reference)},
             "paired": rows(self.paired),
@@ -207,112 +219,101 @@ def versions() -> dict[str, str]:
 def evaluate(request: Request, progress: Progress | None = None) -> Report:
     """Compare the generated clips of a request with its reference. ValueError for whatever makes the numbers
     worthless, before anything is computed if it can be known by then."""
-    protocol = request.protocol
+    seed = request.protocol.seed
     generated, reference, warnings = _choose_sides(request)
-    extractors = {name: find_extractor(name, request.weights) for name in _networks(request)}
+    extractors = {name: find_extractor(name, request.weights) for name in request.networks}
     pairs = pair(generated, reference) if request.paired else []
 
-    found = _compute(request, [*extractors], generated, controls=False, task="generated", progress=progress)
-    real = _compute(
-        request, [*extractors], reference, controls=request.controls, task="reference", progress=progress
-    )
-    generated, rows = _without_skipped(generated, found, warnings, "generated")
-    reference, real_rows = _without_skipped(reference, real, warnings, "reference")
-    if len(rows) != len(real_rows):
-        count = min(len(rows), len(real_rows))
-        raise ValueError(
-            f"{len(rows)} generated and {len(real_rows)} reference clips are long enough; give --count "
-            f"{count}"
-        )
-    _check_duplicates(generated, rows)
-    copies = {row.digest for row in rows} & {row.digest for row in real_rows}
-    if copies and not request.paired:
-        warnings.append(f"{len(copies)} generated clips equal a reference clip, frame by frame")
-
+    generated, rows = _compute(request, generated, "generated", warnings, progress)
+    reference, real = _compute(request, reference, "reference", warnings, progress)
+    _check_rows(request, generated, rows, real, warnings)
     sets: list[SetResult] = []
-    for name in request.extractors:
-        sets += _set_results(extractors[name], rows, real_rows, request)
-    for result in sets:
-        if result.kind == "frechet" and result.sees_motion is False:
-            warnings.append(
-                f"{result.extractor} may be blind to motion: shuffled or frozen frames are not always worse"
-            )
-
+    if real:
+        for name in request.extractors:
+            sets += _set_results(extractors[name], rows, real, request)
+    warnings += _blindness(sets)
     adherence, verdicts = _adherence(request, extractors, generated, rows)
-    adherence_reference, _ = _adherence(request, extractors, reference, real_rows)
+    adherence_reference, _ = _adherence(request, extractors, reference, real)
     return Report(
         request=request,
-        counts=(len(rows), len(real_rows)),
+        counts=(len(rows), len(real)),
         sets=tuple(sets),
-        generated=_means(rows, protocol.seed),
-        reference=_means(real_rows, protocol.seed),
-        paired=_paired(pairs, protocol, progress),
+        generated=_means(rows, seed),
+        reference=_means(real, seed),
+        paired=_paired(pairs, request.protocol, progress),
         adherence=adherence,
         adherence_reference=adherence_reference,
-        ranked=_rank(request.extractors[0], generated, rows, real_rows, verdicts),
+        ranked=_rank(request.extractors[0], generated, rows, real, verdicts),
         warnings=tuple(warnings),
         command=" ".join(["cogvideo", *sys.argv[1:]]),
     )
 
 
-def _networks(request: Request) -> list[str]:
-    """The extractors, and the scorer's network."""
-    return list(dict.fromkeys([*request.extractors, *([request.scorer] if request.scorer else [])]))
-
-
 def _choose_sides(request: Request) -> tuple[list[Item], list[Item], list[str]]:
     """The clips of both sides, and warnings."""
     protocol = request.protocol
-    if not request.extractors:
-        raise ValueError("there is no extractor; choose at least one")
     generated = choose(find_items(request.generated), protocol.count, protocol.seed)
+    if request.reference is None:
+        return generated, [], []
     reference = choose(find_items(request.reference), protocol.count, protocol.seed)
+    count = min(len(generated), len(reference))
     if len(generated) != len(reference) and protocol.short != "skip":
-        count = min(len(generated), len(reference))
         raise ValueError(
             f"{len(generated)} generated and {len(reference)} reference clips: numbers of different counts "
             f"cannot be compared; give --count {count} (or less)"
         )
-    count = min(len(generated), len(reference))
-    warnings = []
-    if count < FEWEST:
-        if not request.few:
-            raise ValueError(
-                f"{count} clips on a side are too few for a trustworthy number; give {FEWEST} or more, or "
-                "--few"
-            )
-        warnings.append(
-            f"{count} clips on a side are few: compare with the floor and the spread, not with papers"
-        )
     if count < 4:
         raise ValueError(f"halves need 4 clips or more on a side; got {count}")
-    return generated, reference, warnings
+    if count >= FEWEST:
+        return generated, reference, []
+    if not request.few:
+        raise ValueError(
+            f"{count} clips on a side are too few for a trustworthy number; give {FEWEST} or more, or --few"
+        )
+    warning = f"{count} clips on a side are few: compare with the floor and the spread, not with papers"
+    return generated, reference, [warning]
+
+
+def _check_rows(
+    request: Request, items: Sequence[Item], rows: Sequence[Row], real: Sequence[Row], warnings: list[str]
+) -> None:
+    """Raise ValueError for different counts or repeated clips; warn of copies of the reference."""
+    if request.reference is not None and len(rows) != len(real):
+        raise ValueError(
+            f"{len(rows)} generated and {len(real)} reference clips are long enough; give --count "
+            f"{min(len(rows), len(real))}"
+        )
+    _check_duplicates(items, rows)
+    copies = {row.digest for row in rows} & {row.digest for row in real}
+    if copies and not request.paired:
+        warnings.append(f"{len(copies)} generated clips equal a reference clip, frame by frame")
+
+
+def _blindness(sets: Sequence[SetResult]) -> list[str]:
+    """A warning for each extractor whose Frechet distance does not see motion."""
+    warnings = []
+    for result in sets:
+        if result.kind == "frechet" and result.sees_motion is False:
+            warnings.append(
+                f"{result.extractor} may be blind to motion: shuffled or frozen frames are not always worse"
+            )
+    return warnings
 
 
 def _compute(
-    request: Request,
-    extractors: Sequence[str],
-    items: Sequence[Item],
-    *,
-    controls: bool,
-    task: str,
-    progress: Progress | None,
-) -> list[Row]:
+    request: Request, items: Sequence[Item], side: str, warnings: list[str], progress: Progress | None
+) -> tuple[list[Item], list[Row]]:
+    """The rows of a side, without clips that are too short, and their items."""
     weights = tuple(sorted(request.weights.items()))
-    jobs = [
-        Job(item, request.protocol, tuple(extractors), weights, controls, request.cache) for item in items
-    ]
+    controls = request.controls and side == "reference"
+    networks = tuple(request.networks)
+    jobs = [Job(item, request.protocol, networks, weights, controls, request.cache) for item in items]
 
     def report(done: int) -> None:
         if progress is not None:
-            progress(task, done, len(jobs))
+            progress(side, done, len(jobs))
 
-    return list(run(jobs, request.workers, request.ray, report))
-
-
-def _without_skipped(
-    items: Sequence[Item], rows: Sequence[Row], warnings: list[str], side: str
-) -> tuple[list[Item], list[Row]]:
+    rows = list(run(jobs, request.workers, request.ray, report))
     kept = [(item, row) for item, row in zip(items, rows) if not row.skipped]
     short = len(rows) - len(kept)
     if short:
@@ -479,7 +480,7 @@ def _adherence(
     request: Request, extractors: Mapping[str, Extractor], items: Sequence[Item], rows: Sequence[Row]
 ) -> tuple[tuple[MeanResult, ...], list[str]]:
     """How well clips show what their captions say; and a verdict on each clip."""
-    if request.scorer is None:
+    if request.scorer is None or not items:
         return (), []
     captions = [item.caption for item in items]
     if not all(captions):
@@ -515,7 +516,11 @@ def _rank(
     extractor: str, items: Sequence[Item], rows: Sequence[Row], real: Sequence[Row], verdicts: Sequence[str]
 ) -> tuple[Ranked, ...]:
     """Generated clips by the distance of their mean features to the nearest reference clip, features scaled
-    by their deviation over the reference."""
+    by their deviation over the reference; without a reference those that are right first."""
+    if not real:
+        nan = float("nan")
+        entries = [Ranked(item, nan, verdict) for item, verdict in zip(items, verdicts or [""] * len(items))]
+        return tuple(sorted(entries, key=lambda entry: entry.verdict != "right"))
     fake = torch.from_numpy(_stack(rows, extractor, "clip").mean(1))
     true = torch.from_numpy(_stack(real, extractor, "clip").mean(1))
     scale = true.std(0).clamp_min(1e-8)

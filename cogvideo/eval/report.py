@@ -30,7 +30,7 @@ _STYLE = Path(__file__).with_suffix(".css")
 def table(report: Report) -> str:
     """The numbers as text, a block for each kind."""
     lines = [
-        f"{report.request.generated} against {report.request.reference}",
+        _title(report),
         f"{report.counts[0]} clips each; {_protocol_line(report.request.protocol)}",
         "",
     ]
@@ -52,6 +52,13 @@ def table(report: Report) -> str:
             lines += _mean_lines(results, others)
     lines += [f"warning: {warning}" for warning in report.warnings]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _title(report: Report) -> str:
+    request = report.request
+    if request.reference is None:
+        return str(request.generated)
+    return f"{request.generated} against {request.reference}"
 
 
 def _protocol_line(protocol: Protocol) -> str:
@@ -124,20 +131,23 @@ def _finite(value: object) -> object:
 
 def to_html(report: Report) -> str:
     request = report.request
+    best, worst = "Nearest to the reference", "Farthest from the reference"
+    if request.reference is None:
+        best, worst = "Clips that are right", "Clips that are wrong"
     parts = [
-        f"<h1>{_escape(request.generated)} against {_escape(request.reference)}</h1>",
+        f"<h1>{_escape(_title(report))}</h1>",
         f"<p>{report.counts[0]} clips each. {_escape(_protocol_line(request.protocol))}.</p>",
         *(f"<p class='warning'>{_escape(warning)}</p>" for warning in report.warnings),
         _set_section(report),
         _mean_section("Single clips", report.generated, report.reference),
         _mean_section("What captions ask for", report.adherence, report.adherence_reference),
         _mean_section("Pairs", report.paired, ()),
-        _clip_section("Nearest to the reference", report.ranked[:SHOWN], request.protocol),
-        _clip_section("Farthest from the reference", report.ranked[::-1][:SHOWN], request.protocol),
+        _clip_section(best, report.ranked[:SHOWN], request.protocol),
+        _clip_section(worst, report.ranked[::-1][:SHOWN], request.protocol),
         "<h2>Protocol</h2>",
         f"<pre>{_escape(json.dumps(report.protocol(), indent=2, ensure_ascii=False))}</pre>",
     ]
-    title = f"{_escape(request.generated)} against {_escape(request.reference)}"
+    title = _escape(_title(report))
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
