@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from benchmarks.ablate import tokenizer_of
-from benchmarks.rivals.contest import FPS, System, to_clips
+from benchmarks.rivals.contest import FPS, Size, System, to_clips
 from cogvideo.data.cut import Source
 from cogvideo.data.sources import open_source
 from cogvideo.files import atomic_path
@@ -19,7 +19,7 @@ from cogvideo.generate.draft import Draft
 from cogvideo.layout import rounds
 from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import ModelFolder, find_model
-from cogvideo.train import loop, recipes
+from cogvideo.train import loop, objectives, recipes
 from cogvideo.train.run import Options, Run
 from cogvideo.video import Clip
 
@@ -46,9 +46,17 @@ class Ours(System):
         spec = self.size.spec
         return replace(spec, model=replace(spec.model, **self.changes))
 
+    def __init__(self, size: Size, out: Path, processes: int = 1):
+        super().__init__(size, out)
+        self.processes = processes  # that share each batch, each with a core
+
+    def start(self) -> ModelFolder | None:
+        """What the first phase starts from: the tokenizer of a trained model."""
+        return tokenizer_of(ModelFolder(find_model(self.size.model)), self.out / "tokenizer")
+
     def train(self, minutes: float, lr: float | None, seed: int) -> None:
         """Phase after phase. The steps of each are decided once, from its speed, and kept in steps.json."""
-        init = tokenizer_of(ModelFolder(find_model(self.size.model)), self.out / "tokenizer")
+        init = self.start()
         for part in self.plan:
             phase = replace(recipes.find("tiny").phase(part.phase), **part.changes)
             if lr is not None:
@@ -58,26 +66,28 @@ class Ours(System):
             steps = self._steps(part.phase, minutes * part.share, recipe, source, init)
             phase = replace(phase, steps=steps, warmup=min(phase.warmup, steps // 10))
             recipe = replace(recipe, phases=(phase,))
-            options = Options(init=init, quiet=True, save_every=20)
+            options = Options(init=init, quiet=True, save_every=20, processes=self.processes)
             started = time.process_time()
             init = loop.train(Run(recipe, self.out / part.phase, source, self.spec, [phase], options))
             self._spend(part.phase, time.process_time() - started)
 
     def _steps(
-        self, name: str, minutes: float, recipe: recipes.Recipe, source: Source, init: ModelFolder
+        self, name: str, minutes: float, recipe: recipes.Recipe, source: Source, init: ModelFolder | None
     ) -> int:
         """The steps of a phase that fit into so many minutes."""
         file = self.out / "steps.json"
         known: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
         if name not in known:
-            phase = replace(recipe.phases[0], steps=MEASURED_STEPS, warmup=1)
+            least = objectives.UNQUANTISED + 1 if "vqvae" in recipe.phases[0].trains else 0
+            count = max(MEASURED_STEPS, least)
+            phase = replace(recipe.phases[0], steps=count, warmup=1)
             short = replace(recipe, phases=(phase,))
-            options = Options(init=init, quiet=True)
+            options = Options(init=init, quiet=True, processes=self.processes)
             run = Run(short, self.out / f"speed-{name}", source, self.spec, [phase], options)
             started = time.process_time()
             loop.train(run)
-            seconds = (time.process_time() - started) / MEASURED_STEPS
-            known[name] = max(1, int(60 * minutes / seconds))
+            seconds = (time.process_time() - started) / count
+            known[name] = max(1, least, int(60 * minutes / seconds))
             self._write(file, known)
         return known[name]
 
