@@ -123,6 +123,10 @@ SHORTENED = {
     ),
     "cogvideo train tiny --out runs/mis1 --init tiny --phases mistakes --processes 1 --threads 1 "
     "--save-every 50 --mistakes.steps 1500": nano(("1500", "2")),
+    "cogvideo train tiny --init runs/adv1/full --out runs/adv2 --phases mistakes --processes 1 --threads 1 "
+    "--save-every 20 --mistakes.adversary 0.1 --mistakes.steps 1000": nano(
+        ("adv1/full", "adv1/model"), ("1000", "2")
+    ),
     "cogvideo train direct-tiny": nano(more="--out runs/direct"),
     "cogvideo train direct-tiny --init runs/pictures/model --phases low high": nano(
         ("runs/pictures/model", "runs/direct/model"), more="--out runs/again"
