@@ -553,7 +553,6 @@ def judge_serve(study: Positional[Path], /, host: str = "127.0.0.1", port: int =
 
     if not 1 <= port <= 65535:
         raise ValueError(f"--port must be from 1 to 65535; got {port}")
-    print(f"http://{host}:{port}/", flush=True)
     serve(study, host, port)
 
 

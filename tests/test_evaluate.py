@@ -1,6 +1,7 @@
 """Two sets of clips in, numbers with their protocols out: guards, floors, controls, cache, workers, pages."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,16 @@ def test_what_would_give_a_worthless_number_is_refused(world, tmp_path):
     for wrong in ({"frames": 0}, {"fps": 0}, {"size": 1}, {"filter": "x"}, {"crop": "x"}, {"count": 1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Protocol(**wrong)
+
+
+def test_missing_extras_are_named_before_any_work(world, monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.registration", None)
+    with pytest.raises(ValueError, match=r'needs scikit-image: pip install "cogvideo\[eval\]"'):
+        evaluate(Request(*world, PROTOCOL, few=True))
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r'a cluster needs Ray: pip install "cogvideo\[cluster\]"'):
+        evaluate(Request(*world, PROTOCOL, few=True, ray="local"))
 
 
 def test_copies_of_the_reference_are_reported(world):

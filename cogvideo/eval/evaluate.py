@@ -220,6 +220,7 @@ def evaluate(request: Request, progress: Progress | None = None) -> Report:
     """Compare the generated clips of a request with its reference. ValueError for whatever makes the numbers
     worthless, before anything is computed if it can be known by then."""
     seed = request.protocol.seed
+    metrics.flow_function()  # before any work
     generated, reference, warnings = _choose_sides(request)
     extractors = {name: find_extractor(name, request.weights) for name in request.networks}
     pairs = pair(generated, reference) if request.paired else []

@@ -168,15 +168,23 @@ def motion(clip: Tensor) -> Tensor:
     return 255 * (clip[1:] - clip[:-1]).abs().mean()
 
 
+def flow_function() -> Callable[..., np.ndarray]:
+    """The optical flow of scikit-image; ValueError if that is not installed."""
+    try:
+        from skimage.registration import optical_flow_ilk
+    except ImportError:
+        raise ValueError('the optical flow needs scikit-image: pip install "cogvideo[eval]"') from None
+    find_flow: Callable[..., np.ndarray] = optical_flow_ilk
+    return find_flow
+
+
 def warping_error(clip: Tensor) -> Tensor:
     """How badly each frame of a clip [F, 3, H, W] in [0, 1], F >= 2, is predicted from the one before: mean
     of |x[t](p + flow(p)) - x[t-1](p)| in levels of 255 (Lai et al. 2018, without their mask of occlusions).
 
     The flow is `optical_flow_ilk` of scikit-image, between grey frames. A frozen clip has no error.
     """
-    from skimage.registration import optical_flow_ilk
-
-    find_flow: Callable[..., np.ndarray] = optical_flow_ilk
+    find_flow = flow_function()
     errors = []
     grey = clip.mean(1).numpy()  # [F, H, W]
     height, width = clip.shape[-2:]

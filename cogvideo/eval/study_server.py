@@ -124,4 +124,5 @@ def serve(folder: Path, host: str, port: int) -> None:
     app = build_app(folder)
     import uvicorn
 
+    print(f"http://{host}:{port}/", flush=True)
     uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning")
