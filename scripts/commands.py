@@ -147,6 +147,7 @@ SHORTENED = {
     "python -m benchmarks.ablate decoder --model tiny --minutes 7 --clips 24": nano(
         ("7", "0.01"), ("24", "2"), more="--variants recipe"
     ),
+    "python -m benchmarks.rivals train raster --minutes 60": Shorter(by="tests/test_rivals.py"),
     'python -m benchmarks.speedrun --seed 0 --change "what is new"': Shorter(by="tests/test_speedrun.py"),
     "python -m benchmarks.classifier": Shorter(more="--steps 2 --count 2"),
     "python -m benchmarks.classifier --judge frame": Shorter(more="--steps 2 --count 2"),
