@@ -78,6 +78,15 @@ def test_all_clips_have_the_same_fps_size_and_length_and_no_title(systems, tmp_p
     assert {(clip.frames.shape, clip.fps, clip.caption) for clip in clips} == {((4, 32, 32, 3), 4.0, "")}
 
 
+def test_the_trap_does_not_flash(systems, tmp_path):
+    folder = new_study(tmp_path / "s", systems)
+    traps = [name for name, (system, _) in Key.load(folder).clips.items() if system == "trap"]
+    assert len(traps) == 3
+    for name in traps:
+        frames = Clip.load(folder / "clips" / f"{name}.mp4").frames.astype(int)
+        assert np.abs(frames[1:] - frames[:-1]).mean() < 3 < frames[0].std()
+
+
 def test_the_order_depends_on_seed_and_rater_and_repeats_with_sides_swapped(systems, tmp_path):
     study = load(new_study(tmp_path / "s", systems))
     first, second = "a" * 32, "b" * 32

@@ -10,7 +10,7 @@ A study is a folder:
 In `ratings` a trial is one clip, with the paper's questions: frame texture, motion realism and semantic
 relevance from 1 to 5, and a total from 1 to 10 (CogVideo section 5.2). In `pairs` it is two clips of one
 prompt, in `best` one of every system, of which the best is chosen. A rater gets trials in an order of their
-own, some of them twice, and one trap: a clip whose frames are mixed up and noisy (in pairs and best, next to
+own, some of them twice, and one trap: a clip that is a still, noisy frame (in pairs and best, next to
 the intact one).
 """
 
@@ -246,8 +246,9 @@ def _write_traps(
     traps = []
     for prompt in sorted(int(i) for i in rng.permutation(len(items))[:3]):
         frames = items[prompt].frames(plan.protocol)
-        mixed = frames[rng.permutation(len(frames))].astype(int)
-        noisy = (mixed + rng.normal(0, 60, mixed.shape)).clip(0, 255).astype(np.uint8)
+        first = frames[0].astype(int)
+        still = (first + rng.normal(0, 60, first.shape)).clip(0, 255).astype(np.uint8)
+        noisy = np.repeat(still[None], len(frames), axis=0)  # still: flashing noise can trigger seizures
         intact = _write_clip(frames, plan, folder, key, "intact", prompt)
         traps.append((prompt, intact, _write_clip(noisy, plan, folder, key, TRAP, prompt)))
     return traps
