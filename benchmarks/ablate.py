@@ -15,7 +15,6 @@ all along, decodes held-out clips, from their codes and from damaged ones: the l
 import argparse
 import json
 import shutil
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import frame_judge, ladder
+from benchmarks.budget import steps_within
 from cogvideo import CogVideo
 from cogvideo.data.loader import batches
 from cogvideo.data.sources import open_source
@@ -94,15 +94,8 @@ def train_for(
     steps.json."""
     recipe = replace(recipes.find("tiny"), phases=(phase,), sprites=len(names))
     source = open_source("tinyworld", sprites=recipe.sprites)
-    kept = out / "steps.json"
-    if not kept.exists():
-        started = time.process_time()
-        short = replace(phase, steps=MEASURED_STEPS)
-        loop.train(Run(recipe, out / "speed", source, spec, [short], Options(init=init, quiet=True)))
-        seconds = (time.process_time() - started) / MEASURED_STEPS
-        out.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(max(1, int(60 * minutes / seconds))))
-    steps = json.loads(kept.read_text())
+    measuring = Run(recipe, out / "speed", source, spec, [phase], Options(init=init, quiet=True))
+    steps = steps_within(minutes, measuring, MEASURED_STEPS, out / "steps.json")
     phase = replace(phase, steps=steps, warmup=min(phase.warmup, steps // 10))
     return loop.train(
         Run(recipe, out / "run", source, spec, [phase], Options(init=init, log_every=50, save_every=20))

@@ -1,13 +1,14 @@
 """The ledger of records: from nothing to a judged model in a fixed time.
 
-    python -m benchmarks.speedrun --seed 0 --change "what is new"     20 minutes of two cores, then the
-    judging python -m benchmarks.speedrun --minutes 120 --seed 0 --change "what is new"
+    python -m benchmarks.speedrun --seed 0 --change "what is new"
+    python -m benchmarks.speedrun --minutes 120 --seed 0 --change "what is new"
 
-Everything is free: sizes, phases, their shares, the code. Fixed are the world (the first 12 sprites), the
-time (of each of --cores processes, tokenizer included), and the rules: 64 prompts about held-out
-compositions, judged by the shipped classifier of the tiny world; the score is the share of clips whose
-sprite, motion and place are all right. A record is the mean of the seeds 0, 1 and 2 (one seed at 120
-minutes). `RULES` is the hash of judge, prompts and held-out scenes: a run by other rules is refused.
+The first takes 20 minutes of two cores, and then the judging. Everything is free: sizes, phases, their
+shares, the code. Fixed are the world (the first 12 sprites), the time (of each of --cores processes,
+tokenizer included), and the rules: 64 prompts about held-out compositions, judged by the shipped classifier
+of the tiny world; the score is the share of clips whose sprite, motion and place are all right. A record is
+the mean of the seeds 0, 1 and 2 (one seed at 120 minutes). `RULES` is the hash of judge, prompts and held-out
+scenes: a run by other rules is refused.
 
 A run adds a line to docs/ledger.jsonl and writes the table of docs/ledger.md anew.
 """

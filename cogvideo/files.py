@@ -1,5 +1,7 @@
 """Write files and folders completely or not at all: under a temporary name, renamed at the end."""
 
+import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +23,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(work, path)
     finally:
         _remove(work)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as JSON; NaN and infinity, which JSON does not know, become null."""
+    text = json.dumps(_without_nan(value), indent=2, ensure_ascii=False)
+    with atomic_path(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nan(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _remove(path: Path) -> None:

@@ -305,10 +305,15 @@ def _to_bytes(pixels: np.ndarray, wide: bool = False) -> Frames:
 def _square(image: Image.Image, size: int) -> Image.Image:
     """The middle square at size x size; if `size` divides its side, a pixel is the mean over its area."""
     side = min(image.size)
+    method = Image.Resampling.BICUBIC if side % size else Image.Resampling.BOX
+    return crop_centre(image, side).resize((size, size), method)
+
+
+def crop_centre(image: Image.Image, side: int) -> Image.Image:
+    """The middle square of `side` pixels."""
     left = (image.width - side) // 2
     top = (image.height - side) // 2
-    method = Image.Resampling.BICUBIC if side % size else Image.Resampling.BOX
-    return image.crop((left, top, left + side, top + side)).resize((size, size), method)
+    return image.crop((left, top, left + side, top + side))
 
 
 def _load_animation(path: Path) -> Clip:

@@ -17,6 +17,8 @@ import gc
 import json
 import os
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +44,7 @@ from cogvideo.train.discriminator import NOISE, SLOPE, new_discriminator
 from cogvideo.train.losses import HierarchicalLoss, LossWeights, temporal_distance
 
 HALF = torch.bfloat16
+MOST_WRONG = 0.5  # largest share of a clip's codes that the decoder sees as the stages would draw them
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ PLANS = {
     "stage2": Plan("stage2", (2, 2, 4, 8), 5, 64, 1e-3, corrupt=0.05),
     "decoder": Plan("decoder", (8, 8, 8, 4, 2, 1), 5, 16, 6e-4, object_weight=4.0, warmup=50, decay=1.0),
     "adversary": Plan(
-        "decoder", (8, 8, 8, 4, 2, 1), 5, 16, 2e-4, object_weight=4.0, warmup=50, decay=1.0, adversary=0.1
+        "decoder", (8, 8, 8, 4, 2, 1), 5, 16, 3e-4, object_weight=4.0, warmup=50, decay=0.8, adversary=0.15
     ),
 }
 
@@ -686,6 +689,7 @@ class DecoderTrainer(Trainer):
     def chances(self) -> dict[str, Tensor]:
         shape = (self.plan.batch, self.plan.keep, self.layout.frame_tokens)
         found = {name: torch.empty(shape, device=self.device) for name in ("wrong", "which")}
+        found["share"] = torch.empty(self.plan.batch, 1, 1, device=self.device)
         if self.plan.adversary:
             r = self.canvas.size
             found["noise"] = torch.empty(self.plan.batch, self.plan.keep, 3, r, r, device=self.device)
@@ -704,7 +708,7 @@ class DecoderTrainer(Trainer):
             )
             found.append(layout.unlay(sampled.clamp_max(shares.shape[-1] - 1).view_as(laid)))
         sampled = torch.where((spans >= SECONDS)[:, None, None], *found)
-        return torch.where(chances["wrong"] < 0.2, sampled, codes)
+        return torch.where(chances["wrong"] < MOST_WRONG * chances["share"], sampled, codes)
 
     def step(self, given: dict[str, Tensor], chances: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         b, f, _ = given["rows"].shape
@@ -862,31 +866,49 @@ def main() -> None:
         f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'cpu'}, torch {torch.__version__}, "
         f"{os.cpu_count()} cores; places drawn"
     )
+    failed = []
     for number, work in enumerate(options.work):
-        part, _, seconds = work.partition(":")
-        plan = PLANS[part]
-        plan = replace(plan, batch=options.batch or plan.batch, lr=options.lr or plan.lr)
-        seed = options.seed + number
-        if plan.part == "decoder":
-            trainer = DecoderTrainer(
-                options.model, plan, canvas, device, options.workers, seed, options.features
-            )
-        else:
-            trainer = Trainer(options.model, plan, canvas, device, options.workers, not options.eager, seed)
-        if seconds == "bench":
-            bench(trainer, say)
-        elif seconds == "ready":
-            Replay(trainer)
-            say(f"{part}: compiled")
-        else:
-            left = options.total - (time.perf_counter() - begin) - 12  # of which some are for reading it in
-            trainer.train(min(float(seconds), left), say)
-            trainer.save(options.model)
-            trainer.save(options.out)
-            divide(options.out)
-            say(f"{part} saved")
-        del trainer
+        try:
+            perform(work, options.seed + number, options, canvas, begin, say)
+        except Exception:  # what comes after may still be worth its time
+            failed.append(work)
+            say(f"{work} failed: {traceback.format_exc()}")
         gc.collect()
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def perform(
+    work: str,
+    seed: int,
+    options: argparse.Namespace,
+    canvas: Canvas,
+    begin: float,
+    say: Callable[[str], None],
+) -> None:
+    """Do one piece of work, "part:seconds", "part:bench" or "part:ready"; `begin`: when the program began."""
+    part, _, seconds = work.partition(":")
+    device = torch.device(options.device)
+    plan = PLANS[part]
+    plan = replace(plan, batch=options.batch or plan.batch, lr=options.lr or plan.lr)
+    if plan.part == "decoder":
+        trainer: Trainer = DecoderTrainer(
+            options.model, plan, canvas, device, options.workers, seed, options.features
+        )
+    else:
+        trainer = Trainer(options.model, plan, canvas, device, options.workers, not options.eager, seed)
+    if seconds == "bench":
+        bench(trainer, say)
+    elif seconds == "ready":
+        Replay(trainer)
+        say(f"{part}: compiled")
+    else:
+        left = options.total - (time.perf_counter() - begin) - 12  # of which some are for reading it in
+        trainer.train(min(float(seconds), left), say)
+        trainer.save(options.model)
+        trainer.save(options.out)
+        divide(options.out)
+        say(f"{part} saved")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from benchmarks.rivals.ours import Ours, Still
 from benchmarks.rivals.raster import Raster
 from cogvideo.eval.evaluate import Report, Request, evaluate
 from cogvideo.eval.protocol import Protocol
-from cogvideo.files import atomic_path
+from cogvideo.files import write_json
 from cogvideo.video import Clip
 
 SYSTEMS: dict[str, type[System]] = {kind.name: kind for kind in (Ours, Still, Raster, *ABLATIONS)}
@@ -42,7 +42,7 @@ def write_videos(system: System, rows: Sequence[Prompt], folder: Path) -> float:
         seconds.append((time.perf_counter() - started) / len(part))
         for file, clip in zip(files, clips):
             clip.save(file)
-        taken.write_text(json.dumps(seconds))
+        write_json(taken, seconds)
     return float(np.mean(seconds)) if seconds else float("nan")
 
 
@@ -132,8 +132,7 @@ def judge_all(args: argparse.Namespace, size: Size) -> None:
         values = measure(folders[name], other, rows, judge)
         values |= {"parameters": system.parameters / 1e6, "minutes": system.minutes, "seconds": seconds}
         results[name] = values
-        with atomic_path(args.out / "report.json") as part:
-            part.write_text(json.dumps(results, indent=1))
+        write_json(args.out / "report.json", results)
     sheet(folders, min(4, args.count), args.out / "sheet.png")
     print(table(results))
 

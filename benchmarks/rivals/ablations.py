@@ -1,10 +1,10 @@
 """The ablations of the paper's Table 3 in miniature: what each of its ideas is worth for equal time.
 
-    random       no text-to-image model to inherit: base and temporal channel learn together from random
-    weights one-stage-1  no hierarchy: five frames at the full 8 fps, continued window after window with one
-    frame in common one-stage-2  the same with two frames in common unfrozen     the base goes on learning
-    with the temporal channel of stage 1 unwindowed   full attention in the temporal channel of stage 2,
-    instead of shifted windows
+    random       no text-to-image model to inherit: base and temporal channel start from random weights
+    one-stage-1  no hierarchy: five frames at the full 8 fps, continued with one frame in common
+    one-stage-2  the same with two frames in common
+    unfrozen     the base is trained further along with the temporal channel of stage 1
+    unwindowed   full attention in the temporal channel of stage 2, instead of shifted windows
 
 On Kinetics-600 the paper has FVD 108 for the full method, 121 and 137 for one stage with two frames and with
 one in common, 125 without pre-training on videos, 166 from random weights.
@@ -109,13 +109,13 @@ class OneStage(Ours):
         pipe = CogVideo(self.folder)
         c = self.spec.model
         codes = pipe.first_frames(list(captions), list(seeds)).codes
-        window = 0
+        span = 0
         while codes.shape[1] < FRAMES:
             known = codes[:, -self.overlap :]
             missing = (c.frames - known.shape[1]) * c.frame_tokens
-            filled = self._continue(pipe, captions, known, uniforms(seeds, missing, 1000 + window))
+            filled = self._continue(pipe, captions, known, uniforms(seeds, missing, 1000 + span))
             codes = torch.cat((codes, filled[:, known.shape[1] :]), 1)
-            window += 1
+            span += 1
         return to_clips(pipe.parts.vqvae, codes[:, :FRAMES], captions)
 
     def _continue(self, pipe: CogVideo, captions: Sequence[str], known: Tensor, uniform: Tensor) -> Tensor:

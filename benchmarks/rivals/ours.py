@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from benchmarks.ablate import tokenizer_of
+from benchmarks.budget import steps_within
 from benchmarks.rivals.contest import FPS, Size, System, to_clips
 from cogvideo.data.cut import Source
 from cogvideo.data.sources import open_source
-from cogvideo.files import atomic_path
+from cogvideo.files import write_json
 from cogvideo.generate.cogvideo import CogVideo
 from cogvideo.generate.draft import Draft
 from cogvideo.layout import rounds
@@ -55,7 +56,7 @@ class Ours(System):
         return tokenizer_of(ModelFolder(find_model(self.size.model)), self.out / "tokenizer")
 
     def train(self, minutes: float, lr: float | None, seed: int) -> None:
-        """Phase after phase. The steps of each are decided once, from its speed, and kept in steps.json."""
+        """Phase after phase. The steps of each are decided once, from its speed, and kept in a file."""
         init = self.start()
         for part in self.plan:
             phase = replace(recipes.find("tiny").phase(part.phase), **part.changes)
@@ -63,7 +64,7 @@ class Ours(System):
                 phase = replace(phase, lr=lr)
             recipe = replace(recipes.find("tiny"), phases=(phase,), sprites=self.size.sprites, seed=seed)
             source = open_source("tinyworld", seed=seed, sprites=self.size.sprites)
-            steps = self._steps(part.phase, minutes * part.share, recipe, source, init)
+            steps = self._steps(minutes * part.share, recipe, source, init)
             phase = replace(phase, steps=steps, warmup=min(phase.warmup, steps // 10))
             recipe = replace(recipe, phases=(phase,))
             options = Options(init=init, quiet=True, save_every=20, processes=self.processes)
@@ -71,35 +72,20 @@ class Ours(System):
             init = loop.train(Run(recipe, self.out / part.phase, source, self.spec, [phase], options))
             self._spend(part.phase, time.process_time() - started)
 
-    def _steps(
-        self, name: str, minutes: float, recipe: recipes.Recipe, source: Source, init: ModelFolder | None
-    ) -> int:
-        """The steps of a phase that fit into so many minutes."""
-        file = self.out / "steps.json"
-        known: dict[str, int] = json.loads(file.read_text()) if file.exists() else {}
-        if name not in known:
-            least = objectives.UNQUANTISED + 1 if "vqvae" in recipe.phases[0].trains else 0
-            count = max(MEASURED_STEPS, least)
-            phase = replace(recipe.phases[0], steps=count, warmup=1)
-            short = replace(recipe, phases=(phase,))
-            options = Options(init=init, quiet=True, processes=self.processes)
-            run = Run(short, self.out / f"speed-{name}", source, self.spec, [phase], options)
-            started = time.process_time()
-            loop.train(run)
-            seconds = (time.process_time() - started) / count
-            known[name] = max(1, least, int(60 * minutes / seconds))
-            self._write(file, known)
-        return known[name]
+    def _steps(self, minutes: float, recipe: recipes.Recipe, source: Source, init: ModelFolder | None) -> int:
+        """The steps of the recipe's phase that fit into so many minutes."""
+        (phase,) = recipe.phases
+        least = objectives.UNQUANTISED + 1 if "vqvae" in phase.trains else 1
+        options = Options(init=init, quiet=True, processes=self.processes)
+        run = Run(recipe, self.out / f"speed-{phase.name}", source, self.spec, [phase], options)
+        file = self.out / f"steps-{phase.name}.json"
+        return steps_within(minutes, run, max(MEASURED_STEPS, least), file, least)
 
     def _spend(self, name: str, seconds: float) -> None:
         file = self.out / "seconds.json"
         spent: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
         spent[name] = spent.get(name, 0.0) + seconds
-        self._write(file, spent)
-
-    def _write(self, file: Path, values: dict) -> None:
-        with atomic_path(file) as part:
-            part.write_text(json.dumps(values))
+        write_json(file, spent)
 
     @property
     def folder(self) -> ModelFolder:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from benchmarks.rivals.contest import TIMES, System, to_clips
 from cogvideo.data.loader import read_captions
 from cogvideo.data.tinyworld import TinyWorld
-from cogvideo.files import atomic_path
+from cogvideo.files import atomic_path, write_json
 from cogvideo.generate.sampling import Sampling, sample, uniforms
 from cogvideo.layout import SECONDS
 from cogvideo.model.attention import Attention, rotary_table
@@ -212,8 +212,7 @@ class Raster(System):
         state["optims"] = [optimizer.state_dict() for optimizer in optims]
         with atomic_path(self.out / "state.pt") as part:
             torch.save(state, part)
-        with atomic_path(self.out / "spent.json") as part:
-            part.write_text(json.dumps({"steps": step, "seconds": spent}))
+        write_json(self.out / "spent.json", {"steps": step, "seconds": spent})
 
     def _resume(self, model: RasterGPT, optims: list[torch.optim.Optimizer]) -> tuple[int, float]:
         file = self.out / "state.pt"

@@ -82,9 +82,8 @@ class Sample:
     caption: str
     duration: float  # seconds from the first frame to the last, as if all `frames` were kept
     frames: tuple[Frames, ...]  # for each size: uint8 [F, size, size, 3]
-    cover: np.ndarray | None = (
-        None  # float32 [F, cover, cover], if asked for; zeros if the video does not know
-    )
+    # float32 [F, cover, cover], if asked for; zeros if the video does not know where its object is
+    cover: np.ndarray | None = None
 
 
 def cut_clip(video: Video, spec: ClipSpec, rng: np.random.Generator) -> Sample:

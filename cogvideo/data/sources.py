@@ -85,7 +85,7 @@ def _find_annotations(path: Path) -> Path | None:
 
 def _read_folder(folder: Path, skipped: Skipped) -> list[Entry]:
     """The videos in a folder and its subfolders, sorted by name."""
-    paths = [Path(os.path.normpath(path)) for path in _videos_below(folder)]
+    paths = [Path(os.path.normpath(path)) for path in videos_below(folder)]
     table = next((folder / name for name in TABLES if (folder / name).exists()), None)
     if table:
         entries = _read_table(table, skipped)
@@ -104,8 +104,10 @@ def _read_folder(folder: Path, skipped: Skipped) -> list[Entry]:
     return entries
 
 
-def _videos_below(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEOS and not p.name.startswith("."))
+def videos_below(folder: Path, suffixes: tuple[str, ...] = VIDEOS) -> list[Path]:
+    """The videos in a folder and its subfolders, sorted by name."""
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def _read_table(path: Path, skipped: Skipped) -> list[Entry]:
@@ -211,7 +213,7 @@ def _read_youcook(path: Path, subset: str, skipped: Skipped) -> list[Entry]:
         raise ValueError(f"{path} is not laid out like the annotations of YouCook2: {error}") from None
 
     below = path.parent.parent if path.parent.name == "annotations" else path.parent
-    videos = {video.stem: video for video in reversed(_videos_below(below))}
+    videos = {video.stem: video for video in reversed(videos_below(below))}
     entries = []
     for name, rows in segments.items():
         file = videos.get(name, below / f"{name}.mp4")

@@ -1,8 +1,8 @@
 """The clips of one side of an evaluation: listed, chosen by a seed, and read one by one.
 
 Videos come from a folder, a list of paths (.txt), a table with captions (.csv, .jsonl), or webdataset shards.
-They are decoded once, at the times that the protocol names, and never kept: 10,000 clips take the memory of
-one.
+They are decoded once, at the times that the protocol names, and never kept: 10,000 clips take the memory
+of one.
 """
 
 import hashlib
@@ -15,16 +15,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cogvideo.data.sources import TABLES, open_source
+from cogvideo.data.sources import TABLES, open_source, videos_below
 from cogvideo.data.videos import Entry, Videos
 from cogvideo.eval.protocol import Protocol
-from cogvideo.video import VIDEOS, Clip, Frames, TooFewFrames
+from cogvideo.video import VIDEOS, Clip, Frames, TooFewFrames, crop_centre
 
 ANIMATIONS = (".webp",)  # read as a whole
 WHERE = (
     f"give a folder of videos ({', '.join(VIDEOS)}, .webp), a .txt with a path on each line, a .csv or "
-    ".jsonl "
-    "with file_name and text, or webdataset shards (.tar)"
+    ".jsonl with file_name and text, or webdataset shards (.tar)"
 )
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -108,18 +107,12 @@ def _fit_image(image: Image.Image, protocol: Protocol) -> Image.Image:
     size = protocol.size
     method = _RESAMPLING[protocol.filter]
     if protocol.crop == "centre" and protocol.order == "crop-resize":
-        image = _centre(image, min(image.size))
+        image = crop_centre(image, min(image.size))
     elif protocol.crop == "centre":
         scale = size / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), method)
-        image = _centre(image, size)
+        image = crop_centre(image, size)
     return image if image.size == (size, size) else image.resize((size, size), method)
-
-
-def _centre(image: Image.Image, side: int) -> Image.Image:
-    left = (image.width - side) // 2
-    top = (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
 
 
 def find_items(where: str | Path) -> list[Item]:
@@ -147,9 +140,7 @@ def find_items(where: str | Path) -> list[Item]:
 def _read_folder(folder: Path) -> list[Entry]:
     """The videos in a folder and its subfolders, each with the text next to it as its caption."""
     entries = []
-    for file in folder.rglob("*"):
-        if file.suffix.lower() not in (*VIDEOS, *ANIMATIONS) or file.name.startswith("."):
-            continue
+    for file in videos_below(folder, (*VIDEOS, *ANIMATIONS)):
         text = file.with_suffix(".txt")
         caption = text.read_text(encoding="utf-8-sig").strip() if text.exists() else ""
         entries.append(Entry(file, (caption,) if caption else ()))

@@ -1,14 +1,11 @@
-"""Compare two sets of clips: `evaluate` returns a `Report` of numbers, each with its protocol, a floor and a
-spread.
+"""Compare two sets of clips: `evaluate` returns a `Report` of numbers, each with protocol, floor and spread.
 
 Notable:
 - Both sides have the same number of clips; the number of samples biases a Frechet distance.
 - The spread is that of random halves, and the floor is the same number between halves of the reference: what
-a
-  perfect model would get at that count.
+  a perfect model would get at that count.
 - Temporal controls: the reference with shuffled and with frozen frames. If they score no worse than the
-floor, the
-  network is blind to motion, and the report says so.
+  floor, the network is blind to motion, and the report says so.
 """
 
 import platform
@@ -37,15 +34,13 @@ FEWEST = 256  # clips on each side, without `few`
 REPEATS = 10  # random halves
 SCORERS = ("tinyworld", "clip")
 
-SetMetric = Callable[[np.ndarray, np.ndarray], float]  # of generated and reference features
-SET_METRICS: dict[str, SetMetric] = {
-    "frechet": metrics.frechet_distance,
-    "kernel": metrics.kernel_distance,
-    "precision": lambda a, b: metrics.neighbourhood(a, b).precision,
-    "recall": lambda a, b: metrics.neighbourhood(a, b).recall,
-    "density": lambda a, b: metrics.neighbourhood(a, b).density,
-    "coverage": lambda a, b: metrics.neighbourhood(a, b).coverage,
-}
+# What two sets of features are compared by: a function of generated and reference features to values by kind.
+SetMetric = Callable[[np.ndarray, np.ndarray], dict[str, float]]
+SET_METRICS: tuple[SetMetric, ...] = (
+    lambda fake, true: {"frechet": metrics.frechet_distance(fake, true)},
+    lambda fake, true: {"kernel": metrics.kernel_distance(fake, true)},
+    lambda fake, true: asdict(metrics.neighbourhood(fake, true)),
+)
 DISTANCES = ("frechet", "kernel")  # by which the controls judge whether an extractor sees motion
 
 
@@ -130,15 +125,14 @@ class MeanResult:
         if not len(known):
             nan = float("nan")
             return cls(measure, nan, nan, nan, 0)
-        rng = np.random.default_rng(seed)
-        means = (
-            known[rng.integers(len(known), size=(2000, len(known)))].mean(1) if len(known) < 5000 else None
-        )
-        if means is None:
+        if len(known) < 5000:
+            rng = np.random.default_rng(seed)
+            resampled = known[rng.integers(len(known), size=(2000, len(known)))]
+            low, high = np.percentile(resampled.mean(1), [2.5, 97.5])
+        else:  # the bootstrap of so many is a normal distribution
             error = 1.96 * known.std(ddof=1) / len(known) ** 0.5
-            low, high = known.mean() - error, known.mean() + error
-        else:
-            low, high = np.percentile(means, [2.5, 97.5])
+            low = known.mean() - error
+            high = known.mean() + error
         return cls(measure, float(known.mean()), float(low), float(high), len(known))
 
 
@@ -347,11 +341,11 @@ def _set_results(
     destroyed = {}
     if request.controls:
         destroyed = {kind: _stack(real, extractor.name, kind) for kind in CONTROLS}
+    half = min(len(fake), len(true)) // 2 * fake.shape[1]  # samples
+    measured = SET_METRICS if half > metrics.NEIGHBOURS else SET_METRICS[:-1]  # neighbourhoods need more
     results = []
-    for kind, metric in SET_METRICS.items():
-        if kind not in DISTANCES and min(len(fake), len(true)) // 2 * fake.shape[1] <= 5:
-            continue
-        results.append(_set_result(extractor, kind, metric, fake, true, destroyed, request.protocol.seed))
+    for metric in measured:
+        results += _compare(extractor, metric, fake, true, destroyed, request.protocol.seed)
     if extractor.has_classes:
         results.append(_score_result(extractor, fake, true, request.protocol.seed))
     return results
@@ -366,44 +360,50 @@ def _flat(features: np.ndarray) -> np.ndarray:
     return features.reshape(-1, features.shape[-1])
 
 
-def _set_result(
+def _compare(
     extractor: Extractor,
-    kind: str,
     metric: SetMetric,
     fake: np.ndarray,
     true: np.ndarray,
     destroyed: Mapping[str, np.ndarray],
     seed: int,
-) -> SetResult:
-    value = metric(_flat(fake), _flat(true))
+) -> list[SetResult]:
+    """A metric of all clips, and of random halves; a result for each of its kinds."""
+    whole = metric(_flat(fake), _flat(true))
     halves = []
     floor = []
-    spoilt: dict[str, list[float]] = {name: [] for name in destroyed}
+    spoilt: dict[str, list[dict[str, float]]] = {name: [] for name in destroyed}
     for repeat in range(REPEATS):
         rng = np.random.default_rng((seed, repeat))
         f1, f2 = _halves(rng, len(fake))
         t1, t2 = _halves(rng, len(true))
         first = metric(_flat(fake[f1]), _flat(true[t1]))
         second = metric(_flat(fake[f2]), _flat(true[t2]))
-        halves.append((first + second) / 2)
+        halves.append({kind: (first[kind] + second[kind]) / 2 for kind in whole})
         floor.append(metric(_flat(true[t1]), _flat(true[t2])))
         for name, features in destroyed.items():
             spoilt[name].append(metric(_flat(features[t1]), _flat(true[t2])))
 
-    sees_motion = None
-    if destroyed and kind in DISTANCES:
-        sees_motion = all(_is_worse(values, floor) for values in spoilt.values())
-    return SetResult(
-        metric=_title(kind, extractor),
-        kind=kind,
-        extractor=extractor.name,
-        sha256=extractor.sha256,
-        value=value,
-        halves=Spread.of(halves),
-        floor=Spread.of(floor),
-        controls={name: Spread.of(values) for name, values in spoilt.items()},
-        sees_motion=sees_motion,
-    )
+    results = []
+    for kind, value in whole.items():
+        best = [values[kind] for values in floor]
+        controls = {name: [values[kind] for values in rows] for name, rows in spoilt.items()}
+        sees_motion = None
+        if controls and kind in DISTANCES:
+            sees_motion = all(_is_worse(values, best) for values in controls.values())
+        result = SetResult(
+            metric=_title(kind, extractor),
+            kind=kind,
+            extractor=extractor.name,
+            sha256=extractor.sha256,
+            value=value,
+            halves=Spread.of([values[kind] for values in halves]),
+            floor=Spread.of(best),
+            controls={name: Spread.of(values) for name, values in controls.items()},
+            sees_motion=sees_motion,
+        )
+        results.append(result)
+    return results
 
 
 def _halves(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -76,7 +76,6 @@ class Extractor(ABC):
 
     name: ClassVar[str]
     distance: ClassVar[str]  # what the Frechet distance of its features is called
-    per_frame: ClassVar[bool] = False  # whether each frame is a sample of its own
     has_classes: ClassVar[bool] = False
 
     @property
@@ -195,7 +194,6 @@ class Inception(FileExtractor):
 
     name = "inception"
     distance = "FID of frames (Inception v3, 2048)"
-    per_frame = True
 
     @cached_property
     def _net(self) -> Any:
@@ -304,12 +302,12 @@ def _c3d_state(path: Path) -> dict[str, Tensor]:
         given = read_state(path)
     else:
         given = torch.load(path, map_location="cpu", weights_only=True)
-    given = {
-        name.replace("conv1.", "conv1a.").replace("conv2.", "conv2a."): value for name, value in given.items()
-    }
-    names = [
-        f"{layer}.{kind}" for layer in (*C3DNet.WIDTHS, "fc6", "fc7", "fc8") for kind in ("weight", "bias")
-    ]
+    for short in ("conv1", "conv2"):  # as some call them
+        for kind in ("weight", "bias"):
+            if f"{short}.{kind}" in given:
+                given[f"{short}a.{kind}"] = given.pop(f"{short}.{kind}")
+    layers = (*C3DNet.WIDTHS, "fc6", "fc7", "fc8")
+    names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
     missing = [name for name in names if name not in given]
     if missing:
         raise ValueError(f"{path} holds no C3D: it lacks {', '.join(missing[:3])}")
@@ -321,6 +319,8 @@ class VideoMAE(FileExtractor):
 
     name = "videomae"
     distance = "Frechet distance (VideoMAE)"
+    MEAN = (0.485, 0.456, 0.406)
+    STD = (0.229, 0.224, 0.225)
 
     @cached_property
     def _net(self) -> Any:
@@ -331,7 +331,7 @@ class VideoMAE(FileExtractor):
         config = self._net.config
         if len(frames) != config.num_frames:
             raise ValueError(f"this VideoMAE needs clips of {config.num_frames} frames, not {len(frames)}")
-        images = _imagenet(to_images(frames), config.image_size)
+        images = _normalised(to_images(frames), config.image_size, self.MEAN, self.STD)
         hidden: Tensor = self._net(pixel_values=images[None]).last_hidden_state
         return hidden.mean(1)
 
@@ -342,7 +342,6 @@ class Clip(FileExtractor):
 
     name = "clip"
     distance = "Frechet distance of frames (CLIP)"
-    per_frame = True
     MEAN = (0.48145466, 0.4578275, 0.40821073)
     STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -371,10 +370,6 @@ def _pooled(output: Any) -> Tensor:
     """Features of transformers 4 (a tensor) or 5 (an output that holds them)."""
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features
-
-
-def _imagenet(images: Tensor, size: int) -> Tensor:
-    return _normalised(images, size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def _normalised(images: Tensor, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -412,7 +407,6 @@ def find_extractor(name: str, weights: Mapping[str, Path]) -> Extractor:
     if not path.exists():
         raise ValueError(
             f"{name} needs {path.name} ({published.about}), published at {published.where}; put it at "
-            f"{path}, "
-            f"or give --weights {name}=FILE. The report records the SHA-256 of the file that it used"
+            f"{path}, or give --weights {name}=FILE. The report records the SHA-256 of the file that it used"
         )
     return FROM_FILES[name](path)

@@ -55,9 +55,8 @@ class Row:
 
     digest: str  # SHA-256 of its frames
     measures: dict[str, float]
-    features: dict[
-        tuple[str, str], np.ndarray
-    ]  # by extractor and kind ("clip" or a control): float32 [rows, D]
+    # By extractor and kind ("clip" or a control): float32 [rows, D].
+    features: dict[tuple[str, str], np.ndarray]
     skipped: str = ""  # why, if it was
 
 
@@ -96,17 +95,16 @@ def _run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[Row]:
     if not ray.is_initialized():
         ray.init(address=None if address == "local" else address, log_to_driver=False)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    dataset = ray.data.from_items([{"number": i, "job": job} for i, job in enumerate(jobs)])
-    done = dataset.map(_work_on_ray)
-    for found in done.iter_rows():
-        yield found["row"]
+    dataset = ray.data.from_items([{"job": job} for job in jobs]).map(_work_on_ray)
+    for result in dataset.iter_rows():
+        yield result["row"]
 
 
 def _work_on_ray(given: dict[str, object]) -> dict[str, object]:
     torch.set_num_threads(1)
     job = given["job"]
     assert isinstance(job, Job)
-    return {"number": given["number"], "row": work(job)}
+    return {"row": work(job)}
 
 
 @lru_cache(16)
@@ -128,23 +126,24 @@ def work(job: Job) -> Row:
             raise ValueError(str(error)) from None
         return Row("", {}, {}, str(error))
 
+    digest = hashlib.sha256(frames.tobytes()).hexdigest()
     kinds = {"clip": frames}
     if job.controls:
-        kinds |= controls(frames)
+        kinds |= controls(frames, digest)
     features = {}
     for name in job.extractors:
         for kind, shown in kinds.items():
             rows = _extractor(name, job.weights).features(shown, job.protocol)
             features[name, kind] = rows.numpy().astype(np.float32)
-    row = Row(hashlib.sha256(frames.tobytes()).hexdigest(), measure(frames), features)
+    row = Row(digest, measure(frames), features)
     _write(job.cache, key, row)
     return row
 
 
-def controls(frames: Frames) -> dict[str, Frames]:
-    """A clip whose motion is destroyed: its frames in random order (by their content), and its first one
+def controls(frames: Frames, digest: str) -> dict[str, Frames]:
+    """A clip whose motion is destroyed: its frames in random order (by their digest), and its first one
     repeated."""
-    seed = int.from_bytes(hashlib.sha256(frames.tobytes()).digest()[:8], "big")
+    seed = int.from_bytes(bytes.fromhex(digest)[:8], "big")
     order = np.random.default_rng(seed).permutation(len(frames))
     return {"shuffled": frames[order], "frozen": np.repeat(frames[:1], len(frames), axis=0)}
 

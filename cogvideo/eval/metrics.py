@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Features = Tensor | np.ndarray  # [n, D]
+NEIGHBOURS = 5  # that a neighbourhood reaches to
 FLOW_WARPS = 4  # refinements of the optical flow; ten, the library's default, take twice as long
 
 
@@ -81,7 +82,7 @@ class Neighbourhood:
     coverage: float  # real ones whose neighbourhood holds a generated one
 
 
-def neighbourhood(generated: Features, real: Features, k: int = 5) -> Neighbourhood:
+def neighbourhood(generated: Features, real: Features, k: int = NEIGHBOURS) -> Neighbourhood:
     """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     The neighbourhood of a sample is the ball up to its k-th neighbour in its own set. ValueError as for

@@ -1,7 +1,6 @@
 """A report of an evaluation: a table for the terminal, JSON, and one page of HTML with plots and clips."""
 
 import base64
-import html
 import json
 import math
 from collections.abc import Sequence
@@ -10,21 +9,19 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from cogvideo.eval import markup
 from cogvideo.eval.evaluate import MeanResult, Ranked, Report, SetResult, Spread
+from cogvideo.eval.markup import escape
 from cogvideo.eval.protocol import Protocol
-from cogvideo.files import atomic_path
+from cogvideo.files import atomic_path, write_json
 from cogvideo.video import Clip
 
 _EXPLANATION = (
-    "The floor is the same number between halves of the reference: what a perfect model would get. "
-    "Shuffled and "
-    "frozen are the reference with its motion destroyed; where they are no worse than the floor, the "
-    "number says "
-    "nothing about motion."
+    "The floor is the same number between halves of the reference: what a perfect model would get. Shuffled "
+    "and frozen are the reference with its motion destroyed; where they are no worse than the floor, the "
+    "number says nothing about motion."
 )
 SHOWN = 6  # clips, of the best and of the worst
-
-_STYLE = Path(__file__).with_suffix(".css")
 
 
 def table(report: Report) -> str:
@@ -106,24 +103,10 @@ def _interval(result: MeanResult) -> str:
 def save(report: Report, path: Path) -> list[Path]:
     """Write the JSON, and the page next to it; return both paths."""
     page = path.with_suffix(".html")
-    with atomic_path(path) as part:
-        part.write_text(
-            json.dumps(_finite(report.to_dict()), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+    write_json(path, report.to_dict())
     with atomic_path(page) as part:
         part.write_text(to_html(report), encoding="utf-8")
     return [path, page]
-
-
-def _finite(value: object) -> object:
-    """JSON knows no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 # -- the page
@@ -135,9 +118,9 @@ def to_html(report: Report) -> str:
     if request.reference is None:
         best, worst = "Clips that are right", "Clips that are wrong"
     parts = [
-        f"<h1>{_escape(_title(report))}</h1>",
-        f"<p>{report.counts[0]} clips each. {_escape(_protocol_line(request.protocol))}.</p>",
-        *(f"<p class='warning'>{_escape(warning)}</p>" for warning in report.warnings),
+        f"<h1>{escape(_title(report))}</h1>",
+        f"<p>{report.counts[0]} clips each. {escape(_protocol_line(request.protocol))}.</p>",
+        *(f"<p class='warning'>{escape(warning)}</p>" for warning in report.warnings),
         _set_section(report),
         _mean_section("Single clips", report.generated, report.reference),
         _mean_section("What captions ask for", report.adherence, report.adherence_reference),
@@ -145,18 +128,9 @@ def to_html(report: Report) -> str:
         _clip_section(best, report.ranked[:SHOWN], request.protocol),
         _clip_section(worst, report.ranked[::-1][:SHOWN], request.protocol),
         "<h2>Protocol</h2>",
-        f"<pre>{_escape(json.dumps(report.protocol(), indent=2, ensure_ascii=False))}</pre>",
+        f"<pre>{escape(json.dumps(report.protocol(), indent=2, ensure_ascii=False))}</pre>",
     ]
-    title = _escape(_title(report))
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{title}</title><style>{_STYLE.read_text(encoding='utf-8')}</style></head><body>{''.join(parts)}</body></html>"
-    )
-
-
-def _escape(text: object) -> str:
-    return html.escape(str(text))
+    return markup.page(_title(report), "".join(parts))
 
 
 def _set_section(report: Report) -> str:
@@ -178,7 +152,7 @@ def _set_section(report: Report) -> str:
         ]
         rows.append(cells)
     plots = "".join(_bars(result) for result in report.sets if result.kind == "frechet")
-    return f"<h2>Sets of clips</h2><p class='note'>{_EXPLANATION}</p>{_html_table(names, rows)}{plots}"
+    return f"<h2>Sets of clips</h2><p class='note'>{_EXPLANATION}</p>{markup.table(names, rows)}{plots}"
 
 
 def _mean_section(title: str, results: Sequence[MeanResult], others: Sequence[MeanResult]) -> str:
@@ -192,15 +166,7 @@ def _mean_section(title: str, results: Sequence[MeanResult], others: Sequence[Me
             [result.measure, _interval(result), _interval(other) if other else "-", str(result.clips)]
         )
     names = ["mean, 95 % interval", "generated", "reference", "clips"]
-    return f"<h2>{title}</h2>" + _html_table(names, rows)
-
-
-def _html_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th scope='col'>{_escape(name)}</th>" for name in names)
-    body = ""
-    for row in rows:
-        body += "<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in row) + "</tr>"
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<h2>{title}</h2>" + markup.table(names, rows)
 
 
 def _bars(result: SetResult) -> str:
@@ -214,13 +180,13 @@ def _bars(result: SetResult) -> str:
         width = 420 * max(spread.mean, 0) / most
         low = 130 + 420 * max(spread.mean - spread.deviation, 0) / most
         high = 130 + 420 * (spread.mean + spread.deviation) / most
-        shapes.append(f"<text x='120' y='{y + 14}' text-anchor='end'>{_escape(name)}</text>")
+        shapes.append(f"<text x='120' y='{y + 14}' text-anchor='end'>{escape(name)}</text>")
         shapes.append(f"<rect x='130' y='{y}' width='{width:.1f}' height='18' fill='var(--bar)'/>")
         shapes.append(f"<path d='M{low:.1f} {y + 9}H{high:.1f}' stroke='var(--mark)' stroke-width='2'/>")
         shapes.append(f"<text x='{high + 8:.1f}' y='{y + 14}'>{_number(spread.mean)}</text>")
     label = f"{result.metric}, with half of the clips"
     return (
-        f"<figure><figcaption>{_escape(label)}</figcaption><svg role='img' aria-label='{_escape(label)}' "
+        f"<figure><figcaption>{escape(label)}</figcaption><svg role='img' aria-label='{escape(label)}' "
         f"viewBox='0 0 680 {height}' width='100%'>{''.join(shapes)}</svg></figure>"
     )
 
@@ -229,8 +195,8 @@ def _clip_section(title: str, ranked: Sequence[Ranked], protocol: Protocol) -> s
     figures = []
     for entry in ranked:
         caption = " · ".join(part for part in (entry.item.stem, entry.item.caption, entry.verdict) if part)
-        image = f"<img alt='{_escape(entry.item.caption or entry.item.stem)}' src='{_data(entry, protocol)}'>"
-        figures.append(f"<figure>{image}<figcaption>{_escape(caption)}</figcaption></figure>")
+        image = f"<img alt='{escape(entry.item.caption or entry.item.stem)}' src='{_data(entry, protocol)}'>"
+        figures.append(f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>")
     return f"<h2>{title}</h2><div class='clips'>{''.join(figures)}</div>"
 
 

@@ -30,16 +30,12 @@ import numpy as np
 
 from cogvideo.eval.clips import Item, find_items
 from cogvideo.eval.protocol import Protocol
-from cogvideo.files import atomic_folder, atomic_path
+from cogvideo.files import atomic_folder, write_json
 from cogvideo.video import Clip, Frames
 
 MODES = ("pairs", "ratings", "best")
-QUALITIES = {
-    "texture": 5,
-    "motion": 5,
-    "relevance": 5,
-    "total": 10,
-}  # of ratings, and the highest score of each
+# The qualities of ratings, and the highest score of each.
+QUALITIES = {"texture": 5, "motion": 5, "relevance": 5, "total": 10}
 TRAP = "trap"  # the system of destroyed clips
 RATER = re.compile(r"[0-9a-f]{32}")
 
@@ -101,9 +97,6 @@ class Study:
         np.random.default_rng(int.from_bytes(digest[:8], "big")).shuffle(clips)
         return clips[::-1] if again else clips
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Study":
         trials = tuple(Trial(**{**row, "clips": tuple(row["clips"])}) for row in values["trials"])
@@ -158,8 +151,8 @@ class Plan:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
         if self.per_rater < 1 or not 0 <= self.repeats <= self.per_rater:
             raise ValueError(
-                f"per_rater must be 1 or more and repeats at most that; got {self.per_rater} and "
-                f"{self.repeats}"
+                "per_rater must be 1 or more and repeats at most that; got "
+                f"{self.per_rater} and {self.repeats}"
             )
         if not self.systems or (self.mode != "ratings" and len(self.systems) < 2):
             raise ValueError(f"{self.mode} needs two systems or more; got {len(self.systems)}")
@@ -191,8 +184,8 @@ def create(folder: Path, plan: Plan) -> Study:
         traps = _write_traps(sides[names.index(plan.real) if plan.real else -1], plan, part, key)
         trials = _trials(plan.mode, prompts, shown, traps)
         study = Study(plan.mode, plan.seed, plan.per_rater, plan.repeats, plan.rules, tuple(trials))
-        _write_json(part / "key.json", {"real": plan.real, "systems": names, "clips": key})
-        _write_json(part / "study.json", study.to_dict())
+        write_json(part / "key.json", {"real": plan.real, "systems": names, "clips": key})
+        write_json(part / "study.json", asdict(study))
     return study
 
 
@@ -271,11 +264,6 @@ def _trials(
         clips = [destroyed] if mode == "ratings" else [intact, destroyed]
         rows.append(("trap", prompts[number], tuple(clips)))
     return [Trial(number, *row) for number, row in enumerate(rows)]
-
-
-def _write_json(file: Path, value: object) -> None:
-    with atomic_path(file) as part:
-        part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # -- raters and votes

@@ -5,8 +5,6 @@ about one prompt, are not independent. Bradley-Terry strengths and Krippendorff'
 """
 
 import csv
-import html
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from cogvideo.eval import markup
+from cogvideo.eval.markup import escape
 from cogvideo.eval.study import QUALITIES, TRAP, Ballot, Key, Study, Vote
-from cogvideo.files import atomic_path
+from cogvideo.files import atomic_path, write_json
 
 RESAMPLES = 1000
 
@@ -67,7 +67,7 @@ def tally(folder: Path, resamples: int = RESAMPLES, seed: int = 0) -> StudyRepor
 
     counted = [vote for vote in votes if vote.rater not in excluded and _counts(study, vote)]
     rows = _rows(study, key, counted)
-    measures = _measures(study, key)
+    measures = _measures(study)
     scores = {}
     for name, measure in measures.items():
         scores[name] = _intervals(rows, measure, key.systems, resamples, seed)
@@ -164,11 +164,11 @@ def _rows(study: Study, key: Key, votes: Sequence[Vote]) -> list[_Row]:
     return rows
 
 
-def _measures(study: Study, key: Key) -> dict[str, Measure]:
+def _measures(study: Study) -> dict[str, Measure]:
     """The measures of a mode."""
     if study.mode == "ratings":
         return {f"{name} (1 to {highest})": _mean_of(name) for name, highest in QUALITIES.items()}
-    return {"chosen (%)": _chosen, "Bradley-Terry (log strength)": _strengths(key.systems)}
+    return {"chosen (%)": _chosen, "Bradley-Terry (log strength)": _strengths()}
 
 
 def _mean_of(quality: str) -> Measure:
@@ -195,13 +195,15 @@ def _chosen(rows: Sequence[_Row]) -> dict[str, float]:
     return {system: 100 * won[system] / count for system, count in shown.items()}
 
 
-def _strengths(systems: Sequence[str]) -> Measure:
+def _strengths() -> Measure:
     """Bradley-Terry strengths as logarithms, less their mean: a difference of 1.1 wins three times of
     four."""
     evalica = _evalica()
 
     def measure(rows: Sequence[_Row]) -> dict[str, float]:
-        left, right, winners = [], [], []
+        left = []
+        right = []
+        winners = []
         for row in rows:
             for one, other in combinations(row.systems, 2):
                 if row.winner and row.winner not in (one, other):
@@ -335,9 +337,7 @@ def _share(value: float) -> str:
 def save(report: StudyReport, folder: Path) -> list[Path]:
     """Write report.json, report.csv (per prompt) and report.html into the folder of the study."""
     files = [folder / f"report.{suffix}" for suffix in ("json", "csv", "html")]
-    with atomic_path(files[0]) as part:
-        values = json.loads(json.dumps(asdict(report)), parse_constant=lambda _: None)  # NaN becomes null
-        part.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(files[0], asdict(report))
     with atomic_path(files[1]) as part, part.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, ["prompt", "votes", *report.systems])
         writer.writeheader()
@@ -348,14 +348,15 @@ def save(report: StudyReport, folder: Path) -> list[Path]:
 
 
 def _to_html(report: StudyReport) -> str:
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     blocks = []
     for measure, scores in report.scores.items():
         rows = []
         for system, interval in sorted(scores.items(), key=lambda item: -item[1].value):
             name = f"{system} (real)" if system == report.real else system
             rows.append([name, f"{interval.value:.2f}", f"{interval.low:.2f} to {interval.high:.2f}"])
-        blocks.append(f"<h2>{html.escape(measure)}</h2>" + _table(["system", "score", "95 % interval"], rows))
+        blocks.append(
+            f"<h2>{escape(measure)}</h2>" + markup.table(["system", "score", "95 % interval"], rows)
+        )
     agreement = [[name, f"{value:.2f}"] for name, value in report.alpha.items()]
     agreement.append(["answers repeated", _share(report.self_agreement)])
     agreement.append(["cannot say", f"{report.cannot_say:.1%}"])
@@ -366,23 +367,11 @@ def _to_html(report: StudyReport) -> str:
     excluded = [[rater[:8], reason] for rater, reason in report.excluded.items()] or [["nobody", ""]]
     body = "".join(
         [
-            f"<h1>{html.escape(report.mode)}: {report.votes} votes of {report.raters} raters</h1>",
+            f"<h1>{escape(report.mode)}: {report.votes} votes of {report.raters} raters</h1>",
             *blocks,
-            "<h2>Agreement</h2>" + _table(["Krippendorff's alpha", ""], agreement),
-            "<h2>Prompts</h2>" + _table(["prompt", "votes", *report.systems], prompts),
-            "<h2>Left out</h2>" + _table(["rater", "rule"], excluded),
+            "<h2>Agreement</h2>" + markup.table(["Krippendorff's alpha", ""], agreement),
+            "<h2>Prompts</h2>" + markup.table(["prompt", "votes", *report.systems], prompts),
+            "<h2>Left out</h2>" + markup.table(["rater", "rule"], excluded),
         ]
     )
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Study</title>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<style>{style}</style></head><body>{body}</body></html>"
-    )
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in names)
-    body = ""
-    for row in rows:
-        body += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return markup.page("Study", body)

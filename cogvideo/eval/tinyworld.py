@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from cogvideo.data.tinyworld import MOTIONS, PLACES, sprites
 from cogvideo.data.tinyworld.reading import read
 from cogvideo.model.folder import read_state
-from cogvideo.video import Frames
+from cogvideo.video import Clip, Frames
 
 SIZE = 48  # pixels a side
 FRAMES = 9
@@ -109,10 +108,7 @@ def reduce(frames: Frames, fps: float) -> Frames:
     if abs(last - times[-1]) > 0.5 / FPS:
         raise ValueError(f"the judge of the tiny world sees clips of {times[-1]:g} s; these last {last:g} s")
     numbers = np.clip(np.round(times * fps).astype(int), 0, len(frames) - 1)
-    side = min(frames.shape[1:3])
-    method = Image.Resampling.BICUBIC if side % SIZE else Image.Resampling.BOX
-    images = [Image.fromarray(frame).resize((SIZE, SIZE), method) for frame in frames[numbers]]
-    return np.stack([np.asarray(image) for image in images])
+    return Clip(frames[numbers], FPS).square(SIZE).frames
 
 
 @dataclass(frozen=True)

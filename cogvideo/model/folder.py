@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cogvideo.files import atomic_path
+from cogvideo.files import atomic_path, write_json
 from cogvideo.model.config import STAGES, ConfigError, SamplingConfig, TrainedPhase, read_table
 from cogvideo.model.families import FAMILIES, Spec, read_spec
 from cogvideo.text import GPT2Tokenizer, TextTokenizer
@@ -274,10 +274,7 @@ class ModelFolder:
     # -- writing
 
     def write_config(self, config: FolderConfig) -> None:
-        with atomic_path(self.path / "config.json") as file:
-            file.write_text(
-                json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+        write_json(self.path / "config.json", config.to_dict())
 
     def write_text(self, model: bytes) -> None:
         with atomic_path(self.path / "text.model") as file:

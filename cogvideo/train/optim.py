@@ -16,10 +16,11 @@ def learning_rate(
     """The learning rate of a step, counted from 0.
 
     "trapezoid": rise linearly over `warmup` steps, stay at the peak, and fall linearly to 0 over the last
-    `decay` share of the steps. "cosine": the schedule of the released models (docs/reference.md, "Learning
-    rate"). 100 steps at a twentieth of the peak let the optimizer's averages settle on inherited weights. The
-    linear rise follows, at the value it would have reached by then, and half a cosine down to a tenth of the
-    peak.
+    `decay` share of the steps.
+
+    "cosine": the schedule of the released models (docs/reference.md, "Learning rate"). 100 steps at a
+    twentieth of the peak let the optimizer's averages settle on inherited weights. The linear rise follows,
+    at the value it would have reached by then, and half a cosine down to a tenth of the peak.
     """
     rise = min(1.0, (step + 1) / max(warmup, 1))
     if schedule == "trapezoid":
