@@ -600,16 +600,21 @@ class Trainer:
         loss.backward()
         return loss.detach(), self.learner.step(given["lr"])
 
-    def train(self, seconds: float, say) -> None:
+    def train(self, seconds: float, out: Path, say: Callable[[str], None]) -> None:
+        """Train for some seconds. The weights are written to `out` every minute, since a lent machine may be
+        gone before the time is up."""
         run = Replay(self)
         say(f"{self.plan.part}: ready")
-        begin = told = time.perf_counter()
+        begin = told = saved = time.perf_counter()
         step, seen = 0, 0
         while (now := time.perf_counter()) - begin < seconds:
             share = (now - begin) / seconds
             lr = self.plan.lr * min(1, (step + 1) / self.plan.warmup) * min(1, (1 - share) / self.plan.decay)
             loss, norm = run(next(self.loader), lr)
             step += 1
+            if now - saved > 60:
+                self.save(out)
+                saved = now
             if step == 5 or now - told > 10:
                 value = loss.item()
                 speed = (step - seen) * self.plan.batch / (time.perf_counter() - told)
@@ -622,8 +627,7 @@ class Trainer:
                     raise SystemExit("not a number")
             elif step % 2 == 0 and self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # the clock must not run ahead of the device
-        held_out = json.dumps(self.held_out())
-        say(f"{self.plan.part}: {step} steps, {step * self.plan.batch} clips, held out {held_out}")
+        say(f"{self.plan.part}: {step} steps, {step * self.plan.batch} clips")
 
     def save(self, out: Path) -> None:
         state = {k: v.detach().half().cpu().contiguous() for k, v in self.learner.state.items()}
@@ -904,11 +908,12 @@ def perform(
         say(f"{part}: compiled")
     else:
         left = options.total - (time.perf_counter() - begin) - 12  # of which some are for reading it in
-        trainer.train(min(float(seconds), left), say)
+        trainer.train(min(float(seconds), left), options.out, say)
         trainer.save(options.model)
         trainer.save(options.out)
         divide(options.out)
         say(f"{part} saved")
+        say(f"{part}: held out {json.dumps(trainer.held_out())}")
 
 
 if __name__ == "__main__":
