@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogvideo.generate.int8 import packs
 from cogvideo.generate.sampling import Sampling
 from cogvideo.layout import Layout, rounds
 from cogvideo.model.families import CogVideoSpec, RegressionSpec, Spec
@@ -156,7 +157,9 @@ def memory(spec: Spec, dtype: str, rows: int, cpu: bool = True) -> dict[str, flo
         linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
         rest = sum(p.numel() for p in part.state_dict().values()) - linear
         kind = "float32" if name in spec.pixel_parts else dtype
-        if isinstance(part, Base) and cpu:  # the head is a copy; the embedding is mapped, not read
+        if (
+            isinstance(part, Base) and cpu and packs(kind)
+        ):  # the head is a copy; the embedding is mapped, not read
             c = part.config
             linear += c.codes * c.width
             rest -= c.vocab * c.width if kind != "bfloat16" else 0

@@ -97,6 +97,15 @@ def unpack(linear: nn.Module) -> tuple[Tensor, Tensor]:
     return weight.dequantize()[:, : weight.shape[1] - linear.shown], linear.bias
 
 
+def packs(dtype: str) -> bool:
+    """Whether this processor has packed layers of a dtype; without AVX-512 it has none in bfloat16."""
+    if dtype == "int8":
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != "bfloat16" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def pack(part: nn.Module, dtype: str) -> nn.Module:
     """Replace every linear layer of a loaded part, and the head of a base, in place.
 
@@ -105,8 +114,8 @@ def pack(part: nn.Module, dtype: str) -> nn.Module:
     """
     rest = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     make = Int8Linear if dtype == "int8" else partial(PackedLinear, dtype=rest)
-    packs = dtype == "int8" or torch.backends.mkldnn.is_available()
-    if packs:
+    packed = packs(dtype)
+    if packed:
         for module in list(part.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
@@ -114,7 +123,7 @@ def pack(part: nn.Module, dtype: str) -> nn.Module:
         if isinstance(part, Base):
             part.head = make(part.embed.weight[: part.config.codes], None)  # type: ignore[assignment]
     for name, parameter in part.named_parameters():
-        if name != "embed.weight" or rest == torch.bfloat16 or not packs:
+        if name != "embed.weight" or rest == torch.bfloat16 or not packed:
             parameter.data = parameter.data.to(rest)
     return part
 
