@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cogvideo.generate.fill import fill
-from cogvideo.generate.int8 import join, pack
+from cogvideo.generate.int8 import join, pack, packs
 from cogvideo.generate.sampling import Sampling, guide, sample, uniforms
 from cogvideo.layout import Layout
 from cogvideo.model import presets
@@ -195,7 +195,8 @@ def test_int8_stays_near_float32(nano):
     for logits in (apart, joint):
         assert 0 < (logits - exact).std() < 0.05 * exact.std()
         assert torch.corrcoef(torch.stack((logits.flatten(), exact.flatten())))[0, 1] > 0.998
-    assert (joint - apart).std() < 0.03 * exact.std()
+    apart_by = 0.03 if torch.cpu._is_vnni_supported() else 0.04  # inputs have a bit less without VNNI
+    assert (joint - apart).std() < apart_by * exact.std()
 
 
 @pytest.mark.parametrize("dtype, near", [("float32", 1e-5), ("bfloat16", 2e-2), ("int8", 2e-2)])
@@ -203,9 +204,9 @@ def test_int8_stays_near_float32(nano):
 def test_a_packed_layer_is_the_layer(dtype, near, rows):
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(64, 48), torch.randn(rows, 3, 64)
-    part = pack(torch.nn.Sequential(layer), dtype)
-    assert not isinstance(part[0], torch.nn.Linear)
-    made = part(x.bfloat16() if dtype == "bfloat16" else x)
     expected = layer(x)
+    part = pack(torch.nn.Sequential(layer), dtype)
+    assert isinstance(part[0], torch.nn.Linear) == (not packs(dtype))  # bfloat16 needs AVX-512
+    made = part(x.bfloat16() if dtype == "bfloat16" else x)
     assert made.shape == expected.shape
     assert (made.float() - expected).abs().max() < near * expected.abs().max()
