@@ -121,15 +121,6 @@ SHORTENED = {
         ("125", "1"),
         more="--device cpu --eager --workers 0 --batch 2",
     ),
-    "python -m scripts.on_gpu MODEL OUT stage1:235 stage2:60 adversary:110 --total 480 --features FEATURES "
-    "--seed 11": nano(
-        ("MODEL OUT", "runs/tiny/model runs/gpu2"),
-        ("235", "1"),
-        ("60", "1"),
-        ("110", "1"),
-        (" --features FEATURES", ""),
-        more="--device cpu --eager --workers 0 --batch 2",
-    ),
     "cogvideo train tiny --out runs/mis1 --init tiny --phases mistakes --processes 1 --threads 1 "
     "--save-every 50 --mistakes.steps 1500": nano(("1500", "2")),
     "cogvideo train tiny --init runs/adv1/full --out runs/adv2 --phases mistakes --processes 1 --threads 1 "
