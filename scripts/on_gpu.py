@@ -614,6 +614,7 @@ class Trainer:
             step += 1
             if now - saved > 60:
                 self.save(out)
+                divide(out)
                 saved = now
             if step == 5 or now - told > 10:
                 value = loss.item()
@@ -624,7 +625,7 @@ class Trainer:
                 )
                 told, seen = time.perf_counter(), step
                 if value != value:
-                    raise SystemExit("not a number")
+                    raise ArithmeticError(f"{self.plan.part} step {step}: the loss is not a number")
             elif step % 2 == 0 and self.device.type == "cuda":
                 torch.cuda.current_stream().synchronize()  # the clock must not run ahead of the device
         say(f"{self.plan.part}: {step} steps, {step * self.plan.batch} clips")

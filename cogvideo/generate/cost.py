@@ -157,9 +157,8 @@ def memory(spec: Spec, dtype: str, rows: int, cpu: bool = True) -> dict[str, flo
         linear = sum(m.weight.numel() for m in part.modules() if isinstance(m, nn.Linear))
         rest = sum(p.numel() for p in part.state_dict().values()) - linear
         kind = "float32" if name in spec.pixel_parts else dtype
-        if (
-            isinstance(part, Base) and cpu and packs(kind)
-        ):  # the head is a copy; the embedding is mapped, not read
+        packed = cpu and packs(kind)
+        if isinstance(part, Base) and packed:  # the head is a copy; the embedding is mapped, not read
             c = part.config
             linear += c.codes * c.width
             rest -= c.vocab * c.width if kind != "bfloat16" else 0
