@@ -27,7 +27,8 @@ import numpy as np
 import torch
 
 from benchmarks.rivals.contest import Size, prompts
-from benchmarks.rivals.ours import Ours, Part
+from benchmarks.rivals.ours import Ours
+from benchmarks.rivals.phased import Part
 from cogvideo.eval import tinyworld
 from cogvideo.eval.extractors import TinyWorldJudge, file_digest
 from cogvideo.eval.protocol import Protocol

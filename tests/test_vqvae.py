@@ -28,7 +28,7 @@ def test_decoding_codes_equals_the_training_reconstruction():
     vqvae, pictures = make()
     made, _, ids = vqvae(pictures)
     assert torch.equal(ids.view(6, -1), vqvae.encode(pictures))
-    assert (vqvae.decode(vqvae.encode(pictures)) - made.clamp(0, 1)).abs().max() < 1e-6
+    assert (vqvae.decode(vqvae.encode(pictures)) - made.clamp(0, 1)).abs().max() < 1e-5
 
 
 def test_gradients_pass_the_quantiser_straight_through():

@@ -14,14 +14,18 @@ import benchmarks.rivals
 from benchmarks import frame_judge
 from benchmarks.rivals.ablations import ABLATIONS
 from benchmarks.rivals.contest import Prompt, Size, System, prompts, rendered
+from benchmarks.rivals.diffusion import Diffusion
+from benchmarks.rivals.direct import Direct
 from benchmarks.rivals.ours import Ours, Still
+from benchmarks.rivals.phenaki import Phenaki
 from benchmarks.rivals.raster import Raster
 from cogvideo.eval.evaluate import Report, Request, evaluate
 from cogvideo.eval.protocol import Protocol
 from cogvideo.files import write_json
 from cogvideo.video import Clip
 
-SYSTEMS: dict[str, type[System]] = {kind.name: kind for kind in (Ours, Still, Raster, *ABLATIONS)}
+KINDS: tuple[type[System], ...] = (Ours, Still, Direct, Raster, Diffusion, Phenaki, *ABLATIONS)
+SYSTEMS = {kind.name: kind for kind in KINDS}
 SEEDS = range(4)  # of trainings that are looked for
 PROTOCOL = Protocol(frames=33, fps=8, size=96, filter="area")
 BATCH = 8  # videos generated together

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals.contest import FPS, to_clips
-from benchmarks.rivals.ours import Ours, Part
+from benchmarks.rivals.ours import Ours
+from benchmarks.rivals.phased import Part
 from cogvideo.data.loader import Batch
 from cogvideo.generate.cogvideo import CogVideo
 from cogvideo.generate.draft import Draft
@@ -99,7 +100,9 @@ class RandomInit(Ours):
 class OneStage(Ours):
     """No hierarchy: five frames at the full fps, the next five after the last `overlap` of them."""
 
+    learnt = ("base", "stage1")
     overlap: ClassVar[int]
+    taken = 1
     plan: ClassVar[tuple[Part, ...]] = (
         Part("image", 0.5),
         Part("stage1", 0.5, {"clips": replace(RECIPE.phase("stage1").clips, fps=(FPS,))}),
@@ -137,6 +140,7 @@ class OneStage2(OneStage):
 
 class Unfrozen(Ours):
     name = "unfrozen"
+    taken = 1
     plan: ClassVar[tuple[Part, ...]] = (
         Part("image", 0.5),
         Part("stage1", 0.25, {"trains": ("base", "stage1"), "uses": ("vqvae",)}),
@@ -146,6 +150,7 @@ class Unfrozen(Ours):
 
 class Unwindowed(Ours):
     name = "unwindowed"
+    taken = 2
     changes: ClassVar[dict[str, int]] = {"window": 0}
 
 
