@@ -13,6 +13,7 @@ FLOORS = [
     {"generate"},
     {"train"},
     {"eval"},
+    {"serve"},
     {"cli"},
     {"__main__"},
 ]
@@ -24,6 +25,9 @@ LIBRARIES = {
     "rich": "progress",
     "tokenizers": "text",
     "huggingface_hub": "model.folder",
+    "sqlalchemy": "serve.jobs",
+    "fsspec": "serve.results",
+    "prometheus_client": "serve.statistics",
 }  # an outside library has one room
 GROUND = FLOORS[0]
 ROOMS = sorted(HOUSE.rglob("*.py"))

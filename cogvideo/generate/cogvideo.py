@@ -42,6 +42,8 @@ from cogvideo.video import VIDEOS, Clip, VideoFile, read_image
 LOGIT_ROWS = 400  # computed together in super-resolution
 MAX_SAMPLES = {"cpu": 16}  # filled together: more are slower where the processor's cache is small
 
+Watch = Callable[[Tensor], None]  # sees the codes so far [B, F, N] in time order, -1 where there is none
+
 # Streams of a sample's random numbers (`uniforms`), one for each use; interpolation has `_span_stream`.
 FIRST_FRAME, KEYFRAMES, SUPERRES = range(3)
 
@@ -172,13 +174,21 @@ class CogVideo(Pipeline):
         image: ImageInput | None,
         video: VideoInput | None,
     ) -> None:
+        if image is not None and video is not None:
+            raise ValueError("give an image or a video to begin with, not both")
+        begins = image is not None or video is not None
+        self.check_options(num_frames, num_videos_per_prompt, guidance_scale, begins)
+
+    def check_options(
+        self, num_frames: int, num_videos_per_prompt: int, guidance_scale: float | None, begins: bool
+    ) -> None:
+        """Raise ValueError for options of a call that do not go together; `begins`: with an image or a
+        video."""
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt must be 1 or more, got {num_videos_per_prompt}")
         if guidance_scale is not None:
             replace(self.sampling["stage1"], guidance_scale=guidance_scale)  # raises if out of range
-        if image is not None and video is not None:
-            raise ValueError("give an image or a video to begin with, not both")
-        if num_frames == 1 and (image is not None or video is not None):
+        if num_frames == 1 and begins:
             raise ValueError(
                 "num_frames 1 is the first frame, which an image or a video already gives; "
                 f"choose one of {', '.join(map(str, sorted(self.frame_counts)[1:]))}"
@@ -244,6 +254,7 @@ class CogVideo(Pipeline):
         *,
         guidance_scale: float | None = None,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ) -> Draft:
         """The first frame of every clip, by the image model alone."""
         c = self.spec.model
@@ -256,6 +267,7 @@ class CogVideo(Pipeline):
             last=reference.last_token(self.sampling) if self.reference_quirks else None,
             task="first frame",
             progress=progress,
+            watch=watch,
         )
         return Draft(codes, self._keyframe_fps, tuple(prompts), tuple(seeds))
 
@@ -267,14 +279,17 @@ class CogVideo(Pipeline):
         begin: Draft | None = None,
         guidance_scale: float | None = None,
         progress: Progress | None = None,
+        watch: Watch | None = None,
     ) -> Draft:
         """Stage 1: the first frame by the image model, then the key frames after it, one frame a second.
 
-        `begin` holds the first key frames of every clip, if they are known.
+        `begin` holds the first key frames of every clip, if they are known. `watch` sees the frames so far.
         """
         c = self.spec.model
         if begin is None:
-            begin = self.first_frames(prompts, seeds, guidance_scale=guidance_scale, progress=progress)
+            begin = self.first_frames(
+                prompts, seeds, guidance_scale=guidance_scale, progress=progress, watch=watch
+            )
         missing = (c.frames - begin.codes.shape[1]) * c.frame_tokens
         codes = self._fill(
             "stage1",
@@ -284,10 +299,13 @@ class CogVideo(Pipeline):
             guidance_scale=guidance_scale,
             task="key frames",
             progress=progress,
+            watch=watch,
         )
         return Draft(codes, begin.fps, tuple(prompts), tuple(seeds))
 
-    def interpolate(self, draft: Draft, *, progress: Progress | None = None) -> Draft:
+    def interpolate(
+        self, draft: Draft, *, progress: Progress | None = None, watch: Watch | None = None
+    ) -> Draft:
         """Stage 2: one round of interpolation. F frames (odd, 3 or more) become 2F - 1, at twice the fps.
 
         A span is three neighbouring frames (of a model of five), the last of which is the first of the next
@@ -301,6 +319,12 @@ class CogVideo(Pipeline):
         known = draft.codes.unfold(1, size, size - 1).movedim(-1, 2).flatten(0, 1)  # [B * spans, size, N]
         missing = (size - 1) * c.frame_tokens
         numbers = [uniforms(draft.seeds, missing, _span_stream(i, spans)) for i in range(spans)]
+
+        def whole(filled: Tensor) -> Tensor:
+            """Spans [B * spans, frames, N] to clips [B, 2F - 1, N]."""
+            codes = filled[:, :-1].reshape(count, -1, c.frame_tokens)
+            return torch.cat((codes, draft.codes[:, -1:]), 1)
+
         filled = self._fill(
             "stage2",
             [prompt for prompt in draft.prompts for _ in range(spans)],
@@ -309,9 +333,9 @@ class CogVideo(Pipeline):
             seconds=(c.frames - 1) / (2 * draft.fps),
             task=f"to {2 * draft.fps:g} fps",
             progress=progress,
+            watch=None if watch is None else lambda spans_so_far: watch(whole(spans_so_far)),
         )
-        codes = filled[:, :-1].reshape(count, -1, c.frame_tokens)
-        return replace(draft, codes=torch.cat((codes, draft.codes[:, -1:]), 1), fps=2 * draft.fps)
+        return replace(draft, codes=whole(filled), fps=2 * draft.fps)
 
     def _check_interpolation(self, draft: Draft, size: int) -> None:
         """Raise ValueError unless spans of `size` frames cover a draft, at an fps that can be doubled."""
@@ -336,6 +360,7 @@ class CogVideo(Pipeline):
         uniform: Tensor,
         task: str,
         progress: Progress | None,
+        watch: Watch | None = None,
         seconds: float = SECONDS,
         guidance_scale: float | None = None,
         last: Sampling | None = None,
@@ -343,7 +368,7 @@ class CogVideo(Pipeline):
         """Fill in the frames of a stage by its model: codes [B, F, N].
 
         known [B, k, N] and uniform [B, tokens] as for `fill`; seconds: the duration prompt; task: what the
-        progress calls it.
+        progress calls it; watch: sees the frames so far, -1 where no token is yet.
         """
         model = self.parts.stage(stage)
         sampling = self._stage_sampling(stage, guidance_scale)
@@ -362,12 +387,16 @@ class CogVideo(Pipeline):
             with torch.inference_mode():
                 cache = model.new_cache(layout, count * rows)
 
-        filled = []
+        filled: list[Tensor] = []
         for i, (t, k, u, without) in enumerate(groups):
             states = fill(model, layout, t, k, sampling, u, unconditional=without, last=last, cache=cache)
             for state in states:
                 if progress is not None:
                     progress(task, i * state.total + state.done, len(groups) * state.total)
+                if watch is not None:
+                    later = known[i * count + len(k) :]
+                    missing = later.new_full((len(later), layout.frames - later.shape[1], later.shape[2]), -1)
+                    watch(torch.cat((*filled, state.frames, layout.unlay(torch.cat((later, missing), 1)))))
             filled.append(state.frames)
         return torch.cat(filled)
 

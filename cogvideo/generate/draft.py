@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import BinaryIO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -24,10 +25,13 @@ class Draft:
     def save(self, file: str | Path) -> None:
         """Write the tokens and all that belongs to them as .npz."""
         with atomic_path(Path(file)) as new, new.open("wb") as stream:
-            np.savez(stream, codes=self.codes.cpu(), fps=self.fps, prompts=self.prompts, seeds=self.seeds)
+            self.write(stream)
+
+    def write(self, stream: BinaryIO) -> None:
+        np.savez(stream, codes=self.codes.cpu(), fps=self.fps, prompts=self.prompts, seeds=self.seeds)
 
     @classmethod
-    def load(cls, file: str | Path) -> "Draft":
+    def load(cls, file: str | Path | BinaryIO) -> "Draft":
         try:
             with np.load(file) as stored:
                 codes = torch.from_numpy(stored["codes"])

@@ -1,0 +1,32 @@
+// All that the page says, in English and Chinese.
+export const WORDS = {
+  en: {
+    skip: "Skip to the prompt", ask: "What should be seen?", examples: "For example", words: "Words that the model knows",
+    options: "More", model: "Model", seed: "Seed", guidance: "Guidance", count: "Videos", frames: "Frames",
+    begin: "Begin with an image, or continue a video", go: "Generate", keys: "Ctrl + Enter", now: "Being generated",
+    made: "Generated", compare: "Compare the two", none: "Nothing yet: write a sentence above.", more: "Older ones",
+    pair: "Side by side", close: "Close", "again-play": "From the start", "key-ask": "This server asks for a key",
+    key: "API key", "key-note": "It stays in this tab.", enter: "Enter", random: "random", own: "the model's",
+    cancel: "Cancel", remove: "Delete", again: "Another seed", goOn: "Go on from here", choose: "compare", gif: "gif",
+    unknown: "The model never saw the word", instead: "Instead:", queued: "waits for its turn", failed: "Failed",
+    lost: "The server does not answer; trying again …", begins: "Goes on from a video of yours; pick another to change it.",
+    first: "first frame", key_frames: "key frames", doubled: (n) => `${n} frames`, sharpen: "sharpen", seedIs: (n) => `seed ${n}`,
+    preview: (p) => `The frames so far of: ${p}`, video: (p) => `Video: ${p}`, frame: (i) => `frame ${i}`,
+    done: (p) => `Finished: ${p}`, perSecond: (frames, fps) => `${frames} (${fps} a second)`,
+    all: ["a dog runs to the right across a green field", "an octopus spins under the sea", "a rocket flies up over the city",
+      "a ghost moves in circles among the stars", "a red car drives to the left in the desert", "a penguin jumps in the snow"],
+  },
+  zh: {
+    skip: "跳到输入框", ask: "想看到什么？", examples: "例如", words: "模型认识的词", options: "更多", model: "模型", seed: "种子",
+    guidance: "引导强度", count: "视频数量", frames: "帧数", begin: "从一张图片开始，或续写一段视频", go: "生成", keys: "Ctrl + Enter",
+    now: "正在生成", made: "已生成", compare: "对比这两个", none: "还没有视频：在上面写一句话。", more: "更早的", pair: "并排对比",
+    close: "关闭", "again-play": "从头播放", "key-ask": "此服务器需要密钥", key: "API 密钥", "key-note": "只保存在此标签页中。",
+    enter: "确定", random: "随机", own: "模型默认", cancel: "取消", remove: "删除", again: "换个种子", goOn: "从这里继续",
+    choose: "对比", gif: "gif", unknown: "模型没见过这个词：", instead: "可以改用：", queued: "排队中", failed: "失败",
+    lost: "服务器没有回应，正在重试……", begins: "将从你的视频继续；选择别的文件即可更换。", first: "第一帧", key_frames: "关键帧",
+    doubled: (n) => `${n} 帧`, sharpen: "解码", seedIs: (n) => `种子 ${n}`, preview: (p) => `目前的画面：${p}`,
+    video: (p) => `视频：${p}`, frame: (i) => `第 ${i} 帧`, done: (p) => `完成：${p}`, perSecond: (frames, fps) => `${frames}（每秒 ${fps} 帧）`,
+    all: ["一只小狗在草地上向右跑", "一只章鱼在海底旋转", "一枚火箭飞过城市上空", "一个幽灵在星空中转圈", "一辆红色汽车在沙漠里向左开",
+      "一只企鹅在雪地里跳"],
+  },
+};
