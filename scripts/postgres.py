@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 START_SECONDS = 30
@@ -98,7 +98,5 @@ def postgres() -> Iterator[Postgres]:
 if __name__ == "__main__":
     with postgres() as running:
         print(running.url, flush=True)
-        try:
+        with suppress(KeyboardInterrupt):
             time.sleep(10**8)
-        except KeyboardInterrupt:
-            pass

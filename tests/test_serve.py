@@ -397,6 +397,7 @@ def test_previews_show_the_frames_so_far(local, catalogue, pipe, tmp_path, monke
 
 def test_no_preview_is_drawn_that_nobody_watches(local, catalogue, pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr("cogvideo.serve.jobs.NEW_SECONDS", -1.0)
     job = add(local, catalogue, num_frames=5)
     monkeypatch.setattr(JobStore, "show", lambda *told: pytest.fail("drawn"))
     generate(local, Results(str(tmp_path / "videos")), pipe)
@@ -564,11 +565,11 @@ def free_port():
 
 
 @contextmanager
-def running(app):
+def running(app, port=None):
     """A real server in a thread; its address."""
     import uvicorn
 
-    config = uvicorn.Config(app, port=free_port(), log_level="error", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, port=port or free_port(), log_level="error", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

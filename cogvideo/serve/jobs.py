@@ -48,6 +48,7 @@ from cogvideo.serve.request import VideoRequest
 QUEUED, IN_PROGRESS, COMPLETED, FAILED = "queued", "in_progress", "completed", "failed"
 STATUSES = (QUEUED, IN_PROGRESS, COMPLETED, FAILED)
 MAX_ATTEMPTS = 5  # of a job whose workers die
+NEW_SECONDS = 3.0  # who asks looks first: previews are drawn from the start
 TOMBSTONE_SECONDS = 3600.0  # a cancelled job can still be asked for
 
 DatabaseError = SQLAlchemyError  # the database is gone, full, or locked
@@ -140,6 +141,7 @@ class Batch:
 
     lease: str
     jobs: list[Job]
+    watched: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ class JobStore:
                 "id": id,
                 "status": QUEUED,
                 "created_at": now,
+                "watched_until": now + NEW_SECONDS,
                 "request": asdict(request),
                 "group": request.group,
                 "warnings": list(warnings),
@@ -308,7 +311,9 @@ class JobStore:
                 )
             )
             query = select(jobs).where(jobs.c.id.in_(held)).order_by(jobs.c.number)
-            return Batch(lease, [_job(row) for row in connection.execute(query)])
+            taken = connection.execute(query).all()
+        watched = frozenset(row.id for row in taken if row.watched_until > now)
+        return Batch(lease, [_job(row) for row in taken], watched)
 
     def renew(self, lease: str, seconds: float) -> Held:
         with self.engine.begin() as connection:

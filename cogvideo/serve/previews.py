@@ -38,7 +38,7 @@ class Strip:
         new = [i for i, place in enumerate(places) if begun[i] and place not in self.tiles]
         strip = Image.new("RGBA", (SIDE * len(codes), SIDE))
         if new:
-            frames = to_frames(self.vqvae.decode(codes[new].clamp_min(0)))
+            frames = to_frames(self._decode(codes[new]))
             for i, frame in zip(new, frames):
                 tile = _tile(frame, known[i])
                 if known[i].all():
@@ -48,6 +48,15 @@ class Strip:
             if place in self.tiles:
                 strip.paste(self.tiles[place], (SIDE * i, 0))
         return _webp(strip)
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        """Codes [B, N] to images; where there is none, the mean of the frame's others stands in for it."""
+        z = self.vqvae.vectors(codes.clamp_min(0)).float()
+        side = math.isqrt(codes.shape[1])
+        known = (codes >= 0).view(-1, 1, side, side).float()
+        mean = (z * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
+        z = torch.where(known > 0, z, mean)
+        return self.vqvae.rebuild(z.to(self.vqvae.dtype)).clamp(0, 1)
 
 
 def _tile(frame: Frames, known: Tensor) -> Image.Image:

@@ -51,7 +51,7 @@ class Lease:
         self.store = store
         self.batch = batch
         self._ended = threading.Event()
-        self._held = Held(frozenset(job.id for job in batch.jobs))
+        self._held = Held(frozenset(job.id for job in batch.jobs), batch.watched)
         self._renewed = time.monotonic()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
