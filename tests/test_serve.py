@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.error import HTTPError
 
 import numpy as np
@@ -815,6 +817,29 @@ def test_a_full_queue_answers_429(catalogue, tmp_path):
     assert (status, json.loads(body)["error"]["code"]) == (429, "queue_full") and int(
         headers["Retry-After"]
     ) >= 1
+
+
+def test_no_request_of_the_schema_gives_an_error_of_the_server(address, tmp_path):
+    """Schemathesis: requests that fit the schema and that do not, with and without a real video."""
+    pytest.importorskip("schemathesis")
+    done = ask(address, num_frames=5)["id"]
+    wait(address, done)
+    schema = json.loads(call(address, "/openapi.json")[2])
+    known = {"video_id": [done, "video_none"], "model": ["nano", "none"]}
+    for methods in schema["paths"].values():
+        for method, operation in methods.items():
+            for parameter in operation.get("parameters", []):
+                if parameter["in"] == "path" and method != "delete":
+                    parameter["schema"]["enum"] = known[parameter["name"]]
+    file = tmp_path / "openapi.json"
+    file.write_text(json.dumps(schema))
+    program = Path(sys.executable).with_name("schemathesis")
+    options = ["--checks", "not_a_server_error", "--max-examples", "12", "--seed", "1"]
+    options += ["--phases", "coverage,fuzzing", "--request-timeout", "30", "--no-color"]
+    command = [program, "run", file, "--url", address, *options]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-1000:]
+    assert re.search(r"[1-9][0-9]{2,} generated", found.stdout), found.stdout[-2000:]
 
 
 # -- faults --

@@ -75,7 +75,7 @@ class Denoiser(nn.Module):
 
 class Diffusion(Stepwise[Denoiser]):
     name = "diffusion"
-    lr = 1e-3
+    lr = 2e-3
     optimizer = "adamw"
     batch = 4
 

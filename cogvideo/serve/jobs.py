@@ -331,10 +331,11 @@ class JobStore:
             connection.execute(query.values(progress=progress, stage=stage))
 
     def advance(self, lease: str, id: str, frames: int) -> bool:
-        """A draft of so many frames is stored; False if the job is no longer held."""
+        """A draft of so many frames is stored, and attempts are counted anew; False if the job is no longer
+        held."""
         with self.engine.begin() as connection:
             query = update(jobs).where(jobs.c.lease == lease, jobs.c.id == id)
-            return bool(connection.execute(query.values(frames=frames)).rowcount)
+            return bool(connection.execute(query.values(frames=frames, attempts=1)).rowcount)
 
     def show(self, lease: str, id: str, stage: str, frames: int, image: bytes) -> None:
         """Store a preview, in place of the one before."""
