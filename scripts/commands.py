@@ -107,6 +107,21 @@ SHORTENED = {
     ),
     "cogvideo judge serve study": Shorter(by="tests/test_study.py"),
     "cogvideo judge serve study --port 8000": Shorter(by="tests/test_study.py"),
+    "cogvideo serve": Shorter(by="tests/test_serve.py"),
+    "cogvideo serve --host 0.0.0.0 --api-keys keys.txt": Shorter(by="tests/test_serve.py"),
+    "cogvideo serve --workers 0 --database postgresql://user@db/videos --results /mnt/videos --host 0.0.0.0 "
+    "--api-keys keys.txt": Shorter(by="tests/test_serve.py"),
+    "cogvideo worker --database postgresql://user@db/videos --results /mnt/videos": Shorter(
+        by="tests/test_serve.py"
+    ),
+    "python -m scripts.postgres": Shorter(by="tests/test_serve.py"),
+    "python -m benchmarks.serve load --threads 2": nano(more="--clients 1 --minutes 0.1 --threads 1"),
+    "python -m benchmarks.serve memory --jobs 1000 --model models/nano": nano(
+        ("1000", "4"), ("models/nano", "$MODELS/tiny")
+    ),
+    "python -m benchmarks.serve kills --kills 30 --model models/nano": nano(
+        ("30", "1"), ("models/nano", "$MODELS/tiny")
+    ),
     "cogvideo judge report study": Shorter((("report study", "report voted"),)),
     # training
     "torchrun --nproc-per-node 8 -m cogvideo train tiny --out runs/tiny": nano(

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import HTTPError
 
@@ -439,8 +440,6 @@ def test_a_worker_regresses_as_well(local, tmp_path):
 
 
 def test_models_leave_the_memory_least_used_first(nano, tmp_path):
-    import shutil
-
     from cogvideo.serve.worker import Models
 
     names = ["one", "two", "three"]
@@ -905,6 +904,35 @@ def test_a_server_killed_and_started_again_finishes_what_was_asked(nano, tmp_pat
         assert {wait(at, id)["status"] for id in ids} == {"completed"}
         videos = {call(at, f"/v1/videos/{id}/content")[2] for id in ids}
         assert len(videos) == 1
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_the_examples_of_the_readme_run_as_printed(nano, tmp_path):
+    """Both the lines of curl and the program of the client, but for the port, and the model that serves."""
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl")
+    pytest.importorskip("openai")
+    port = free_port()
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    chapter = readme.partition("## Serve\n")[2].partition("\n## ")[0].replace("8000", str(port))
+    (shell,) = re.findall("```bash\n(.*?)```", chapter, re.DOTALL)
+    (program,) = re.findall("```py\n(.*?)```", chapter, re.DOTALL)
+    server = start(["serve", "--port", str(port), "--data", str(tmp_path / "data"), "--models", str(nano)])
+    try:
+        for _ in range(600):
+            with suppress(OSError):
+                if call(f"http://127.0.0.1:{port}", "/health")[0] == 200:
+                    break
+            time.sleep(0.05)
+        made = []
+        for command in (["bash", "-ec", shell], [sys.executable, "-c", program]):
+            subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+            made.append((tmp_path / "dog.mp4").read_bytes())
+            (tmp_path / "dog.mp4").unlink()
+        assert made[0] == made[1] and b"ftyp" in made[0][:12]  # the same seed
+        assert "event: progress" in (tmp_path / "progress.txt").read_text()
     finally:
         server.terminate()
         server.wait()
