@@ -151,9 +151,8 @@ def watch(at: Server, seen: Seen, until: float) -> None:
             seen.previews.append(first)
 
 
-def poll(at: Server, seen: Seen, until: float) -> None:
+def poll(at: Server, id: str, seen: Seen, until: float) -> None:
     """Status calls, at a steady pace."""
-    id = at.ask()
     while time.monotonic() < until:
         started = time.monotonic()
         at.get(f"/v1/videos/{id}")
@@ -166,12 +165,13 @@ def load(args: argparse.Namespace) -> None:
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for clients in args.clients:
         with server(args.model, args.threads) as at:
-            at.wait(at.ask(num_frames=5))  # the model is loaded
+            first_job = at.ask(num_frames=5)
+            at.wait(first_job)  # the model is loaded
             seen = Seen()
             started = time.monotonic()
             until = started + 60 * args.minutes
             threads = [threading.Thread(target=watch, args=(at, seen, until)) for _ in range(clients)]
-            threads.append(threading.Thread(target=poll, args=(at, seen, until)))
+            threads.append(threading.Thread(target=poll, args=(at, first_job, seen, until)))
             for thread in threads:
                 thread.start()
             time.sleep(max(0.0, until - time.monotonic()))

@@ -385,6 +385,7 @@ def test_the_others_of_a_batch_do_not_mind_a_cancelled_one(local, catalogue, pip
 
 def test_previews_show_the_frames_so_far(local, catalogue, pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SHARE", 1e9)
     shown = []
     monkeypatch.setattr(JobStore, "show", lambda self, *told: shown.append(told))
     job = add(local, catalogue, num_frames=9)
@@ -392,14 +393,16 @@ def test_previews_show_the_frames_so_far(local, catalogue, pipe, tmp_path, monke
     generate(local, Results(str(tmp_path / "videos")), pipe)
     counts = [frames for _, _, _, frames, _ in shown]
     assert counts == sorted(counts) and set(counts) == {1, 5, 9}
-    first, last = (Image.open(io.BytesIO(shown[i][4])) for i in (0, -1))
-    assert first.size == (96, 96) and last.size == (9 * 96, 96)
-    assert np.asarray(first)[..., 3].min() == 0 < np.asarray(first)[..., 3].max()  # some cells are missing
-    assert np.asarray(last.convert("RGBA"))[..., 3].min() == 255
+    pictures = [Image.open(io.BytesIO(image)).convert("RGBA") for *_, image in shown]
+    assert [picture.size for picture in pictures] == [(96 * count, 96) for count in counts]
+    first, keyframes = (np.asarray(pictures[i])[..., 3] for i in (0, len(counts) - 1 - counts[::-1].index(5)))
+    assert first.min() == 0 < first.max()  # some cells are missing
+    assert keyframes.min() == 255  # none is, at the end of a phase
 
 
 def test_no_preview_is_drawn_that_nobody_watches(local, catalogue, pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SECONDS", 0.0)
+    monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SHARE", 1e9)
     monkeypatch.setattr("cogvideo.serve.jobs.NEW_SECONDS", -1.0)
     job = add(local, catalogue, num_frames=5)
     monkeypatch.setattr(JobStore, "show", lambda *told: pytest.fail("drawn"))

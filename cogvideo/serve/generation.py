@@ -24,7 +24,8 @@ from cogvideo.serve.previews import Strip, spritesheet, thumbnail
 from cogvideo.serve.results import VARIANTS, Results
 from cogvideo.video import Clip
 
-PREVIEW_SECONDS = 0.4  # between two pictures
+PREVIEW_SECONDS = 0.4  # between two pictures, at least
+PREVIEW_SHARE = 0.05  # of the time, at most, that pictures within a phase may take
 REPORT_SECONDS = 0.4  # between two reports of progress
 DECODING = 0.15  # of all progress: pixels and files
 FIRST_FRAME = "first frame"  # the phase that clients wait for
@@ -53,7 +54,7 @@ class Generation:
         self.place = place
         self.first_frame_seconds: float | None = None  # that the phase of all took, if it was not resumed
         self._strips: dict[str, Strip] = {}
-        self._shown = 0.0
+        self._next_preview = 0.0
         self._reported = 0.0
 
     def run(self) -> None:
@@ -138,7 +139,8 @@ class Generation:
 
     def _keep(self, pipe: CogVideo, draft: Draft) -> Draft:
         """Store the draft of each job, and go on without those that are cancelled."""
-        self._show(pipe, draft.codes, finished=True)
+        if draft.fps < self.jobs[0].request.fps:  # else the video itself comes next
+            self._show(pipe, draft.codes, finished=True)
         held = self.place.held().ids
         kept = []
         parts = []
@@ -189,11 +191,10 @@ class Generation:
             self.place.store.report(self.lease, percent, task)
 
     def _show(self, pipe: CogVideo, codes: Tensor, finished: bool) -> None:
-        """Draw the first clip of each job that somebody watches; always at a phase's end, else rarely."""
-        now = time.monotonic()
-        if not finished and now - self._shown < PREVIEW_SECONDS:
+        """Draw the first clip of each job that somebody watches: at a phase's end always, else rarely."""
+        started = time.monotonic()
+        if not finished and started < self._next_preview:
             return
-        self._shown = now
         watched = self.place.held().watched
         for job, rows in self._rows():
             if job.id not in watched:
@@ -203,6 +204,8 @@ class Generation:
             image = strip.draw(clip)
             stage = f"{len(clip)} frames"
             self.place.store.show(self.lease, job.id, stage, len(clip), image)
+        now = time.monotonic()
+        self._next_preview = now + max(PREVIEW_SECONDS, (now - started) / PREVIEW_SHARE)
 
     def _finish(self, job: Job, clips: Sequence[Clip]) -> None:
         """Store the files of a job, then complete it; if it is no longer held, the files go."""

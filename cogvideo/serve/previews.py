@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cogvideo.hardware import has_fast_bfloat16
 from cogvideo.model.vqvae import VQVAE, to_frames
 from cogvideo.video import Clip, Frames
 
@@ -55,8 +56,9 @@ class Strip:
         side = math.isqrt(codes.shape[1])
         known = (codes >= 0).view(-1, 1, side, side).float()
         mean = (z * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True)
-        z = torch.where(known > 0, z, mean)
-        return self.vqvae.rebuild(z.to(self.vqvae.dtype)).clamp(0, 1)
+        z = torch.where(known > 0, z, mean).to(self.vqvae.dtype)
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=has_fast_bfloat16(z.device)):
+            return self.vqvae.rebuild(z).clamp(0, 1)
 
 
 def _tile(frame: Frames, known: Tensor) -> Image.Image:
