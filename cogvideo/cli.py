@@ -1,5 +1,5 @@
 """The command line: `cogvideo generate | train | convert | estimate | models | evaluate | judge |
-serve | worker`.
+data | serve | worker`.
 
 Each command imports what it needs inside, so that `--help` answers at once. What a user can get wrong raises
 ValueError or OSError somewhere below and ends here as one line and exit code 2.
@@ -572,6 +572,75 @@ def judge_report(study: Positional[Path], /) -> None:
         print(path)
 
 
+def data() -> None:
+    """Look at data before training: cogvideo data check."""
+    raise ValueError(f"give one of {', '.join(GROUPS['data'])} after cogvideo data")
+
+
+def data_check(
+    where: Positional[str],
+    /,
+    out: Short = Path("check"),
+    recipe: str = "tiny",
+    init: str | None = None,
+    phases: tuple[str, ...] = (),
+    subset: Literal["training", "validation"] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Say what a training would read: videos used and not, frame rates, sizes, captions, unknown words.
+
+    Writes check.json, with a row for each video, and sheet.png: clips as training sees them.
+
+    Args:
+        where: What cogvideo train takes as --data: a folder of captioned videos, a table, shards.
+        out: The folder for check.json and sheet.png.
+        recipe: The recipe that would be trained.
+        init: The model that training would start from; it tells which words are unknown.
+        phases: Only these phases of the recipe. Default: all.
+        subset: Of YouCook2. Default: training.
+        quiet: Print nothing but errors.
+    """
+    from cogvideo.data.sources import open_source
+    from cogvideo.data.survey import Words, sheet, survey
+    from cogvideo.data.videos import Videos
+    from cogvideo.generate.prompts import Prompts
+    from cogvideo.layout import SECONDS
+    from cogvideo.model import presets
+    from cogvideo.model.folder import ModelFolder, find_model
+    from cogvideo.progress import open_progress
+    from cogvideo.train import recipes
+    from cogvideo.video import check_folder
+
+    chosen = recipes.find(recipe)
+    check_folder(out)
+    source = open_source(where, subset=subset)
+    if not isinstance(source, Videos):
+        raise ValueError(f"{where} is no folder, table or shard of videos; there is nothing to check")
+    rows = [phase for phase in chosen.phases if not phases or phase.name in phases]
+    for name in phases:
+        chosen.phase(name)
+    longest = presets.find(chosen.preset).text_config.text_len
+    words = Words(lambda caption: len(caption.split()), longest, lambda caption: [])
+    if init is not None:
+        folder = ModelFolder(find_model(init))
+        text = folder.text()
+        prompts = Prompts(text, folder.config.words)
+        words = Words(
+            lambda caption: len(text.prompt(caption, SECONDS)),
+            folder.spec().text_config.text_len,
+            lambda caption: [*prompts.unknown_words(caption)],
+        )
+    with open_progress(not quiet) as report:
+        found = survey(source, {phase.name: phase.clips for phase in rows}, words, report)
+    out.mkdir(parents=True, exist_ok=True)
+    found.save(out / "check.json")
+    longest_clip = max((phase.clips for phase in rows), key=lambda clips: clips.keep or clips.frames)
+    sheet(source, found, longest_clip).save(out / "sheet.png")
+    if not quiet:
+        print(found.text())
+        print(out / "sheet.png")
+
+
 DATA = Path("~/.cogvideo")
 Gigabytes = float
 
@@ -719,10 +788,12 @@ COMMANDS: dict[str, Any] = {
     "models": models,
     "evaluate": evaluate,
     "judge": judge,
+    "data": data,
     "serve": serve,
     "worker": worker,
 }
 GROUPS: dict[str, dict[str, Any]] = {
+    "data": {"check": data_check},
     "judge": {"new": judge_new, "serve": judge_serve, "report": judge_report},
 }
 

@@ -4,6 +4,7 @@ The server and its workers are real: other processes where it matters that they 
 """
 
 import base64
+import importlib.util
 import io
 import json
 import os
@@ -25,6 +26,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cogvideo import cli
 from cogvideo.generate.cogvideo import load
 from cogvideo.serve import uploads
 from cogvideo.serve.app import Service, build_app, byte_range
@@ -147,6 +149,43 @@ def test_a_deterministic_model_refuses_what_it_cannot_do():
             catalogue.check({"prompt": WORDS, name: value})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--port", "0"], "--port must be from 1 to 65535"),
+        (["--workers", "-1"], "--workers must be 0 or more"),
+        (["--host", "0.0.0.0"], "--api-keys"),
+        (["--models", "tiny", "/elsewhere/tiny"], "same name"),
+        (["--models", "nowhere"], "nowhere"),
+        (["--database", "mysql+nothing://x"], "--database"),
+    ],
+)
+def test_the_command_says_what_is_wrong_before_it_starts(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cogvideo", "serve", "--data", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said_before_anything_starts(tmp_path, capsys, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        arguments = ["cogvideo", "serve", "--port", port, "--data", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert f"127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_the_command_names_the_packages_that_are_missing(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else find(name))
+    with pytest.raises(ValueError, match=r"pip install \"cogvideo\[serve\]\""):
+        cli.serve()
+
+
 # -- the queue --
 
 
@@ -154,17 +193,17 @@ def test_jobs_are_taken_in_order_and_in_groups(store, catalogue):
     first = add(store, catalogue, seed=1)
     other = add(store, catalogue, seed=2, num_frames=5)
     third = add(store, catalogue, seed=3)
-    batch = store.take(["nano"], 10, 16)
+    batch = store.take({"nano": 16}, 10)
     assert [job.id for job in batch.jobs] == [first.id, third.id]  # of one group
-    assert [job.id for job in store.take(["nano"], 10, 16).jobs] == [other.id]
-    assert store.take(["nano"], 10, 16) is None and store.take(["other"], 10, 16) is None
+    assert [job.id for job in store.take({"nano": 16}, 10).jobs] == [other.id]
+    assert store.take({"nano": 16}, 10) is None and store.take({"other": 16}, 10) is None
     assert {store.get(job.id).status for job in (first, other, third)} == {IN_PROGRESS}
 
 
 def test_a_batch_has_no_more_videos_than_asked_for(store, catalogue):
     ids = [add(store, catalogue, n=3).id for _ in range(3)]
-    assert [job.id for job in store.take(["nano"], 10, 6).jobs] == ids[:2]
-    assert [job.id for job in store.take(["nano"], 10, 1).jobs] == ids[2:]  # the first in line always
+    assert [job.id for job in store.take({"nano": 6}, 10).jobs] == ids[:2]
+    assert [job.id for job in store.take({"nano": 1}, 10).jobs] == ids[2:]  # the first in line always
 
 
 def test_many_takers_take_each_job_once(store, catalogue):
@@ -172,7 +211,7 @@ def test_many_takers_take_each_job_once(store, catalogue):
 
     def take(_):
         taken = []
-        while (batch := store.take(["nano"], 30, 2)) is not None:
+        while (batch := store.take({"nano": 2}, 30)) is not None:
             taken += [job.id for job in batch.jobs]
         return taken
 
@@ -183,8 +222,8 @@ def test_many_takers_take_each_job_once(store, catalogue):
 
 def test_a_lease_that_ends_gives_the_job_back_and_its_holder_changes_nothing(store, catalogue):
     job = add(store, catalogue)
-    lost = store.take(["nano"], -1, 1)  # has ended already
-    again = store.take(["nano"], 30, 1)
+    lost = store.take({"nano": 1}, -1)  # has ended already
+    again = store.take({"nano": 1}, 30)
     assert [j.id for j in again.jobs] == [job.id] and again.jobs[0].attempts == 2
     assert store.renew(lost.lease, 30).ids == frozenset()
     assert not store.finish(lost.lease, job.id, 5)
@@ -197,23 +236,31 @@ def test_a_lease_that_ends_gives_the_job_back_and_its_holder_changes_nothing(sto
     assert store.get(job.id).status == COMPLETED
 
 
+def test_the_jobs_of_a_dead_worker_are_queued_at_once(store, catalogue):
+    dead, other = (add(store, catalogue, num_frames=n) for n in (5, 9))
+    store.take({"nano": 1}, 30, "aaaa")
+    store.take({"nano": 1}, 30, "bbbb")
+    store.release_lost("aaaa")
+    assert (store.get(dead.id).status, store.get(other.id).status) == (QUEUED, IN_PROGRESS)
+
+
 def test_a_job_that_ends_its_workers_fails_in_the_end(store, catalogue):
     job = add(store, catalogue)
     for _ in range(MAX_ATTEMPTS):
-        assert store.take(["nano"], -1, 1)
-    assert store.take(["nano"], 30, 1) is None
+        assert store.take({"nano": 1}, -1)
+    assert store.take({"nano": 1}, 30) is None
     assert (store.get(job.id).status, store.get(job.id).error_code) == (FAILED, "worker_lost")
 
 
 def test_a_worker_that_stops_gives_its_jobs_back_without_an_attempt(store, catalogue):
     job = add(store, catalogue)
-    store.release(store.take(["nano"], 30, 1).lease)
+    store.release(store.take({"nano": 1}, 30).lease)
     assert (store.get(job.id).status, store.get(job.id).attempts) == (QUEUED, 0)
 
 
 def test_removing_cancels_or_forgets(store, catalogue):
     waiting, running, done = (add(store, catalogue, num_frames=n) for n in (5, 9, 17))
-    batches = [store.take(["nano"], 30, 1) for _ in range(3)]
+    batches = [store.take({"nano": 1}, 30) for _ in range(3)]
     store.release(batches[0].lease)
     store.finish(batches[2].lease, done.id, 5)
     assert all(store.remove(job.id) for job in (waiting, running, done))
@@ -251,12 +298,12 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(url, catalogue):
 def test_what_expires_and_what_is_above_the_quota_is_forgotten_but_no_unfinished_job(url, catalogue):
     store = JobStore(url, keep_seconds=0.0)
     old = add(store, catalogue)
-    store.finish(store.take(["nano"], 30, 1).lease, old.id, 10)
+    store.finish(store.take({"nano": 1}, 30).lease, old.id, 10)
     store.keep_seconds = 1000.0
     kept = []
     for _ in range(3):
         kept.append(add(store, catalogue))
-        store.finish(store.take(["nano"], 30, 1).lease, kept[-1].id, 10)
+        store.finish(store.take({"nano": 1}, 30).lease, kept[-1].id, 10)
     waiting = add(store, catalogue)
     time.sleep(0.05)
     assert store.sweep() == [old.id]
@@ -269,13 +316,15 @@ def test_what_expires_and_what_is_above_the_quota_is_forgotten_but_no_unfinished
 
 def test_previews_are_of_the_holder_and_grow_in_number(store, catalogue):
     job = add(store, catalogue)
-    batch = store.take(["nano"], 30, 1)
+    batch = store.take({"nano": 1}, 30)
     store.watch(job.id, 30)
     assert store.renew(batch.lease, 30).watched == {job.id}
     for image in (b"one", b"two"):
         store.show(batch.lease, job.id, "5 frames", 5, image)
     assert (store.preview(job.id).version, store.preview(job.id).image) == (2, b"two")
     assert store.preview(job.id, newer_than=2) is None
+    assert store.look(job.id, 1) == (store.get(job.id), store.preview(job.id))
+    assert store.look(job.id, 2) == (store.get(job.id), None) and store.look("none", 0) == (None, None)
     store.finish(batch.lease, job.id, 1)
     assert store.preview(job.id) is None
 
@@ -290,7 +339,7 @@ def pipe(nano):
 
 def generate(store, results, pipe, held=None, most=16):
     """One batch, in this thread; return what was done."""
-    batch = store.take(["nano"], 600, most)
+    batch = store.take({"nano": most}, 600)
 
     def holds():
         return store.renew(batch.lease, 600)
@@ -458,16 +507,20 @@ def test_models_leave_the_memory_least_used_first(nano, tmp_path):
     assert list(models._loaded) == ["one", "three"] and models.used <= models.memory
 
 
-def test_a_batch_is_no_larger_than_a_first_frame_in_time_allows():
+def test_batches_grow_while_that_is_worth_it():
     pace = Pace(5.0)
-    assert pace.most("tiny") == 4
-    pace.learn("tiny", 4, 10.0)
-    assert pace.most("tiny") == 2
-    pace.learn("tiny", 2, 20.0)
     assert pace.most("tiny") == 1
-    pace.learn("tiny", 1, None)  # was resumed: nothing is learnt
-    pace.learn("tiny", 1, 0.01)
-    assert pace.most("tiny") == 16
+    pace.learn("tiny", 1, 8.0, 0.5)
+    assert pace.most("tiny") == 2  # tried
+    pace.learn("tiny", 2, 16.0, 1.0)
+    assert pace.most("tiny") == 1  # of no use: each takes as long
+    pace.learn("gpu", 1, 8.0, 0.5)
+    pace.learn("gpu", 2, 9.0, 0.5)
+    assert pace.most("gpu") == 4
+    pace.learn("gpu", 4, 10.0, 4.0)
+    assert pace.most("gpu") == 5  # with more, the first frame would come after 5 s
+    pace.learn("gpu", 5, 10.0, None)
+    assert pace.most("gpu") == 5 and pace.most("tiny") == 1
 
 
 # -- uploads --

@@ -32,7 +32,7 @@ BATCH = 8  # videos generated together
 
 
 def write_videos(system: System, rows: Sequence[Prompt], folder: Path) -> float:
-    """Generate the videos that are missing; return the seconds of a video, as measured when all were made."""
+    """Generate the videos that are missing; return the seconds of one core that a video takes."""
     folder.mkdir(parents=True, exist_ok=True)
     taken = folder.parent / "taken.json"
     seconds: list[float] = json.loads(taken.read_text()) if taken.exists() else []
@@ -41,9 +41,9 @@ def write_videos(system: System, rows: Sequence[Prompt], folder: Path) -> float:
         files = [folder / f"out-{i}.mp4" for i in range(first, first + len(part))]
         if all(file.exists() for file in files):
             continue
-        started = time.perf_counter()
+        started = time.process_time()
         clips = system.generate([row.caption for row in part], range(first, first + len(part)))
-        seconds.append((time.perf_counter() - started) / len(part))
+        seconds.append((time.process_time() - started) / len(part))
         for file, clip in zip(files, clips):
             clip.save(file)
         write_json(taken, seconds)
@@ -85,11 +85,17 @@ COLUMNS = (
 def table(results: dict[str, dict]) -> str:
     names = ["system", *COLUMNS, "parameters (M)", "minutes", "s a video"]
     lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    for name, values in results.items():
+    for name, values in sorted(results.items(), key=lambda row: _rank(row[0])):
         cells = [f"{values[column]:.1f}" for column in COLUMNS]
         more = [f"{values.get(key, float('nan')):.1f}" for key in ("parameters", "minutes", "seconds")]
         lines.append("| " + " | ".join([name, *cells, *more]) + " |")
     return "\n".join(lines)
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Rendered clips first, then the systems in the order of the table, with their seeds."""
+    order = ["rendered", *SYSTEMS]
+    return order.index(name.partition("-seed")[0]), name
 
 
 def sheet(folders: dict[str, Path], count: int, out: Path) -> None:
@@ -127,7 +133,7 @@ def judge_all(args: argparse.Namespace, size: Size) -> None:
         for i, clip in enumerate(rendered(these, 192)):
             if not (folder / f"out-{i}.mp4").exists():
                 clip.save(folder / f"out-{i}.mp4")
-    results = {}
+    results = json.loads(args.report.read_text()) if args.report.exists() else {}
     folders = {"rendered": reference}
     results["rendered"] = measure(reference, other, rows, judge)
     for name, system in trained(size, args.out).items():
@@ -136,7 +142,7 @@ def judge_all(args: argparse.Namespace, size: Size) -> None:
         values = measure(folders[name], other, rows, judge)
         values |= {"parameters": system.parameters / 1e6, "minutes": system.minutes, "seconds": seconds}
         results[name] = values
-        write_json(args.out / "report.json", results)
+        write_json(args.report, results)
     sheet(folders, min(4, args.count), args.out / "sheet.png")
     print(table(results))
 
@@ -157,6 +163,9 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="whose tokenizer is used")
     parser.add_argument("--judge", type=Path, default=frame_judge.FILE)
     parser.add_argument("--out", type=Path, default=Path("runs/rivals"))
+    parser.add_argument(
+        "--report", type=Path, default=Path("docs/rivals.json"), help="rows of other machines stay in it"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     size = Size(args.layers, args.width, args.sprites, args.model)

@@ -4,6 +4,7 @@ sources     tiny world, folders, tables, YouCook2, shards: where captioned video
 videos      one captioned video file
 cut         a clip out of a video, at one of several frame rates
 loader      batches of frames
+survey      what a training would read of a user's videos
 tokens      batches of codes, from clips that recur
 tinyworld/  scenes drawn from a seed, with captions
 """

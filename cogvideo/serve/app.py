@@ -32,7 +32,7 @@ from starlette.formparsers import MultiPartException
 from cogvideo.generate.cogvideo import CogVideo
 from cogvideo.serve import uploads
 from cogvideo.serve.doors import HEADERS, Doors, guard
-from cogvideo.serve.jobs import COMPLETED, FAILED, Job, JobStore, QueueFull, new_id
+from cogvideo.serve.jobs import COMPLETED, FAILED, QUEUED, Job, JobStore, QueueFull, new_id
 from cogvideo.serve.request import Catalogue, Refusal, VideoRequest
 from cogvideo.serve.results import VARIANTS, Results
 from cogvideo.serve.statistics import Statistics
@@ -40,6 +40,7 @@ from cogvideo.serve.statistics import Statistics
 PAGE = Path(__file__).with_name("page")
 FILES = {"app.js", "words.js", "style.css", "icon.svg"}  # of the page
 EVENT_SECONDS = 0.25  # between two looks at a job that is watched
+QUEUED_SECONDS = 0.5  # and while it waits for its turn
 WATCH_SECONDS = 5.0  # previews are drawn for, from each of these on
 PING_SECONDS = 15.0
 MAX_LIMIT = 100
@@ -159,11 +160,10 @@ class Service:
             if now - watched > WATCH_SECONDS / 2:
                 await run_in_threadpool(self.store.watch, id, WATCH_SECONDS)
                 watched = now
-            job = await run_in_threadpool(self.store.get, id)
+            job, preview = await run_in_threadpool(self.store.look, id, version)
             if job is None:
                 yield event("deleted", {"id": id})
                 return
-            preview = None if job.finished else await run_in_threadpool(self.store.preview, id, version)
             if preview is not None:
                 version = preview.version
                 image = base64.b64encode(preview.image).decode()
@@ -179,7 +179,7 @@ class Service:
             if now - spoke > PING_SECONDS:
                 yield ": still here\n\n"
                 spoke = now
-            await asyncio.sleep(EVENT_SECONDS)
+            await asyncio.sleep(QUEUED_SECONDS if job.status == QUEUED else EVENT_SECONDS)
 
 
 def shown(job: Job) -> dict[str, Any]:

@@ -12,7 +12,7 @@ clock of the database if it is PostgreSQL.
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    and_,
     create_engine,
     delete,
     event,
@@ -41,7 +42,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from cogvideo.serve.request import VideoRequest
 
@@ -73,7 +74,7 @@ jobs = Table(
     Column("stage", String(40), nullable=False, default=""),
     Column("frames", Integer, nullable=False, default=0),  # of the stored draft
     Column("attempts", Integer, nullable=False, default=0),
-    Column("lease", String(40)),
+    Column("lease", String(48)),
     Column("leased_until", Float),
     Column("watched_until", Float, nullable=False, default=0.0),  # somebody looks at previews
     Column("error_code", String(40)),
@@ -257,6 +258,20 @@ class JobStore:
         row = self._read(query).one_or_none()
         return Preview(row.version, row.stage, row.frames, row.image) if row else None
 
+    def look(self, id: str, newer_than: int) -> tuple[Job | None, Preview | None]:
+        """A job, and its preview if there is a newer one: one query, for those who look often."""
+        newer = and_(previews.c.id == jobs.c.id, previews.c.version > newer_than)
+        shown = (previews.c.version, previews.c.stage.label("shown_stage"), previews.c.frames.label("shown"))
+        query = select(jobs, *shown, previews.c.image)
+        query = query.select_from(jobs.outerjoin(previews, newer)).where(jobs.c.id == id)
+        row = self._read(query).one_or_none()
+        if row is None:
+            return None, None
+        preview = None
+        if row.version is not None:
+            preview = Preview(row.version, row.shown_stage, row.shown, row.image)
+        return _job(row), preview
+
     def counts(self) -> Counts:
         with self.engine.connect().execution_options(reads=True) as connection:
             now = self._now(connection)
@@ -277,14 +292,15 @@ class JobStore:
 
     # -- workers --
 
-    def take(self, models: Sequence[str], seconds: float, most: int) -> Batch | None:
-        """Lease the first job in line, with others of its group, `most` videos in all, for some seconds."""
+    def take(self, most: Mapping[str, int], seconds: float, worker: str = "") -> Batch | None:
+        """Lease the first job in line, of one of the models that `most` names, for so many seconds; with it
+        others of its group, as many videos in all as `most` says. The lease begins with the worker's name."""
         waiting = select(jobs).where(jobs.c.status == QUEUED).order_by(jobs.c.number)
-        lease = secrets.token_hex(16)
+        lease = worker + secrets.token_hex(16)
         with self.engine.begin() as connection:
             now = self._now(connection)
             self._requeue(connection, now)
-            mine = waiting.where(jobs.c.group.in_(_groups(connection, models)))
+            mine = waiting.where(jobs.c.group.in_(_groups(connection, most)))
             first = connection.execute(mine.limit(1).with_for_update(skip_locked=True)).one_or_none()
             if first is None:
                 return None
@@ -293,9 +309,10 @@ class JobStore:
             )
             rows = [first]
             videos = first.request["n"]
-            for row in connection.execute(like_it.limit(most).with_for_update(skip_locked=True)):
+            limit = most[first.request["model"]]
+            for row in connection.execute(like_it.limit(limit).with_for_update(skip_locked=True)):
                 videos += row.request["n"]
-                if videos > most:
+                if videos > limit:
                     break
                 rows.append(row)
             held = [row.id for row in rows]
@@ -394,6 +411,16 @@ class JobStore:
                 .values(status=QUEUED, lease=None, attempts=jobs.c.attempts - 1)
             )
 
+    def release_lost(self, worker: str) -> None:
+        """Queue the jobs of a worker again that is known to be dead, before its leases end."""
+        with self.engine.begin() as connection:
+            connection.execute(
+                update(jobs)
+                .where(jobs.c.lease.startswith(worker), jobs.c.status == IN_PROGRESS)
+                .values(leased_until=0.0)
+            )
+            self._requeue(connection, self._now(connection))
+
     def sweep(self, quota: int | None = None) -> list[str]:
         """Forget what has expired, then the oldest results above a quota of bytes; return their names.
 
@@ -474,7 +501,7 @@ class JobStore:
         return time.time()
 
 
-def _groups(connection: Connection, models: Sequence[str]) -> list[str]:
+def _groups(connection: Connection, models: Container[str]) -> list[str]:
     """The groups of waiting jobs that are of these models."""
     waiting = connection.scalars(select(jobs.c.group).where(jobs.c.status == QUEUED).distinct())
     return [group for group in waiting if VideoRequest.model_of(group) in models]
@@ -489,7 +516,12 @@ def open_engine(url: str) -> Engine:
     """An engine whose transactions are serial: SQLite with a write-ahead log, synced; or PostgreSQL."""
     if url.startswith("postgresql://"):
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
-    engine = create_engine(url, pool_pre_ping=True)
+    try:
+        engine = create_engine(url, pool_pre_ping=True)
+    except (ArgumentError, NoSuchModuleError, ImportError) as error:
+        raise ValueError(
+            f"--database {url!r} cannot be used: {error}; give sqlite:///FILE or postgresql://USER@HOST/NAME"
+        ) from None
     if engine.dialect.name != "sqlite":
         return engine
 

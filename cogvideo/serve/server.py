@@ -3,11 +3,13 @@ dies."""
 
 import logging
 import os
+import secrets
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from cogvideo.serve.jobs import JobStore
 from cogvideo.serve.request import Catalogue
 from cogvideo.serve.results import Results
 from cogvideo.serve.statistics import Statistics
-from cogvideo.serve.worker import PARENT
+from cogvideo.serve.worker import NAME, PARENT
 
 CHECK_SECONDS = 0.5
 LONGEST_PAUSE = 30.0  # seconds between two starts of a worker that dies at once
@@ -47,8 +49,10 @@ class Address:
 class Crew:
     """Workers as processes of their own, started again when they die."""
 
-    def __init__(self, command: Sequence[str], count: int):
+    def __init__(self, command: Sequence[str], count: int, lost: Callable[[str], None]):
         self.command = list(command)
+        self.lost = lost  # is told the name of a worker that died
+        self.names = [""] * count
         self.processes: list[subprocess.Popen[bytes] | None] = [None] * count
         self._started = [0.0] * count
         self._pause = [0.0] * count
@@ -88,16 +92,37 @@ class Crew:
             if lived < self._pause[i]:
                 return
             log.warning("worker %d ended; it is started again", i)
+            self._report(self.names[i])
             self._pause[i] = min(LONGEST_PAUSE, 2 * self._pause[i] + 1.0)
         self._started[i] = now
-        environment = {**os.environ, PARENT: str(os.getpid())}
+        self.names[i] = secrets.token_hex(4)
+        environment = {**os.environ, PARENT: str(os.getpid()), NAME: self.names[i]}
         self.processes[i] = subprocess.Popen(self.command, env=environment)
+
+    def _report(self, name: str) -> None:
+        try:
+            self.lost(name)
+        except Exception as error:  # of the database: then the leases end by themselves
+            log.warning("the jobs of a dead worker wait for the end of their lease: %s", error)
 
 
 def worker_command(address: Address, options: Sequence[str]) -> list[str]:
     """The command that starts a worker."""
     command = [sys.executable, "-m", "cogvideo", "worker"]
     return [*command, "--database", address.database, "--results", address.results, *options]
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ValueError if nobody can listen there, before anything is started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"cannot listen at {host}:{port}: {error.strerror}; choose another --port"
+            ) from None
 
 
 def serve(
@@ -113,10 +138,13 @@ def serve(
     keep_seconds: float = 7 * 86400.0,
 ) -> None:
     """Serve until interrupted."""
+    check_port(host, port)
     catalogue = Catalogue(models)
     store = JobStore(address.database, max_queue=max_queue, keep_seconds=keep_seconds)
     results = Results(address.results)
     app = build_app(Service(catalogue, store, results, doors, Statistics(store)))
-    with Crew(worker_command(address, worker_options), workers):
+    with Crew(worker_command(address, worker_options), workers, store.release_lost):
         print(f"http://{host}:{port}/   (API: /docs)", flush=True)
-        uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning")
+        uvicorn.run(
+            app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=3
+        )

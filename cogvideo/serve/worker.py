@@ -22,6 +22,7 @@ from cogvideo.serve.request import Catalogue
 from cogvideo.serve.results import Results
 
 PARENT = "COGVIDEO_PARENT"  # environment: the process whose end ends a worker
+NAME = "COGVIDEO_WORKER"  # environment: the name that leases begin with
 LEASE_SECONDS = 15.0
 RENEW_SECONDS = 0.5
 IDLE_SECONDS = 0.25  # between two looks at an empty queue
@@ -104,20 +105,32 @@ class Models:
 
 
 class Pace:
-    """How many videos a model begins together so that their first frames are not late."""
+    """How many videos a model generates together: as many as were worth it, and no more than allow a first
+    frame in time.
+
+    A size is worth it if a video takes a tenth less than in smaller batches; then twice as many are tried.
+    """
 
     def __init__(self, limit: float):
-        self.limit = limit  # seconds
-        self._each: dict[str, float] = {}  # seconds a first frame takes in a batch, by model
+        self.limit = limit  # seconds until a first frame
+        self._first: dict[str, float] = {}  # seconds of a first frame in a batch, for each of its videos
+        self._each: dict[str, dict[int, float]] = {}  # by model and size: seconds for each video
 
     def most(self, model: str) -> int:
-        if model not in self._each:
-            return 4
-        return max(1, min(MAX_VIDEOS, int(self.limit / self._each[model])))
+        tried = self._each.get(model, {})
+        if not tried:
+            return 1
+        enough = 1.1 * min(tried.values())
+        best = min(size for size, seconds in tried.items() if seconds <= enough)
+        worth = 2 * best if best == max(tried) else best
+        in_time = int(self.limit / self._first[model]) if model in self._first else MAX_VIDEOS
+        return max(1, min(MAX_VIDEOS, worth, in_time))
 
-    def learn(self, model: str, videos: int, seconds: float | None) -> None:
-        if seconds is not None:
-            self._each[model] = seconds / videos
+    def learn(self, model: str, videos: int, seconds: float, first_frame: float | None) -> None:
+        """A batch took so many seconds, of these the first frames so many."""
+        self._each.setdefault(model, {})[videos] = seconds / videos
+        if first_frame is not None:
+            self._first[model] = first_frame / videos
 
 
 class Worker:
@@ -152,8 +165,8 @@ class Worker:
 
     def work(self) -> bool:
         """Generate one batch; False if nothing waits."""
-        most = min(self.pace.most(name) for name in self.models.locations)
-        batch = self.store.take(list(self.models.locations), LEASE_SECONDS, most)
+        most = {model: self.pace.most(model) for model in self.models.locations}
+        batch = self.store.take(most, LEASE_SECONDS, os.environ.get(NAME, ""))
         if batch is None:
             return False
         with Lease(self.store, batch) as lease:
@@ -184,10 +197,10 @@ class Worker:
         pipe = self.models.get(model)
         generation = Generation(pipe, batch, Place(self.store, self.results, self._held_by(lease)))
         videos = sum(job.request.n for job in batch.jobs)
-        try:
-            generation.run()
-        finally:
-            self.pace.learn(model, videos, generation.first_frame_seconds)
+        started = time.monotonic()
+        generation.run()
+        if not batch.jobs[0].frames:  # not resumed
+            self.pace.learn(model, videos, time.monotonic() - started, generation.first_frame_seconds)
         log.info("%d videos by %s", videos, model)
 
     def _held_by(self, lease: Lease) -> "HeldUntilStop":
