@@ -475,6 +475,7 @@ def test_a_job_that_fails_says_why_and_the_others_are_generated(
         return keyframes(prompts, seeds, **options)
 
     monkeypatch.setattr(pipe, "keyframes", fails)
+    monkeypatch.setattr(worker.pace, "most", lambda model: 2)  # both in one batch
     assert worker.work() and not worker.work()
     assert local.get(good.id).status == COMPLETED
     failed = local.get(bad.id)
