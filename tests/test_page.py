@@ -69,6 +69,7 @@ def slow(monkeypatch):
     monkeypatch.setattr(Generation, "_report", slowly)
     monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SECONDS", 0.0)
     monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SHARE", 1e9)
+    monkeypatch.setattr("cogvideo.serve.generation.KEYFRAMES_SHARE", 1e9)
     monkeypatch.setattr("cogvideo.serve.app.EVENT_SECONDS", 0.03)
 
 

@@ -435,6 +435,7 @@ def test_the_others_of_a_batch_do_not_mind_a_cancelled_one(local, catalogue, pip
 def test_previews_show_the_frames_so_far(local, catalogue, pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SECONDS", 0.0)
     monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SHARE", 1e9)
+    monkeypatch.setattr("cogvideo.serve.generation.KEYFRAMES_SHARE", 1e9)
     shown = []
     monkeypatch.setattr(JobStore, "show", lambda self, *told: shown.append(told))
     job = add(local, catalogue, num_frames=9)
@@ -452,6 +453,7 @@ def test_previews_show_the_frames_so_far(local, catalogue, pipe, tmp_path, monke
 def test_no_preview_is_drawn_that_nobody_watches(local, catalogue, pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SECONDS", 0.0)
     monkeypatch.setattr("cogvideo.serve.generation.PREVIEW_SHARE", 1e9)
+    monkeypatch.setattr("cogvideo.serve.generation.KEYFRAMES_SHARE", 1e9)
     monkeypatch.setattr("cogvideo.serve.jobs.NEW_SECONDS", -1.0)
     job = add(local, catalogue, num_frames=5)
     monkeypatch.setattr(JobStore, "show", lambda *told: pytest.fail("drawn"))

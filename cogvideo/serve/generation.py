@@ -24,8 +24,9 @@ from cogvideo.serve.previews import Strip, spritesheet, thumbnail
 from cogvideo.serve.results import VARIANTS, Results
 from cogvideo.video import Clip
 
-PREVIEW_SECONDS = 0.4  # between two pictures, at least
-PREVIEW_SHARE = 0.05  # of the time, at most, that pictures within a phase may take
+PREVIEW_SECONDS = 0.25  # between two pictures, at least
+PREVIEW_SHARE = 0.05  # of the time, at most, that pictures within a round of interpolation may take
+KEYFRAMES_SHARE = 0.2  # and before: one frame after the other comes to be, and people watch it
 REPORT_SECONDS = 0.4  # between two reports of progress
 DECODING = 0.15  # of all progress: pixels and files
 FIRST_FRAME = "first frame"  # the phase that clients wait for
@@ -205,7 +206,8 @@ class Generation:
             stage = f"{len(clip)} frames"
             self.place.store.show(self.lease, job.id, stage, len(clip), image)
         now = time.monotonic()
-        self._next_preview = now + max(PREVIEW_SECONDS, (now - started) / PREVIEW_SHARE)
+        share = PREVIEW_SHARE if codes.shape[1] > pipe.spec.model.frames else KEYFRAMES_SHARE
+        self._next_preview = now + max(PREVIEW_SECONDS, (now - started) / share)
 
     def _finish(self, job: Job, clips: Sequence[Clip]) -> None:
         """Store the files of a job, then complete it; if it is no longer held, the files go."""
