@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test-only", action="store_true", help="test the one in --out")
     args = parser.parse_args()
-    args.out = args.out or (FILE if args.judge == "clip" else frame_judge.FILE).parent
+    args.out = args.out or (FILE.parent if args.judge == "clip" else frame_judge.OUT)
     if args.judge == "frame":
         frame_judge.run(args)
         return

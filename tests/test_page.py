@@ -4,7 +4,6 @@ The server and its worker are threads of this process; screenshots go to $PAGE_P
 """
 
 import os
-import shutil
 import threading
 import time
 from dataclasses import replace
@@ -21,20 +20,8 @@ from cogvideo.serve.statistics import Statistics
 from cogvideo.serve.worker import Settings, Worker
 from tests.test_serve import call, free_port, running
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PICTURES = os.environ.get("PAGE_PICTURES")
 WORDS = "a dog runs to the right"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        made = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ def test_rendered_clips_score_what_the_page_says():
 
 def test_a_run_goes_from_nothing_to_a_score(tmp_path, monkeypatch):
     monkeypatch.setattr("cogvideo.train.objectives.UNQUANTISED", 2)
-    monkeypatch.setattr("benchmarks.rivals.ours.MEASURED_STEPS", 1)
+    monkeypatch.setattr("benchmarks.rivals.phased.MEASURED_STEPS", 1)
     monkeypatch.setattr("cogvideo.train.inherit.CAPTIONS", 500)
     monkeypatch.setattr(speedrun, "COUNT", 2)
     system = FromNothing(Size(layers=1, width=64, sprites=4), tmp_path / "run")

@@ -410,19 +410,6 @@ def test_a_rater_goes_on_after_the_server_was_killed(server):
 
 # -- a real browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium: apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        made = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield made
-        made.close()
-
 
 def test_a_session_with_the_keyboard_and_a_reload_in_the_middle(browser, server):
     url, folder = server()
@@ -495,6 +482,7 @@ def test_the_page_says_when_the_server_is_gone_and_goes_on(browser, server):
     page.goto(url)
     page.get_by_text("I agree, start").click()
     page.get_by_text("1 of 7").wait_for()
+    page.wait_for_function("() => [...document.querySelectorAll('video')].every(v => v.readyState > 1)")
     page.route("**/api/vote/**", lambda route: route.abort())
     page.keyboard.press("1")
     page.get_by_text("Not stored").wait_for()

@@ -55,6 +55,8 @@ async function call(path, options = {}) {
   return answer;
 }
 
+const tell = (error) => { $("problem").textContent = error.message; };
+
 const callJson = async (path, options) => (await call(path, options)).json();
 
 let asking = null;
@@ -108,7 +110,7 @@ async function hint() {
   if (number !== hinting) return;
   if (!text.trim()) return $("hints").replaceChildren();
   const path = `/v1/models/${encodeURIComponent($("model").value)}/hints?prompt=${encodeURIComponent(text)}`;
-  const { unknown } = await callJson(path);
+  const { unknown } = await callJson(path).catch(() => ({ unknown: {} }));
   if (number !== hinting) return;
   mark(text, Object.keys(unknown));
   $("hints").replaceChildren(...Object.entries(unknown).map(([word, near]) => suggestion(word, near)));
@@ -402,8 +404,8 @@ function failedCard(video) {
 function clipCard(video, index) {
   const player = make("video", { loop: true, muted: true, playsinline: true, controls: calm.matches, "aria-label": say("video", video.prompt), tabindex: 0 });
   player.muted = true;
-  fileUrl(video, "thumbnail", index).then((url) => { player.poster = url; });
-  fileUrl(video, "video", index).then((url) => { player.src = url; });
+  fileUrl(video, "thumbnail", index).then((url) => { player.poster = url; }, tell);
+  fileUrl(video, "video", index).then((url) => { player.src = url; }, tell);
   player.addEventListener("click", () => (player.paused ? player.play() : player.pause()));
   player.addEventListener("keydown", (event) => { if (event.key === " ") { event.preventDefault(); player.click(); } });
   watcher.observe(player);
@@ -416,7 +418,7 @@ function clipCard(video, index) {
   const still = video.num_frames === 1 || seed == null;
   const actions = make("div", { class: "actions" },
     download(video, index, "video", "mp4"), download(video, index, "gif", "gif"),
-    seed == null ? null : make("button", { onclick: more }, say("again")),
+    seed == null ? null : make("button", { onclick: () => more().catch(tell) }, say("again")),
     still ? null : make("button", { onclick: () => beginWith(video, index) }, say("goOn")),
     make("button", { onclick: () => forget(video) }, say("remove")));
   const box = make("input", { type: "checkbox", onchange: (event) => choose(`${video.id}/${index}`, event.target.checked, video, index) });
@@ -491,10 +493,10 @@ $("prompt").addEventListener("scroll", () => { $("marks").scrollTop = $("prompt"
 $("prompt").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) ask(event); });
 $("file").addEventListener("change", () => beginWith(null));
 $("model").addEventListener("change", showModel);
-$("compare").addEventListener("click", compare);
+$("compare").addEventListener("click", () => compare().catch(tell));
 $("pair-close").addEventListener("click", () => $("pair").close());
 $("pair-play").addEventListener("click", playPair);
-$("more").addEventListener("click", older);
+$("more").addEventListener("click", () => older().catch(tell));
 $("key").addEventListener("click", askKey);
 $("language").addEventListener("click", () => {
   language = language === "en" ? "zh" : "en";
@@ -514,7 +516,7 @@ async function start() {
   }
   $("model").replaceChildren(...models.map((one) => make("option", { value: one.id }, one.id)));
   showModel();
-  await older();
+  await older().catch(tell);
 }
 
 start();
