@@ -89,9 +89,7 @@ class Generation:
         draft = pipe.superresolve(draft, progress=progress)
         for job, rows in self._rows():
             self._report(phases.percent("decode", 0.0), "decode")
-            part = replace(
-                draft, codes=draft.codes[rows], prompts=draft.prompts[rows], seeds=draft.seeds[rows]
-            )
+            part = _part(draft, rows)
             self._finish(job, pipe.upscale(pipe.decode(part)))
 
     def _first_phase(
@@ -139,7 +137,7 @@ class Generation:
         return _join(drafts)
 
     def _keep(self, pipe: CogVideo, draft: Draft) -> Draft:
-        """Store the draft of each job, and go on without those that are cancelled."""
+        """Store the draft of each job, and continue without the cancelled jobs."""
         if draft.fps < self.jobs[0].request.fps:  # else the video itself comes next
             self._show(pipe, draft.codes, finished=True)
         held = self.place.held().ids
@@ -148,9 +146,7 @@ class Generation:
         for job, rows in self._rows():
             if job.id not in held:
                 continue
-            part = replace(
-                draft, codes=draft.codes[rows], prompts=draft.prompts[rows], seeds=draft.seeds[rows]
-            )
+            part = _part(draft, rows)
             stream = io.BytesIO()
             part.write(stream)
             self.place.results.put(job.id, "draft.npz", stream.getvalue())
@@ -259,6 +255,11 @@ class Phases:
         before = self.tasks.index(task)
         done = sum(self.steps[:before]) + share * self.steps[before]
         return min(99, int(100 * done / sum(self.steps)))
+
+
+def _part(draft: Draft, rows: slice) -> Draft:
+    """Some clips of a draft; `_join` puts such parts together again."""
+    return replace(draft, codes=draft.codes[rows], prompts=draft.prompts[rows], seeds=draft.seeds[rows])
 
 
 def _join(drafts: Sequence[Draft]) -> Draft:

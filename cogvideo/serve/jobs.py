@@ -190,7 +190,7 @@ class JobStore:
             now = self._now(connection)
             unfinished = self._count(connection, jobs.c.status.in_((QUEUED, IN_PROGRESS)))
             if unfinished >= self.max_queue:
-                raise QueueFull(self._retry_after(connection, unfinished))
+                raise QueueFull(self._retry_after(connection))
             values = {
                 "id": id,
                 "status": QUEUED,
@@ -473,7 +473,7 @@ class JobStore:
         )
         connection.execute(update(jobs).where(*lost).values(status=QUEUED, lease=None))
 
-    def _retry_after(self, connection: Connection, unfinished: int) -> int:
+    def _retry_after(self, connection: Connection) -> int:
         """Seconds until a place should be free: as long as recent jobs took, in the mean."""
         recent = (
             select(jobs.c.started_at, jobs.c.completed_at)

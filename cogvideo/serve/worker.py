@@ -195,16 +195,15 @@ class Worker:
     def _run(self, batch: Batch, lease: Lease) -> None:
         model = batch.jobs[0].request.model
         pipe = self.models.get(model)
-        generation = Generation(pipe, batch, Place(self.store, self.results, self._held_by(lease)))
+        generation = Generation(
+            pipe, batch, Place(self.store, self.results, HeldUntilStop(lease, self.stopping))
+        )
         videos = sum(job.request.n for job in batch.jobs)
         started = time.monotonic()
         generation.run()
         if not batch.jobs[0].frames:  # not resumed
             self.pace.learn(model, videos, time.monotonic() - started, generation.first_frame_seconds)
         log.info("%d videos by %s", videos, model)
-
-    def _held_by(self, lease: Lease) -> "HeldUntilStop":
-        return HeldUntilStop(lease, self.stopping)
 
     def _sweep(self) -> None:
         """Now and then: forget what has expired, with its files, and files that belong to no job."""
