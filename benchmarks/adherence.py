@@ -24,12 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import classifier
-from benchmarks.classifier import FRAMES, HEADS, SIZE, ClipClassifier
 from benchmarks.fidelity import reconstruct, trained_sprites
 from cogvideo.data.tinyworld import MOTIONS, PLACES, Scene, TinyWorld, render, sprites
+from cogvideo.eval import judge_training, tinyworld
 from cogvideo.eval.metrics import frechet_distance
-from cogvideo.eval.tinyworld import SHIPPED
+from cogvideo.eval.tinyworld import FRAMES, HEADS, SHIPPED, SIZE, ClipClassifier
 from cogvideo.files import atomic_path
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import to_frames, to_images
@@ -89,8 +88,8 @@ def judge(net: ClipClassifier, clips: np.ndarray, scenes: Sequence[Scene]) -> Ve
     """Judge clips uint8 [B, F, 48, 48, 3] of 4 s, F = 9, 17 or 33, that should show `scenes`."""
     count, rest = divmod(clips.shape[1] - 1, FRAMES - 1)
     assert rest == 0 and clips.shape[2:] == (SIZE, SIZE, 3), f"clips {clips.shape}"
-    seen, features = classifier.classify(net, clips[:, ::count])
-    return Verdict(classifier.labels(scenes), seen, features)
+    seen, features = judge_training.classify(net, clips[:, ::count])
+    return Verdict(tinyworld.classes().labels(scenes), seen, features)
 
 
 def to_small(frames: np.ndarray) -> np.ndarray:
@@ -270,7 +269,7 @@ def main() -> None:
     from cogvideo.generate.cogvideo import CogVideo, find_model
 
     folder = ModelFolder(find_model(args.model))
-    names, net = sprites(args.sprites or trained_sprites(folder)), classifier.load(args.judge)
+    names, net = sprites(args.sprites or trained_sprites(folder)), tinyworld.load(args.judge)
     known = len(net.heads["sprite"].bias)
     if len(names) > known:
         raise SystemExit(

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from cogvideo.data.tinyworld import LOOKS, PLACES, Scene, TinyWorld, path, render, sample_scene, sprites
 from cogvideo.data.tinyworld.cast import shape
 from cogvideo.files import atomic_path
+from cogvideo.hardware import has_fast_bfloat16
 
 SIZE, CROP = 192, 128
 FILE = Path(__file__).with_name("frame_judge.safetensors")
@@ -269,7 +270,7 @@ def train(
         chosen = rng.integers(min(filled, len(pool)), size=batch)
         grey = torch.from_numpy(pool[chosen])[:, None].float() / 255
         grey = augment(grey, generator, centres[chosen] if step < crops else None)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16(torch.device("cpu"))):
             logits = net(grey)
         loss = F.cross_entropy(logits.float(), known[chosen])
         optimizer.zero_grad()

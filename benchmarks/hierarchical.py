@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks import classifier
 from benchmarks.adherence import TIMES, judge, through_tokenizer
 from benchmarks.fidelity import compare, reconstruct, unseen_scenes
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
+from cogvideo.eval import tinyworld
 from cogvideo.model import presets
 from cogvideo.model.features import ImageFeatures
 from cogvideo.model.vqvae import to_images
@@ -42,7 +42,7 @@ def measure(folder, scenes) -> list[float]:
     made = reconstruct(vqvae, real.reshape(-1, size, size, 3))[0].reshape(real.shape)
     row = compare(ImageFeatures(), made.reshape(-1, size, size, 3), real.reshape(-1, size, size, 3))
     flow = float(temporal_distance(to_images(made), to_images(real)).mean())
-    verdict = judge(classifier.load(), through_tokenizer(folder, scenes), scenes).right.float().mean(0)
+    verdict = judge(tinyworld.load(), through_tokenizer(folder, scenes), scenes).right.float().mean(0)
     return [
         row["psnr"],
         row["ssim"],

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import adherence, classifier
+from benchmarks import adherence
 from cogvideo.data.tinyworld import Scene, sample_scene, sprites
+from cogvideo.eval import tinyworld
 from cogvideo.eval.tinyworld import SHIPPED
 from cogvideo.files import atomic_path
 from cogvideo.generate.prompts import Prompts
@@ -91,7 +92,7 @@ def main() -> None:
         print(f"  unknown: {', '.join(f'{word} {count}' for word, count in unknown.most_common())}")
     if args.out is None:
         return
-    names, net = sprites(args.sprites or adherence.trained_sprites(folder)), classifier.load(args.judge)
+    names, net = sprites(args.sprites or adherence.trained_sprites(folder)), tinyworld.load(args.judge)
     known = len(net.heads["sprite"].bias)
     if len(names) > known:
         raise SystemExit(

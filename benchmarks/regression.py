@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks import classifier
 from benchmarks.adherence import TIMES, claim, draw_split, generate, interval, judge_split
 from benchmarks.fidelity import captions, compare, unseen_scenes
 from benchmarks.generate import time_verbs
 from benchmarks.hierarchical import ROWS
 from cogvideo import CogVideo
 from cogvideo.data.tinyworld import TinyWorld, render, sprites
+from cogvideo.eval import tinyworld
 from cogvideo.eval.metrics import flicker, frechet_distance, sharpness
 from cogvideo.files import atomic_path
 from cogvideo.generate.regression import RegressionPipeline
@@ -86,7 +86,7 @@ def phases_table(out: Path, other: str, count: int) -> None:
     }
     split = draw_split("held-out", sprites(RECIPE.sprites), count, 1000, True, "en")
     others = draw_split("others", sprites(RECIPE.sprites), count, 6000, True, "en").scenes
-    net, rows = classifier.load(), {}
+    net, rows = tinyworld.load(), {}
     for name, (phases, begin) in runs.items():
         folder = train(out / name.replace(" ", "-"), phases, None if begin is None else out / begin)
         clips = regress(folder, split.prompts, 8.0 if "high" in name else 1.0)

@@ -99,7 +99,7 @@ def score(system: Ours) -> dict[str, float]:
         clips = system.generate([row.caption for row in part], range(first, first + len(part)))
         features += [judge.features(clip.frames, Protocol(frames=33, fps=8)) for clip in clips]
     seen = judge.seen(torch.cat(features))
-    right = tinyworld.Asked.of([row.caption for row in rows]).right(seen).numpy()
+    right = tinyworld.classes().asked([row.caption for row in rows]).right(seen).numpy()
     sprite, motion, place, together = 100 * np.nanmean(right, 0)
     return {"score": together, "sprite": sprite, "motion": motion, "place": place}
 

@@ -196,8 +196,8 @@ def train(
 
     Args:
         recipe: A row of the table in cogvideo/train/recipes.py.
-        data: "tinyworld", a folder of captioned videos, a .csv or .jsonl, YouCook2's .json, or
-            webdataset shards.
+        data: "tinyworld", a folder that cogvideo data world wrote, a folder of captioned videos, a .csv or
+            .jsonl, YouCook2's .json, or webdataset shards.
         subset: Of YouCook2. Default: training.
         out: The folder of the run. Default: runs/RECIPE.
         init: A shipped model, a model folder, or a hub id whose parts a new run starts from.
@@ -258,6 +258,7 @@ def estimate(
     dtype: Literal["float32", "bfloat16", "int8"] | None = None,
     num_videos: int = 1,
     train: str | None = None,
+    data: str = "tinyworld",
     device: str = "auto",
     processes: int | None = None,
     fields: Suppress[Fixed[dict[str, str] | None]] = None,
@@ -272,11 +273,12 @@ def estimate(
         dtype: Data type of the computation. Default: the fastest on a CPU.
         num_videos: Videos at a time.
         train: A recipe to be measured, instead of generation.
+        data: What it would be trained on, as for cogvideo train.
         device: Where to train: cpu, cuda, mps; auto is cuda if there is one, else cpu.
         processes: Processes that train together. Default: as `cogvideo train` chooses.
     """
     if train is not None:
-        return _estimate_training(train, device, processes, fields or {})
+        return _estimate_training(train, data, device, processes, fields or {})
     if fields:
         raise ValueError(f"--{next(iter(fields))} is a field of a phase, for --train RECIPE")
     from cogvideo.generate.estimate import Estimate, Speed
@@ -294,7 +296,9 @@ def estimate(
     print(Estimate(spec, stages(chosen), kind, num_videos).table(Speed.measure(kind)))
 
 
-def _estimate_training(recipe: str, device: str, processes: int | None, fields: dict[str, str]) -> None:
+def _estimate_training(
+    recipe: str, data: str, device: str, processes: int | None, fields: dict[str, str]
+) -> None:
     import torch
 
     from cogvideo.data.sources import open_source
@@ -308,7 +312,7 @@ def _estimate_training(recipe: str, device: str, processes: int | None, fields: 
     options = Options(device=device, processes=processes, workers=None).with_defaults(phases)
     count = options.processes or 1
     torch.set_num_threads(max(1, idle_cores() // count))
-    source = open_source("tinyworld", seed=chosen.seed, sprites=chosen.sprites)
+    source = open_source(data, seed=chosen.seed, sprites=chosen.sprites)
     print(f"measured by a few steps of each phase, {count} processes on {options.device}")
     paces = pace.measure(
         chosen,
@@ -407,7 +411,7 @@ def evaluate(
     seed: int | None = None,
     few: bool = False,
     paired: bool = False,
-    scorer: Literal["tinyworld", "clip"] | None = None,
+    scorer: str | None = None,
     controls: bool = True,
     workers: int = 0,
     ray: str | None = None,
@@ -439,7 +443,8 @@ def evaluate(
         seed: Of the choice of clips and of the halves.
         few: Accept fewer than 256 clips.
         paired: Also compare videos of the same name, frame by frame.
-        scorer: What judges whether clips show their captions.
+        scorer: What judges whether clips show their captions: tinyworld, clip, or a folder that cogvideo data
+            world wrote.
         controls: Test whether each network sees motion.
         workers: Processes. Default: this one.
         ray: The address of a Ray cluster that computes the features, or local.
@@ -573,7 +578,7 @@ def judge_report(study: Positional[Path], /) -> None:
 
 
 def data() -> None:
-    """Look at data before training: cogvideo data check."""
+    """Prepare data before training: cogvideo data check, world."""
     raise ValueError(f"give one of {', '.join(GROUPS['data'])} after cogvideo data")
 
 
@@ -639,6 +644,67 @@ def data_check(
     if not quiet:
         print(found.text())
         print(out / "sheet.png")
+
+
+def data_world(
+    art: Positional[Path],
+    /,
+    out: Short,
+    held_out: int = 256,
+    judge_steps: int = 400,
+    quiet: bool = False,
+) -> None:
+    """Make a world to train on from pictures with transparency. docs/own-world.md explains it.
+
+    Writes the world, sheet.png to look at, clips and captions that training leaves out, and a judge of this
+    world's clips. An interrupted call goes on when it is repeated.
+
+    Args:
+        art: A folder of pictures or animations (png, gif, webp, apng), with backgrounds/ and world.toml if
+            there are any.
+        out: The folder to write; cogvideo train takes it as --data.
+        held_out: Clips to judge a model by.
+        judge_steps: Steps of the judge's training, of about a second on one core; 0 for no judge.
+        quiet: Print nothing but errors.
+    """
+    from cogvideo.data.tinyworld.artwork import make_world
+    from cogvideo.data.tinyworld.gallery import sheet, write_held_out
+    from cogvideo.data.tinyworld.own import JUDGE, open_world
+    from cogvideo.progress import open_progress
+    from cogvideo.video import check_folder
+
+    for name, value in (("held-out", held_out), ("judge-steps", judge_steps)):
+        if not 0 <= value <= 100_000:
+            raise ValueError(f"--{name} must be from 0 to 100000; got {value}")
+    check_folder(out)
+    made = make_world(art, out)
+    world = open_world(out)
+    sheet(world).save(out / "sheet.png")
+    if not quiet:
+        print(made.text())
+        print(out / "sheet.png", flush=True)
+    with open_progress(not quiet) as report:
+        if held_out:
+            write_held_out(world, held_out, report)
+    if judge_steps and not (out / JUDGE).exists():
+        accuracy = _train_judge(out, judge_steps, quiet)
+        if not quiet:
+            print(f"judge, on held-out clips: {accuracy}")
+
+
+def _train_judge(world: Path, steps: int, quiet: bool) -> str:
+    """Train a world's judge and store it; return how often it is right."""
+    from cogvideo.eval import judge_training
+    from cogvideo.eval.tinyworld import Classes
+    from cogvideo.progress import open_progress
+
+    classes = Classes.of(world)
+    with open_progress(not quiet) as progress:
+        net = judge_training.train_world_judge(classes, steps, progress)
+    right = judge_training.test(net, classes, count=256, held_out=True)
+    judge_training.save_judge(net, world)
+    parts = {"sprite": right.sprite, "motion": right.motion, "place": right.place, "all": right.all_three}
+    return ", ".join(f"{name} {100 * share:.1f} %" for name, share in parts.items())
 
 
 DATA = Path("~/.cogvideo")
@@ -793,7 +859,7 @@ COMMANDS: dict[str, Any] = {
     "worker": worker,
 }
 GROUPS: dict[str, dict[str, Any]] = {
-    "data": {"check": data_check},
+    "data": {"check": data_check, "world": data_world},
     "judge": {"new": judge_new, "serve": judge_serve, "report": judge_report},
 }
 

@@ -75,6 +75,13 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def chosen_precision(precision: str, device: torch.device) -> str:
+    """float32 or bfloat16; for "auto" what the device multiplies faster."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if has_fast_bfloat16(device) else "float32"
+
+
 def free_memory(device: torch.device | str = "cpu") -> float | None:
     """Bytes available without swapping; None if the operating system does not say."""
     if torch.device(device).type == "cuda":

@@ -5,12 +5,12 @@
     python -m scripts.commands --only train    those that contain a text, or one of several
 
 Commands are the lines of code blocks, and the spans of code that have an argument, that begin with one of
-`PROGRAMS`; the blocks of Python of a document are one program. Each is run once, on one thread, in a folder
-that holds what a user would bring, with the package as `pip install .` lays it down. Unless `SHORTENED` says
-otherwise, training and generation are run with a copy of the package in which models and recipes are small
-(stand_ins.py), other commands as they stand. What was shortened is printed beside each. A row of the table
-that no document needs any more is an error; so is a command that fails, or that leaves nothing at its `-o` or
-`--out`.
+`PROGRAMS`. The blocks of a document marked "python" are one program; those marked "py" are clients of a
+server, which tests/test_serve.py runs. Each is run once, on one thread, in a folder that holds what a user
+would bring, with the package as `pip install .` lays it down. Unless `SHORTENED` says otherwise, training
+and generation are run with a copy of the package in which models and recipes are small (stand_ins.py),
+other commands as they stand. What was shortened is printed beside each. A row of the table that no document
+needs any more is an error; so is a command that fails, or that leaves nothing at its `-o` or `--out`.
 """
 
 import argparse
@@ -220,8 +220,8 @@ def documents() -> list[Path]:
 
 
 def pieces(markdown: str) -> Iterator[tuple[str, str]]:
-    """What there is in order: ("line", a line of a code block), ("python", a block) or ("text", what is
-    between)."""
+    """What there is in order: ("line", a line of a code block), ("python" or "py", a block) or ("text", what
+    is between)."""
     fence, block, text = "", [], []
     for line in markdown.splitlines():
         indented = not fence and line.startswith("    ")
@@ -230,7 +230,7 @@ def pieces(markdown: str) -> Iterator[tuple[str, str]]:
             text = []
         if line.startswith("```"):
             if fence in ("```python", "```py"):
-                yield "python", "\n".join(block)
+                yield fence.removeprefix("```"), "\n".join(block)
             elif fence:
                 yield from (("line", one) for one in block)
             fence, block = "" if fence else line.strip(), []

@@ -411,7 +411,7 @@ def test_a_sentence_is_read_as_its_scene():
 def test_what_a_sentence_does_not_say_is_none_and_not_counted():
     found = read("a dog")
     assert (found.sprite, found.motion, found.place) == ("dog", None, None)
-    asked = tinyworld.Asked.of(["a dog", "a cat runs to the left in the desert"])
+    asked = tinyworld.classes().asked(["a dog", "a cat runs to the left in the desert"])
     seen = torch.tensor(
         [[sprites(None).index("dog"), 0, 0], [0, MOTIONS.index("left"), PLACES.index("desert")]]
     )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.rivals.contest import TIMES, to_clips
 from benchmarks.rivals.stepwise import CaptionEncoder, Stepwise
+from cogvideo.hardware import has_fast_bfloat16
 from cogvideo.video import Clip
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Diffusion(Stepwise[Denoiser]):
         t = torch.randint(self._scheduler.config.num_train_timesteps, (len(clips),))
         noise = torch.randn_like(latents)
         noisy = self._scheduler.add_noise(latents, noise, t)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16(torch.device("cpu"))):
             made = model(noisy, self._ids(captions), t)
         return F.mse_loss(made.float(), self._scheduler.get_velocity(latents, noise, t))
 
@@ -110,7 +111,7 @@ class Diffusion(Stepwise[Denoiser]):
         scheduler.set_timesteps(STEPS)
         for t in scheduler.timesteps:
             times = t.expand(len(ids))
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16(torch.device("cpu"))):
                 free, guided = self.trained(torch.cat((latents, latents)), ids, times).float().chunk(2)
             velocity = free + GUIDANCE * (guided - free)
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0]

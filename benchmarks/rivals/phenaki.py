@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.rivals.contest import FPS, TIMES, Size
 from benchmarks.rivals.stepwise import CaptionEncoder, Stepwise
+from cogvideo.hardware import has_fast_bfloat16
 from cogvideo.video import Clip
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Tokenizer(Stepwise[nn.Module]):
         return as_pixels(frames)
 
     def loss(self, model: nn.Module, captions: list[str], clips: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16(torch.device("cpu"))):
             error: Tensor = model(clips / 255)
         return error
 
@@ -125,7 +126,7 @@ class Phenaki(Stepwise[Filler]):
         return codes
 
     def loss(self, model: Filler, captions: list[str], clips: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16(torch.device("cpu"))):
             states = model.words(self.ids(captions))
             loss: Tensor = model.phenaki(video_codebook_ids=clips, text_embeds=states)
         return loss

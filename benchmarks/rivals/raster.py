@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks.rivals.contest import TIMES, to_clips
 from benchmarks.rivals.stepwise import Stepwise
 from cogvideo.generate.sampling import Sampling, sample, uniforms
+from cogvideo.hardware import has_fast_bfloat16
 from cogvideo.model.attention import Attention, rotary_table
 from cogvideo.model.transformer import Base, TransformerConfig
 from cogvideo.video import Clip
@@ -136,7 +137,7 @@ class Raster(Stepwise[RasterGPT]):
         return self.encode(frames).flatten()
 
     def loss(self, model: RasterGPT, captions: list[str], clips: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16(torch.device("cpu"))):
             logits = model(self.ids(captions), clips)
             return F.cross_entropy(logits.flatten(0, 1), clips.flatten())
 

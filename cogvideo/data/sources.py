@@ -18,16 +18,18 @@ from typing import Any, TypeVar
 
 from cogvideo.data import tinyworld
 from cogvideo.data.cut import Source
+from cogvideo.data.tinyworld.gallery import scenes
+from cogvideo.data.tinyworld.own import is_world, open_world
 from cogvideo.data.videos import Entry, Videos
 from cogvideo.video import VIDEOS
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 COLUMNS = "file_name (or path) and text (or caption), and start and end if only a part is meant"
 CHOICES = (
-    f"give tinyworld; a folder of videos ({', '.join(VIDEOS)}) with captions in <name>.txt next to "
-    f"them or in {', '.join(TABLES)}; a .csv or .jsonl with {COLUMNS}; the annotations of YouCook2 "
-    "(.json) with the videos in its folder or below; or local shards: a folder of .tar, one .tar, or "
-    "a pattern such as x-{000..099}.tar"
+    "give tinyworld; a folder that cogvideo data world wrote; a folder of videos "
+    f"({', '.join(VIDEOS)}) with captions in <name>.txt next to them or in {', '.join(TABLES)}; a .csv or "
+    f".jsonl with {COLUMNS}; the annotations of YouCook2 (.json) with the videos in its folder or below; or "
+    "local shards: a folder of .tar, one .tar, or a pattern such as x-{000..099}.tar"
 )
 YOUCOOK = "youcook*trainval*.json"  # the file with its captions
 SUBSETS = ("training", "validation")  # of YouCook2; its test videos have no captions
@@ -40,10 +42,11 @@ T = TypeVar("T")
 def open_source(
     where: str | Path, seed: int = 0, sprites: int | None = 32, subset: str | None = None
 ) -> Source:
-    """Videos to train on: "tinyworld", a folder of videos, a table, YouCook2, or webdataset shards.
+    """Videos to train on: "tinyworld", a user's world, a folder of videos, a table, YouCook2, or webdataset
+    shards.
 
-    `seed` and the number of `sprites` (None: all) apply to the tiny world, `subset` (None: training) to
-    YouCook2. Raise ValueError if there are no usable videos, or a table or shard is broken.
+    `seed` applies to worlds, the number of `sprites` (None: all) to the tiny world, `subset` (None: training)
+    to YouCook2. Raise ValueError if there are no usable videos, or a table or shard is broken.
     """
     path = Path(where)
     annotations = _find_annotations(path)
@@ -51,6 +54,8 @@ def open_source(
         raise ValueError(f"{where} has no subset {subset}; leave it out for all but YouCook2")
     if str(where) == "tinyworld":
         return tinyworld.TinyWorld(tinyworld.sprites(sprites), seed, even=True, varied=True)
+    if is_world(path):
+        return scenes(open_world(path), seed)
 
     skipped: Skipped = {}
     entries: list[Entry] = []

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogvideo.data.tinyworld.own import is_world
 from cogvideo.eval import metrics, tinyworld
 from cogvideo.eval.clips import Item, choose, find_items, pair
 from cogvideo.eval.extractors import Clip, Extractor, TinyWorldJudge, find_extractor
@@ -62,8 +63,11 @@ class Request:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.scorer not in (None, *SCORERS):
-            raise ValueError(f"scorer must be one of {', '.join(SCORERS)}; got {self.scorer!r}")
+        if self.scorer not in (None, *SCORERS) and not is_world(self.scorer):
+            raise ValueError(
+                f"scorer must be one of {', '.join(SCORERS)} or a folder that cogvideo data world wrote; "
+                f"got {self.scorer!r}"
+            )
         if not 0 <= self.workers <= 256:
             raise ValueError(f"workers must be from 0 to 256; got {self.workers}")
         if self.reference is None and self.paired:
@@ -494,7 +498,7 @@ def _adherence(
     features = torch.from_numpy(_stack(rows, extractor.name, "clip"))  # [B, rows, D]
     if isinstance(extractor, TinyWorldJudge):
         seen = extractor.seen(features[:, 0])
-        right = tinyworld.Asked.of(captions).right(seen)
+        right = extractor.classes.asked(captions).right(seen)
         names = (*tinyworld.HEADS, "all three")
         results = [
             MeanResult.of(f"{name} right (%)", 100 * right[:, i].numpy(), seed)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cogvideo.data.tinyworld.own import is_world
 from cogvideo.eval import tinyworld
 from cogvideo.eval.protocol import Protocol
 from cogvideo.model.features import ImageFeatures
@@ -74,8 +75,8 @@ PUBLISHED = {
 class Extractor(ABC):
     """A network with the features of one clip."""
 
-    name: ClassVar[str]
-    distance: ClassVar[str]  # what the Frechet distance of its features is called
+    name: str
+    distance: str  # what the Frechet distance of its features is called
     has_classes: ClassVar[bool] = False
 
     @property
@@ -138,13 +139,19 @@ class TinyWorldJudge(Extractor):
     name = "tinyworld"
     distance = "Frechet distance (tinyworld classifier, 128)"
 
+    file = tinyworld.SHIPPED
+
     @cached_property
     def net(self) -> tinyworld.ClipClassifier:
-        return tinyworld.load()
+        return tinyworld.load(self.file)
+
+    @cached_property
+    def classes(self) -> tinyworld.Classes:
+        return tinyworld.classes()
 
     @cached_property
     def sha256(self) -> str:
-        return file_digest(tinyworld.SHIPPED)
+        return file_digest(self.file)
 
     @torch.inference_mode()
     def features(self, frames: Frames, protocol: Protocol) -> Tensor:
@@ -155,6 +162,19 @@ class TinyWorldJudge(Extractor):
         """Classes [B, 3] of sprite, motion and place, of features [B, 128]."""
         logits = self.net.logits(features.float())
         return torch.stack([logits[name].argmax(1) for name in tinyworld.HEADS], 1)
+
+
+class WorldJudge(TinyWorldJudge):
+    """The classifier of a user's world."""
+
+    def __init__(self, folder: Path):
+        self.name = str(folder)
+        self.distance = f"Frechet distance (judge of {folder.name}, 128)"
+        self.file = tinyworld.judge_of(folder)
+
+    @cached_property
+    def classes(self) -> tinyworld.Classes:
+        return tinyworld.classes(self.file)
 
 
 class FileExtractor(Extractor):
@@ -400,6 +420,8 @@ def find_extractor(name: str, weights: Mapping[str, Path]) -> Extractor:
     `weights_folder`. ValueError for an unknown name or a missing file."""
     if name in SHIPPED:
         return SHIPPED[name]()
+    if is_world(name):
+        return WorldJudge(Path(name))
     if name not in FROM_FILES:
         raise ValueError(f"unknown extractor {name!r}; choose one of {', '.join((*SHIPPED, *FROM_FILES))}")
     published = PUBLISHED[name]

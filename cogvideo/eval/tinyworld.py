@@ -1,7 +1,8 @@
 """The judge of the tiny world: a small classifier that says which sprite moves how, and where, in a clip.
 
-`benchmarks/classifier.py` trains it, on rendered clips alone. Its features give a Frechet distance of its own
-name, and `adherence` compares what it sees with what a caption asks for (`data/tinyworld/reading.py`).
+`judge_training.py` trains it, on rendered clips alone; a user's world has one of its own. Its features give a
+Frechet distance of its own name, and `Asked` compares what it sees with what a caption asks for
+(`data/tinyworld/reading.py`).
 
 Shapes: B clips, F = 9 frames (2 a second), S = 48 pixels; features D = 128.
 """
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogvideo.data.tinyworld import MOTIONS, PLACES, sprites
+from cogvideo.data.tinyworld import MOTIONS, PLACES, Scene, sprites
+from cogvideo.data.tinyworld.own import JUDGE, OwnWorld, open_world
 from cogvideo.data.tinyworld.reading import read
 from cogvideo.model.folder import read_state
 from cogvideo.video import Clip, Frames
@@ -28,9 +30,10 @@ SHIPPED = Path(__file__).with_name("tinyworld.safetensors")
 
 
 class ClipClassifier(nn.Module):
-    """Clips [B, 9, 3, 48, 48] in [0, 1] to logits of sprite [B, names], motion [B, 12] and place [B, 10]."""
+    """Clips [B, 9, 3, 48, 48] in [0, 1] to logits of sprite [B, names], motion [B, 12] and place
+    [B, places]."""
 
-    def __init__(self, names: int = 64, width: int = 32):
+    def __init__(self, names: int = 64, width: int = 32, places: int = len(PLACES)):
         super().__init__()
         self.trunk = nn.Sequential(  # each frame, with its difference to the mean of the clip
             _conv(6, width, 4, 2),
@@ -57,7 +60,7 @@ class ClipClassifier(nn.Module):
             {
                 "sprite": nn.Linear(96, names),
                 "motion": nn.Linear(32, len(MOTIONS)),
-                "place": nn.Linear(96, len(PLACES)),
+                "place": nn.Linear(96, places),
             }
         )
 
@@ -87,7 +90,9 @@ def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Seq
 def load(file: str | Path = SHIPPED) -> ClipClassifier:
     """A trained classifier, by default the shipped one."""
     state = read_state(Path(file))
-    net = ClipClassifier(len(state["heads.sprite.weight"]), len(state["trunk.0.0.weight"]))
+    net = ClipClassifier(
+        len(state["heads.sprite.weight"]), len(state["trunk.0.0.weight"]), len(state["heads.place.weight"])
+    )
     net.load_state_dict(state)
     return net.eval().requires_grad_(False)
 
@@ -112,23 +117,57 @@ def reduce(frames: Frames, fps: float) -> Frames:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """What a judge tells apart, in the order of its logits."""
+
+    sprites: tuple[str, ...]
+    places: tuple[str, ...] = PLACES
+    world: OwnWorld | None = None  # None: the tiny world
+
+    @classmethod
+    def of(cls, folder: str | Path) -> "Classes":
+        """Those of a user's world."""
+        world = open_world(folder)
+        return cls(tuple(world.sprites), world.places, world)
+
+    def labels(self, scenes: Sequence[Scene]) -> Tensor:
+        """Indices [B, 3] of sprite, motion and place."""
+        rows = []
+        for scene in scenes:
+            rows.append([self._number(name, getattr(scene, name)) for name in HEADS])
+        return torch.tensor(rows).view(-1, len(HEADS))
+
+    def asked(self, captions: Sequence[str]) -> "Asked":
+        rows = []
+        for caption in captions:
+            reading = read(caption, self.world)
+            rows.append([self._number(name, getattr(reading, name)) for name in HEADS])
+        return Asked(torch.tensor(rows).view(-1, len(HEADS)))
+
+    def _number(self, head: str, value: str | None) -> int:
+        """The index of a class; -1 if there is none."""
+        known = {"sprite": self.sprites, "motion": MOTIONS, "place": self.places}[head]
+        return known.index(value) if value in known else -1
+
+
+def classes(judge: str | Path | None = None) -> Classes:
+    """Those of the shipped judge, or of the world that `judge` lies in."""
+    return Classes(sprites(None)) if judge is None else Classes.of(Path(judge).parent)
+
+
+def judge_of(folder: str | Path) -> Path:
+    """The judge of a user's world. ValueError if it was not trained."""
+    file = open_world(folder).folder / JUDGE
+    if not file.exists():
+        raise ValueError(f"{folder} has no {JUDGE} yet; cogvideo data world trains it")
+    return file
+
+
+@dataclass(frozen=True)
 class Asked:
     """What captions ask for: indices of sprite, motion and place [B, 3], -1 where a caption does not say."""
 
     classes: Tensor
-
-    @classmethod
-    def of(cls, captions: Sequence[str]) -> "Asked":
-        known = {"sprite": list(sprites(None)), "motion": list(MOTIONS), "place": list(PLACES)}
-        rows = []
-        for caption in captions:
-            reading = read(caption)
-            row = []
-            for name in HEADS:
-                value = getattr(reading, name)
-                row.append(-1 if value is None else known[name].index(value))
-            rows.append(row)
-        return cls(torch.tensor(rows).view(-1, len(HEADS)))
 
     def right(self, seen: Tensor) -> Tensor:
         """float [B, 4], of seen classes [B, 3]: 1 or 0 for sprite, motion, place and all three; NaN where a

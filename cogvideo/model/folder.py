@@ -9,7 +9,7 @@ and compared piece by piece.
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from string import Formatter
@@ -358,6 +358,12 @@ def read_state(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is damaged: {error}") from None
     return state
+
+
+def write_state(file: Path, state: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
+    """Store tensors as safetensors, with texts `about` them."""
+    with atomic_path(file) as part:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, about)
 
 
 def read_tensor(file: Path, ending: str) -> Tensor | None:

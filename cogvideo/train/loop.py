@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cogvideo.data.cut import Source
 from cogvideo.data.loader import Batch, batches
 from cogvideo.data.tokens import Reuse, recurring
-from cogvideo.hardware import gemm_rate
+from cogvideo.hardware import chosen_precision, gemm_rate
 from cogvideo.layout import SECONDS
 from cogvideo.model.config import TrainedPhase
 from cogvideo.model.families import Spec
@@ -166,7 +166,9 @@ def open_data(
 
 
 def open_report(run: Run, phase: Phase, parts: Parts, distributed: parallel.Distributed) -> Report:
-    peak = distributed.total(gemm_rate(distributed.device, phase.precision))
+    peak = distributed.total(
+        gemm_rate(distributed.device, chosen_precision(phase.precision, distributed.device))
+    )
     flops = phase.objective.clip_flops(phase, parts)
     return Report(
         run.out / phase.name,

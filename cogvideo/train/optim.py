@@ -1,13 +1,20 @@
 """Optimizers, and the learning rate of each step."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from cogvideo.hardware import has_fast_bfloat16
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("trapezoid", "cosine")
 SETTLING_STEPS = 100  # the first of "cosine"
+
+
+_TorchMuon: Any = getattr(torch.optim, "Muon", torch.optim.Optimizer)
 
 
 def learning_rate(
@@ -46,7 +53,7 @@ def optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Optimizers of everything in `model` that requires gradients; `set_learning_rate` sets the rate.
 
-    "adamw" updates all; "muon" gives hidden matrices to `torch.optim.Muon` (torch 2.9 or later), with
+    "adamw" updates all; "muon" gives hidden matrices to `Muon` (torch 2.9 or later), with
     updates as large as AdamW's, and the rest to AdamW. Only matrices decay.
     """
     check_optimizer(name)
@@ -68,8 +75,50 @@ def optimizers(
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=betas, fused=fused)
     if not hidden:
         return [adamw]
-    muon = torch.optim.Muon(hidden, lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon(hidden, lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
+
+
+class Muon(_TorchMuon):  # type: ignore[misc, valid-type]
+    """`torch.optim.Muon`, but that a CPU without bfloat16 iterates in float32: emulated it takes sixty times
+    as long."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        if all(has_fast_bfloat16(p.device) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+        average = state["momentum_buffer"]
+        assert p.grad is not None
+        average.lerp_(p.grad, 1 - group["momentum"])
+        direction = p.grad.lerp(average, group["momentum"]) if group["nesterov"] else average
+        direction = orthogonalise(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(direction, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])  # match_rms_adamw
+
+
+def orthogonalise(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """A matrix [a, b] with its singular values near 1, by Newton-Schulz iteration, in its own dtype."""
+    a, b, c = coefficients
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], lr: float) -> None:

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogvideo.data.loader import Batch
-from cogvideo.hardware import find_device, idle_cores
+from cogvideo.hardware import chosen_precision, find_device, idle_cores
 from cogvideo.model.transformer import Block
 from cogvideo.model.vqvae import Codebook
 from cogvideo.train.inputs import Parts
@@ -108,15 +108,16 @@ class Distributed:
         return union
 
     def arithmetic(self, precision: str) -> ExitStack:
-        """A context for a step, with matrix products in `precision`.
+        """A context for a step, with matrix products in `precision`: float32, bfloat16 or auto.
 
         On a CPU in bfloat16, fused attention of short rows takes three times as long as plain matrix
         products, above all in the backward pass. Frames have an attention of their own for that
         (`model/attention.py`); this context is for all other attention.
         """
         stack = ExitStack()
-        stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bfloat16"))
-        if self.device.type == "cpu" and precision == "bfloat16":
+        half = chosen_precision(precision, self.device) == "bfloat16"
+        stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=half))
+        if self.device.type == "cpu" and half:
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # of any device, despite its name
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return stack
@@ -285,6 +286,7 @@ def to_devices(step: TrainStep, distributed: Distributed, precision: str) -> Non
         step.to(distributed.device)
         return
 
+    precision = chosen_precision(precision, distributed.device)
     half = torch.bfloat16 if distributed.device.type == "cuda" and precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(half, half and torch.float32, cast_forward_inputs=False)
     within = {module for block in blocks for module in block.modules()}

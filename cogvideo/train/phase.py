@@ -8,7 +8,7 @@ from cogvideo.train import objectives
 from cogvideo.train.losses import HierarchicalLoss, LossWeights
 from cogvideo.train.optim import OPTIMIZERS, SCHEDULES, check_optimizer
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16")
 SHARES = ("decay", "drop", "perturb", "corrupt", "resample", "crop_share")  # fields between 0 and 1
 SIZES = (
     "steps",
@@ -44,7 +44,7 @@ class Phase:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # norm of all gradients together
-    precision: str = "bfloat16"  # of matrix products; weights stay in float32
+    precision: str = "auto"  # of matrix products: the faster on the device; weights stay in float32
     drop: float = 0.1  # share of captions that are dropped
     reuse: int = 1  # token models: times that a clip is used, each time with another caption
     crop_share: float = 0.0  # token models: share of clips of which only a window over the object is learnt

@@ -1,5 +1,8 @@
 """The tiny world: captioned clips of an animated sprite that moves over a drawn place, any size, from a seed.
 
+    own        worlds of users' artwork, as folders
+    artwork    pictures with transparency become such a folder
+    gallery    such a world to look at, and its held-out clips
     cast       who: 96 animated sprites
     places     where: ten places, each drawn in many looks
     scene      a sprite, a motion, a place and the numbers that vary; what goes together; where the object is

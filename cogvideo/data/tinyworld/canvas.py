@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogvideo.data.tinyworld.cast import FPS, LOOP, loop_of, table
+from cogvideo.data.tinyworld.cast import FPS, LOOP, find, loop_of, table
 from cogvideo.data.tinyworld.picture import MARGIN
 from cogvideo.data.tinyworld.places import LOOKS, PLACES, draw_place
 from cogvideo.data.tinyworld.scene import Scene, path
@@ -27,7 +27,7 @@ def views(scene: Scene, times: Sequence[float] | np.ndarray) -> np.ndarray:
     """What the frames at `times` (seconds, 0..4) show: float64 [F, len(COLUMNS)]."""
     times = np.asarray(times, np.float64)
     x, y, size, turn, foot = path(scene, times)
-    sprite = table()[scene.sprite]
+    sprite = find(scene.sprite)
     rows = np.empty((len(times), len(COLUMNS)))
     rows[:, 0] = PLACES.index(scene.place) * LOOKS + scene.look
     rows[:, 1] = sprite["rank"]

@@ -7,34 +7,16 @@ The table is `sprites/sprites.json`. The artwork is Microsoft's, under the MIT l
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 from PIL import Image
 
+from cogvideo.data.tinyworld.own import Sprite, world_of
 from cogvideo.video import Frames
 
 LOOP = 24  # frames of a sprite's loop
 FPS = 8  # of a sprite's loop
 _HERE = Path(__file__).parent
-
-
-class Sprite(TypedDict):
-    """A row of the table: the keys that are used."""
-
-    name: str
-    zh: str  # its Chinese name
-    article: str
-    zh_measure: str  # its Chinese measure word
-    synonyms_en: list[str]
-    synonyms_zh: list[str]
-    kind: str  # land animal, vehicle ...
-    medium: list[str]  # where it can be: ground, water, air, space
-    facing: str  # left, right or front
-    moves: list[str]  # verbs
-    rank: int
-    bbox: tuple[int, int, int, int]  # of its visible part in 96 x 96 pixels: left, top, right, bottom
-    file: str
 
 
 @lru_cache(1)
@@ -44,6 +26,15 @@ def table() -> dict[str, Sprite]:
     return {row["name"]: row for row in sorted(rows, key=lambda row: row["rank"])}
 
 
+def find(sprite: str) -> Sprite:
+    """The row of a sprite of the tiny world or of a user's. ValueError if there is none."""
+    world = world_of(sprite)
+    rows = table() if world is None else world.sprites
+    if sprite not in rows:
+        raise ValueError(f"there is no sprite {sprite!r}; choose one of {', '.join(rows)}")
+    return rows[sprite]
+
+
 def sprites(count: int | None = None) -> tuple[str, ...]:
     """Names of the first `count` sprites (None: all 96), in the order of rank; the first 32 are tier 1."""
     return tuple(table())[:count]
@@ -51,7 +42,7 @@ def sprites(count: int | None = None) -> tuple[str, ...]:
 
 def shape(sprite: str) -> tuple[float, float]:
     """Width and height of a sprite's visible part; the longer of the two is 1."""
-    left, top, right, bottom = table()[sprite]["bbox"]
+    left, top, right, bottom = find(sprite)["bbox"]
     longer = max(right - left, bottom - top)
     return (right - left) / longer, (bottom - top) / longer
 
@@ -59,7 +50,11 @@ def shape(sprite: str) -> tuple[float, float]:
 @lru_cache(128)
 def loop_of(sprite: str) -> Frames:
     """The loop of a sprite, premultiplied RGBA, uint8 [24, 96, 96, 4]."""
-    with Image.open(_HERE / table()[sprite]["file"]) as image:
+    with Image.open(_HERE / find(sprite)["file"]) as image:
+        if world_of(sprite) is not None:
+            pixels = np.asarray(image.convert("RGBA").convert("RGBa"))
+            loop = pixels.reshape(-1, image.width, image.width, 4)
+            return np.broadcast_to(loop, (LOOP, *loop.shape[1:]))
         frames = []
         for frame in range(LOOP):
             image.seek(frame)

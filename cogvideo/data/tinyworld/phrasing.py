@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from cogvideo.data.tinyworld import words
-from cogvideo.data.tinyworld.cast import table
-from cogvideo.data.tinyworld.places import LAND
+from cogvideo.data.tinyworld.cast import find
+from cogvideo.data.tinyworld.own import world_of
+from cogvideo.data.tinyworld.places import is_land
 from cogvideo.data.tinyworld.scene import CROSSING, Scene
 
 MAX_LENGTH = {"en": 16, "zh": 26}  # words or characters that fit in a text of 32 tokens
@@ -56,9 +57,16 @@ def caption(scene: Scene, rng: np.random.Generator, language: str | None = None,
     `varied`: as people write; without it, the captions of the first models.
     """
     if language is None:
-        language = "en" if rng.random() < 0.75 else "zh"
+        language = "en" if rng.random() < 0.75 or not has_chinese(scene) else "zh"
     assert language in ("en", "zh"), f"language is en, zh or None, not {language!r}"
     return phrase(scene, rng, language) if varied else words.plain_caption(scene, rng, language)
+
+
+def has_chinese(scene: Scene) -> bool:
+    """Whether sprite and place have Chinese names; in a user's world some may lack them."""
+    world = world_of(scene.place)
+    named = world is None or bool(world.backgrounds[scene.place].zh)
+    return named and bool(find(scene.sprite)["zh"])
 
 
 def phrase(scene: Scene, rng: np.random.Generator, language: str) -> str:
@@ -113,7 +121,7 @@ def _motion(scene: Scene, rng: np.random.Generator, language: str) -> str:
 def _true_in_chinese(scene: Scene, phrases: list[str]) -> list[str]:
     """The Chinese phrases for a motion that suit the sprite and its pace."""
     phrases = [p for p in phrases if "慢慢" not in p]  # a speed
-    if table()[scene.sprite]["kind"] in ("vehicle", "aircraft", "boat", "thing", "food", "weather"):
+    if find(scene.sprite)["kind"] in ("vehicle", "aircraft", "boat", "thing", "food", "weather"):
         phrases = [p for p in phrases if "长" not in p]  # to grow up
     if scene.pace:
         adverbs = ("越", "不断", "逐渐", "渐渐", "不停", "地向", "地往")
@@ -121,13 +129,23 @@ def _true_in_chinese(scene: Scene, phrases: list[str]) -> list[str]:
     return phrases
 
 
+def _phrases_of(scene: Scene, language: str) -> dict[str, list[str]]:
+    """More phrases for the place than `words.places_of`, and nouns."""
+    world = world_of(scene.place)
+    if world is not None:
+        place = world.backgrounds[scene.place]
+        return {"noun": [place.name if language == "en" else place.zh]}
+    phrases: dict[str, list[str]] = _phrasing()["places"][scene.place][language]
+    return phrases
+
+
 def _manner(scene: Scene, rng: np.random.Generator, language: str) -> str:
     """The kind of a place's phrases that suits: standing, swimming, flying, crossing or rising."""
     manner = "standing" if scene.stands else "flying"
-    if manner == "standing" and scene.place == "sea" and table()[scene.sprite]["kind"] == "sea animal":
+    if manner == "standing" and scene.place == "sea" and find(scene.sprite)["kind"] == "sea animal":
         manner = "swimming"
-    more = _phrasing()["places"][scene.place][language]
-    crosses = scene.motion in CROSSING and (scene.stands or scene.place not in LAND)
+    more = _phrases_of(scene, language)
+    crosses = scene.motion in CROSSING and (scene.stands or not is_land(scene.place))
     if language == "zh":
         crosses = crosses and scene.motion in ("right", "left")
     if crosses and "crossing" in more and rng.random() < 0.45:
@@ -138,7 +156,7 @@ def _manner(scene: Scene, rng: np.random.Generator, language: str) -> str:
 
 
 def _where(scene: Scene, manner: str, rng: np.random.Generator, language: str) -> str:
-    phrases = list(_phrasing()["places"][scene.place][language].get(manner, []))
+    phrases = list(_phrases_of(scene, language).get(manner, []))
     phrases += words.places_of(scene, language).get(manner, [])
     return _choose(rng, phrases)
 
@@ -173,7 +191,7 @@ def _english(scene: Scene, rng: np.random.Generator) -> str:
     name = _name(scene, rng, "en")
     verb = _verb(scene, rng)
     motion = _motion(scene, rng, "en")
-    if name in _PERSONS:
+    if name in _PERSONS and world_of(scene.sprite) is None:
         if not motion.startswith("V") or scene.motion == "stays":
             name = scene.sprite
         else:
@@ -255,7 +273,7 @@ def _order_english(
         verb, _, rest = does_s.partition(" ")
         if rest not in ("right", "left"):
             return f"{there} {verb} {who} {rest}"
-    noun = _choose(rng, _phrasing()["places"][scene.place]["en"]["noun"])
+    noun = _choose(rng, _phrases_of(scene, "en")["noun"])
     if order < 0.94:
         return _choose(
             rng,
@@ -277,7 +295,7 @@ def _chinese(scene: Scene, rng: np.random.Generator) -> str:
     name = _name(scene, rng, "zh")
     verb = _verb(scene, rng)
     motion = _motion(scene, rng, "zh")
-    if name in _PERSONS:
+    if name in _PERSONS and world_of(scene.sprite) is None:
         if "V" not in motion:
             name = names(scene.sprite, "zh")[0]
         else:
@@ -291,7 +309,7 @@ def _chinese(scene: Scene, rng: np.random.Generator) -> str:
         name = _choose(rng, _phrasing()["size"][scene.bulk]["zh"]) + name
     manner = _manner(scene, rng, "zh")
     there = _where(scene, manner, rng, "zh")
-    noun = _choose(rng, _phrasing()["places"][scene.place]["zh"]["noun"])
+    noun = _choose(rng, _phrases_of(scene, "zh")["noun"])
     return _order_chinese(rng, measure, name, does, there, noun, manner == "crossing")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from cogvideo.data.tinyworld.cast import FPS, LOOP, loop_of, shape, table
+from cogvideo.data.tinyworld.cast import FPS, LOOP, find, loop_of, shape
 from cogvideo.data.tinyworld.places import draw_place
 from cogvideo.data.tinyworld.scene import Scene, path
 from cogvideo.video import Frames
@@ -71,7 +71,7 @@ def _rotate(rgba: np.ndarray, box: Box, degrees: float) -> tuple[np.ndarray, Box
 
 def _moves(scene: Scene, times: np.ndarray) -> Iterator[tuple[np.ndarray, Box, float, float, float, float]]:
     """The sprite at each of `times`: premultiplied RGBA, its box, centre x, y, size and foot line."""
-    sprite = table()[scene.sprite]
+    sprite = find(scene.sprite)
     loop = loop_of(scene.sprite)
     left, top, right, bottom = sprite["bbox"]
     if {"left": -1, "right": 1}.get(sprite["facing"], scene.handed) != scene.handed:

@@ -1,8 +1,13 @@
-"""Where a scene happens: ten places, each drawn with soft shapes in `LOOKS` variations, at any size."""
+"""Where a scene happens, at any size and in `LOOKS` variations: ten places, drawn with soft shapes, and the
+backgrounds of users' worlds."""
 
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
+from cogvideo.data.tinyworld.own import world_of
 
 # sky at the top and at the horizon, land far and near, one accent; a look is between the two rows
 _COLOURS = {
@@ -22,9 +27,45 @@ LAND = ("field", "desert", "snow", "city", "forest", "sunset")  # places where t
 LOOKS = 256  # variations of a place
 
 
+def is_land(place: str) -> bool:
+    """Whether things stand on the ground there."""
+    world = world_of(place)
+    return place in LAND if world is None else world.backgrounds[place].ground
+
+
 @lru_cache(32)
 def draw_place(place: str, look: int, size: int) -> np.ndarray:
     """An empty place, float32 [size, size, 3] in 0..255; `look` decides colours and where things stand."""
+    world = world_of(place)
+    if world is None:
+        image = _draw(place, look, size)
+    else:
+        image = _vary(world.folder / world.backgrounds[place].file, look, size)
+    image.flags.writeable = False  # it is cached
+    return image
+
+
+@lru_cache(64)
+def _background(file: Path) -> Image.Image:
+    with Image.open(file) as image:
+        return image.convert("RGB")
+
+
+def _vary(file: Path, look: int, size: int) -> np.ndarray:
+    """A background: most of it, mirrored or not, a little lighter or darker."""
+    image = _background(file)
+    rng = np.random.default_rng(look)
+    side = min(image.size) * rng.uniform(0.8, 1.0)
+    left = rng.uniform(0, image.width - side)
+    top = rng.uniform(0, image.height - side)
+    part = image.resize((size, size), Image.Resampling.BOX, (left, top, left + side, top + side))
+    pixels: np.ndarray = np.asarray(part, np.float32) * np.float32(rng.uniform(0.92, 1.04))
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return pixels.clip(max=255)
+
+
+def _draw(place: str, look: int, size: int) -> np.ndarray:
     rng = np.random.default_rng((PLACES.index(place), look))
     first, second = (_palette(row) for row in _COLOURS[place])
     colours = first + (second - first) * np.float32((0, 0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1)[look % 8])
@@ -35,7 +76,6 @@ def draw_place(place: str, look: int, size: int) -> np.ndarray:
     brush = _Brush(size * fine, colours, horizon, sky)
     _SCENERY[place](brush, rng)
     image: np.ndarray = brush.image.reshape(size, fine, size, fine, 3).mean((1, 3))
-    image.flags.writeable = False  # it is cached
     return image
 
 

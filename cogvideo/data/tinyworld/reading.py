@@ -8,8 +8,10 @@ say is None.
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from cogvideo.data.tinyworld.cast import sprites
+from cogvideo.data.tinyworld.own import OwnWorld, open_world
 from cogvideo.data.tinyworld.phrasing import names
 
 _CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -97,38 +99,58 @@ class Reading:
     place: str | None
 
 
-def read(text: str) -> Reading:
-    """The sprite, motion and place of a sentence in English or Chinese."""
+def read(text: str, world: OwnWorld | None = None) -> Reading:
+    """The sprite, motion and place of a sentence in English or Chinese, in the tiny world or a user's."""
     text = _normalise(text)
     for pattern, words in _PHRASES:
         text = re.sub(pattern, words, text)
-    sprite, rest = _read_sprite(text)
-    return Reading(sprite, _first_match(_MOTIONS, rest), _first_match(_PLACES, rest))
+    keys = sprites(None) if world is None else tuple(world.sprites)
+    sprite, rest = _read_name(text, _name_patterns(keys))
+    place = None
+    if world is not None:
+        place, rest = _read_name(rest, _place_patterns(world.folder))
+    return Reading(sprite, _first_match(_MOTIONS, rest), place or _first_match(_PLACES, rest))
 
 
 def _normalise(text: str) -> str:
     return " ".join(re.sub("[-‐–’'_]", " ", text.lower()).split())
 
 
-def _read_sprite(text: str) -> tuple[str | None, str]:
-    """The sprite that a sentence names, and the sentence without its name ("sea" of "sea lion" is no
-    place)."""
-    for pattern, sprite in _name_patterns():
+Patterns = tuple[tuple[re.Pattern[str], str], ...]
+
+
+def _read_name(text: str, patterns: Patterns) -> tuple[str | None, str]:
+    """Whose name a sentence has, and the sentence without it ("sea" of "sea lion" is no place)."""
+    for pattern, key in patterns:
         match = pattern.search(text)
         if match:
-            return sprite, text[: match.start()] + " " + text[match.end() :]
+            return key, text[: match.start()] + " " + text[match.end() :]
     return None, text
 
 
-@lru_cache(1)
-def _name_patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
-    """Patterns of all names in singular and plural, the longest first."""
+@lru_cache(16)
+def _name_patterns(keys: tuple[str, ...]) -> Patterns:
+    """Patterns of all names of sprites in singular and plural, the longest first."""
     table: dict[str, str] = {}
-    for sprite in sprites(None):
+    for sprite in keys:
         for language in ("en", "zh"):
             for name in names(sprite, language):
                 table.setdefault(_normalise(name), sprite)
-    ordered = sorted(table, key=len, reverse=True)
+    return _ordered(table)
+
+
+@lru_cache(16)
+def _place_patterns(folder: Path) -> Patterns:
+    """Patterns of the names of a world's backgrounds, and of what captions say for them."""
+    table: dict[str, str] = {}
+    for key, place in open_world(folder).backgrounds.items():
+        for name in (place.name, place.zh, *place.said, *place.said_zh):
+            table.setdefault(_normalise(name), key)
+    return _ordered(table)
+
+
+def _ordered(table: dict[str, str]) -> Patterns:
+    ordered = sorted(filter(None, table), key=len, reverse=True)
     return tuple((_name_pattern(name), table[name]) for name in ordered)
 
 

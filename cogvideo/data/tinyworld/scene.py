@@ -10,8 +10,9 @@ from zlib import crc32
 
 import numpy as np
 
-from cogvideo.data.tinyworld.cast import LOOP, shape, table
-from cogvideo.data.tinyworld.places import LAND, LOOKS, PLACES
+from cogvideo.data.tinyworld.cast import LOOP, find, shape
+from cogvideo.data.tinyworld.own import plain, world_of
+from cogvideo.data.tinyworld.places import LOOKS, PLACES, is_land
 
 SECONDS = 4.0
 MOTIONS = (
@@ -94,13 +95,14 @@ class Scene:
     @property
     def held_out(self) -> bool:
         """True for one in eight triples, which are left out of all training."""
-        return crc32(f"{self.sprite}/{self.motion}/{self.place}".encode()) % 8 == 0
+        triple = f"{plain(self.sprite)}/{self.motion}/{plain(self.place)}"
+        return crc32(triple.encode()) % 8 == 0
 
     @property
     def stands(self) -> bool:
         """Whether the object stays on a surface: the ground, or the water of the sea."""
-        medium = table()[self.sprite]["medium"]
-        if self.place in LAND:
+        medium = find(self.sprite)["medium"]
+        if is_land(self.place):
             on_surface = "ground" in medium
         else:
             on_surface = self.place == "sea" and "water" in medium
@@ -129,7 +131,7 @@ class Scene:
 
 def allowed(sprite: str, motion: str, place: str) -> bool:
     """Whether a sprite can do this there: boats sail, fish swim, birds fly, the rest stays on the ground."""
-    row = table()[sprite]
+    row = find(sprite)
     medium = row["medium"]
     kind = row["kind"]
     if sprite == "skier" and place != "snow":
@@ -138,10 +140,16 @@ def allowed(sprite: str, motion: str, place: str) -> bool:
         return kind == "sea animal"
     if place == "space":
         return "space" in medium or ("air" in medium and kind in ("face", "thing", "food", "plant"))
-    if place == "night sky":
+    if place != "sea" and not is_land(place):  # the night sky, or a background without ground
         return "air" in medium or "space" in medium
     surface = "water" if place == "sea" else "ground"
     return "air" in medium or (surface in medium and motion in SURFACE_MOTIONS)
+
+
+def places_open_to(sprite: str) -> tuple[str, ...]:
+    """The places of the sprite's world."""
+    world = world_of(sprite)
+    return PLACES if world is None else world.places
 
 
 @lru_cache(1024)
@@ -150,7 +158,7 @@ def _choices(
 ) -> dict[str, tuple[str, ...]]:
     """The motions that are open to a sprite, each with its places."""
     places_by_motion: dict[str, tuple[str, ...]] = {}
-    places = [choice for choice in PLACES if place in (None, choice)]
+    places = [choice for choice in places_open_to(sprite) if place in (None, choice)]
     for scene_motion in MOTIONS:
         if motion not in (None, scene_motion):
             continue
@@ -161,6 +169,16 @@ def _choices(
         if possible:
             places_by_motion[scene_motion] = tuple(possible)
     return places_by_motion
+
+
+@lru_cache(64)
+def possible_motions(names: tuple[str, ...], held_out: bool | None) -> tuple[str, ...]:
+    """The motions that at least one of the sprites can do somewhere. ValueError if there are none."""
+    open_to_all = [_choices(name, held_out, None, None) for name in names]
+    motions = tuple(motion for motion in MOTIONS if any(motion in choices for choices in open_to_all))
+    if not motions:
+        raise ValueError(f"no scene of these sprites is possible with held_out={held_out}")
+    return motions
 
 
 def sample_scene(
@@ -180,7 +198,7 @@ def sample_scene(
     slow or fast; the others are the same scenes as without it. Raise ValueError if no scene is possible.
     """
     candidates = names if sprite is None else (sprite,)
-    names = [name for name in candidates if name in table() and _choices(name, held_out, motion, place)]
+    names = [name for name in candidates if _choices(name, held_out, motion, place)]
     if not names:
         raise ValueError(
             f"no scene with sprite={sprite}, motion={motion}, place={place}, "

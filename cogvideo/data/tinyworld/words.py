@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from cogvideo.data.tinyworld.cast import table
-from cogvideo.data.tinyworld.places import LAND
+from cogvideo.data.tinyworld.cast import find
+from cogvideo.data.tinyworld.own import world_of
+from cogvideo.data.tinyworld.places import is_land
 from cogvideo.data.tinyworld.scene import CROSSING, Scene
 
 _AIR_VERBS = (
@@ -50,19 +51,24 @@ def _words() -> dict[str, Any]:
     return words
 
 
+def known_verbs() -> frozenset[str]:
+    """The verbs that captions can use, of movement and of rest."""
+    return frozenset((*_words()["carrying verbs"], *_words()["resting verbs"]))
+
+
 def names_of(sprite: str, language: str = "en") -> tuple[str, ...]:
     """The name of a sprite and its synonyms, as captions use them; `language` is "en" or "zh"."""
-    row = table()[sprite]
+    row = find(sprite)
     if language == "zh":
         return (row["zh"], *row["synonyms_zh"])
     excluded = _words()["synonyms left out"]
-    return (sprite, *(name for name in row["synonyms_en"] if name not in excluded))
+    return (row["name"], *(name for name in row["synonyms_en"] if name not in excluded))
 
 
 def plain_caption(scene: Scene, rng: np.random.Generator, language: str) -> str:
     """One of a few sentences about a scene, in "en" or "zh": the captions of the first models."""
     names = names_of(scene.sprite, language)
-    name = names[0] if rng.random() < 0.6 else _choose(rng, names[1:])
+    name = names[0] if rng.random() < 0.6 or len(names) == 1 else _choose(rng, names[1:])
     verb = _choose(rng, verbs_of(scene))
     phrases = phrases_of(scene, language)
     if scene.motion == "bounces" and not scene.stands:  # nothing hops or jumps in the air
@@ -85,6 +91,11 @@ def phrases_of(scene: Scene, language: str) -> list[str]:
 
 def places_of(scene: Scene, language: str) -> dict[str, list[str]]:
     """Phrases for the place: standing, crossing, flying, swimming."""
+    world = world_of(scene.place)
+    if world is not None:
+        place = world.backgrounds[scene.place]
+        said = [*(place.said if language == "en" else place.said_zh)]
+        return {"standing": said, "flying": said}
     phrases: dict[str, list[str]] = _words()["places"][scene.place][language]
     return phrases
 
@@ -92,9 +103,9 @@ def places_of(scene: Scene, language: str) -> dict[str, list[str]]:
 def _where(scene: Scene, rng: np.random.Generator, language: str) -> str:
     phrases = places_of(scene, language)
     manner = "standing" if scene.stands else "flying"
-    if manner == "standing" and scene.place == "sea" and table()[scene.sprite]["kind"] == "sea animal":
+    if manner == "standing" and scene.place == "sea" and find(scene.sprite)["kind"] == "sea animal":
         manner = "swimming"
-    crosses = scene.motion in CROSSING and (scene.stands or scene.place not in LAND)
+    crosses = scene.motion in CROSSING and (scene.stands or not is_land(scene.place))
     if crosses and "crossing" in phrases and rng.random() < 0.5:
         manner = "crossing"
     return _choose(rng, phrases[manner])
@@ -102,7 +113,7 @@ def _where(scene: Scene, rng: np.random.Generator, language: str) -> str:
 
 def verbs_of(scene: Scene) -> list[str]:
     """The sprite's verbs that are true of the scene: nothing walks in the air or floats on the ground."""
-    row = table()[scene.sprite]
+    row = find(scene.sprite)
     own = row["moves"]
     motion = scene.motion
     if motion == "stays":
@@ -124,7 +135,7 @@ def verbs_of(scene: Scene) -> list[str]:
 
 def _default_rest(scene: Scene) -> str:
     """The resting verb of a sprite that has none of its own."""
-    floats = not scene.stands and table()[scene.sprite]["kind"] not in ("bird", "insect")
+    floats = not scene.stands and find(scene.sprite)["kind"] not in ("bird", "insect")
     return "float" if floats else "wait"
 
 
@@ -145,8 +156,9 @@ def inflect(verb: str, form: str) -> str:
 
 def _english(scene: Scene, rng: np.random.Generator, name: str, verb: str, phrase: str, there: str) -> str:
     article = "an" if name[0] in "aeiou" and name != "ewe" else "a"
-    if name == scene.sprite:
-        article = table()[scene.sprite]["article"]
+    row = find(scene.sprite)
+    if name == row["name"]:
+        article = row["article"]
     who = f"{article} {name}"
     side = "right" if scene.handed > 0 else "left"
     way = "up" if scene.rising > 0 else "down"
@@ -165,7 +177,7 @@ def measure_of(sprite: str, name: str) -> str:
     """The Chinese measure word of a name."""
     if name[-1] in "头脸":
         return "个"
-    return str(_words()["measures"].get(name, table()[sprite]["zh_measure"]))
+    return str(_words()["measures"].get(name, find(sprite)["zh_measure"]))
 
 
 def said_in_chinese(scene: Scene, verb: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from cogvideo.data.tinyworld.phrasing import caption
 from cogvideo.data.tinyworld.picture import cover, render
-from cogvideo.data.tinyworld.scene import MOTIONS, SECONDS, Scene, sample_scene
+from cogvideo.data.tinyworld.scene import SECONDS, Scene, possible_motions, sample_scene
 from cogvideo.video import Frames
 
 
@@ -36,7 +36,8 @@ class SceneVideo:
 
 @dataclass(frozen=True)
 class TinyWorld:
-    """Endless scenes of the sprites `names`: number `i` depends on `seed` and `i` only.
+    """Endless scenes of the sprites `names`, of the tiny world or of a user's: number `i` depends on `seed`
+    and `i` only.
 
     `held_out`: False excludes held-out triples, True allows only those, None allows all. `language` of the
     captions is "en", "zh" or None for both. `even`: all motions are equally frequent instead of all sprites,
@@ -55,7 +56,10 @@ class TinyWorld:
 
     def __getitem__(self, i: int) -> SceneVideo:
         rng = np.random.default_rng((self.seed, i))
-        motion = MOTIONS[rng.integers(len(MOTIONS))] if self.even else None
+        motion = None
+        if self.even:
+            motions = possible_motions(self.names, self.held_out)
+            motion = motions[rng.integers(len(motions))]
         scene = sample_scene(rng, self.names, self.held_out, motion=motion, varied=self.varied)
         return SceneVideo(scene, self.language, self.varied)
 
