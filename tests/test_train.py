@@ -270,7 +270,7 @@ def test_the_learning_rate_of_the_released_models():
     "field, value, message",
     [
         ("schedule", "linear", "one of trapezoid, cosine"),
-        ("precision", "half", "one of float32, bfloat16"),
+        ("precision", "half", "one of auto, float32, bfloat16"),
         ("batch", 0, "image.batch must be 1 or more"),
         ("lr", float("nan"), "image.lr must be 0 or more"),
         ("reuse", 0, "image.reuse must be 1 or more"),

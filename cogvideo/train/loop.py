@@ -166,9 +166,8 @@ def open_data(
 
 
 def open_report(run: Run, phase: Phase, parts: Parts, distributed: parallel.Distributed) -> Report:
-    peak = distributed.total(
-        gemm_rate(distributed.device, chosen_precision(phase.precision, distributed.device))
-    )
+    device = distributed.device
+    peak = distributed.total(gemm_rate(device, chosen_precision(phase.precision, device)))
     flops = phase.objective.clip_flops(phase, parts)
     return Report(
         run.out / phase.name,

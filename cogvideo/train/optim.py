@@ -79,7 +79,7 @@ def optimizers(
     return [adamw, muon]
 
 
-class Muon(_TorchMuon):  # type: ignore[misc, valid-type]
+class Muon(_TorchMuon):  # type: ignore[misc]
     """`torch.optim.Muon`, but that a CPU without bfloat16 iterates in float32: emulated it takes sixty times
     as long."""
 
@@ -98,11 +98,11 @@ class Muon(_TorchMuon):  # type: ignore[misc, valid-type]
         return loss
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
         average = state["momentum_buffer"]
-        assert p.grad is not None
         average.lerp_(p.grad, 1 - group["momentum"])
         direction = p.grad.lerp(average, group["momentum"]) if group["nesterov"] else average
         direction = orthogonalise(direction, group["ns_coefficients"], group["ns_steps"], group["eps"])
