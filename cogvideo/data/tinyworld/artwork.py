@@ -348,8 +348,8 @@ def _table(
             missing = [row.name for row in named if not row.zh]
             if missing:
                 raise ValueError(f"{kind}.{missing[0]} needs zh, as all captions are Chinese")
-    _check_names([(row.name, row.zh, *row.synonyms, *row.synonyms_zh) for row in rows])
-    _check_names([(row.name, row.zh) for row in places])
+    _check_names({row.file: (row.name, row.zh, *row.synonyms, *row.synonyms_zh) for row in rows})
+    _check_names({row.file: (row.name, row.zh) for row in places})
     for place in places:
         if place.name in PLACES:
             raise ValueError(f"the background {place.name!r} is called like a place of the tiny world")
@@ -408,11 +408,11 @@ def _check_words(kind: str, text: str, most: int, by: Callable[[str], int] | Non
         raise ValueError(f"the {kind} {text!r} has {count} {unit}; captions have room for {most}")
 
 
-def _check_names(rows: list[tuple[str, ...]]) -> None:
+def _check_names(names_by_file: dict[str, tuple[str, ...]]) -> None:
     """Raise ValueError if two things share a name."""
     owners: dict[str, str] = {}
-    for names in rows:
+    for file, names in names_by_file.items():
         for name in filter(None, names):
-            owner = owners.setdefault(name.lower(), names[0])
-            if owner != names[0]:
-                raise ValueError(f"both {owner} and {names[0]} are called {name!r}")
+            owner = owners.setdefault(name.lower(), file)
+            if owner != file:
+                raise ValueError(f"both {Path(owner).stem} and {Path(file).stem} are called {name!r}")
