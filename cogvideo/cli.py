@@ -39,6 +39,7 @@ def generate(
     guidance_scale: float | None = None,
     image: Path | None = None,
     video: Path | None = None,
+    lora: tuple[str, ...] = (),
     device: str = "cpu",
     threads: int | None = None,
     dtype: Literal["float32", "bfloat16", "int8"] | None = None,
@@ -62,6 +63,8 @@ def generate(
         guidance_scale: Strength of classifier-free guidance, 1 (none) or more. Default: the model's own.
         image: An image that the video starts with.
         video: A video to continue.
+        lora: Adapters that cogvideo train --lora made: files, their folders or hub ids, each with a weight if
+            it is not 1, as in runs/mine/lora:0.8.
         device: Where to compute: cpu, cuda, mps.
         threads: CPU threads. Default: as many as there are idle cores.
         dtype: Data type of the computation. Default: the fastest on the device.
@@ -81,6 +84,7 @@ def generate(
         check_folder(keep)
 
     pipe = _open_pipeline(model, device, dtype, reference_quirks, threads)
+    _load_adapters(pipe, lora)
     pipe.check_supported(keep=keep, num_videos_per_prompt=num_videos)
     _check_memory(pipe, model, len(asked), ignore_memory)
     _check_prompts(pipe, lines, prompts, quiet)
@@ -133,6 +137,24 @@ def _open_pipeline(
     return load(model, device, dtype, reference_quirks)
 
 
+def _load_adapters(pipe: "Pipeline", asked: tuple[str, ...]) -> None:
+    """Load adapters, each WHERE or WHERE:WEIGHT."""
+    from cogvideo.generate.cogvideo import CogVideo
+
+    if not asked:
+        return
+    if not isinstance(pipe, CogVideo):
+        raise ValueError("--lora is for models of the family cogvideo")
+    weights = {}
+    for number, text in enumerate(asked):
+        where, _, weight = text.rpartition(":")
+        if not where or not re.fullmatch(r"-?\d*\.?\d+", weight):
+            where, weight = text, "1"
+        name = pipe.load_lora_weights(where, f"{number} {where}")
+        weights[name] = float(weight)
+    pipe.set_adapters([*weights], [*weights.values()])
+
+
 def _check_memory(pipe: "Pipeline", model: str, count: int, ignore_memory: bool) -> None:
     estimate = pipe.estimate(count)
     if not estimate.fits and not ignore_memory:
@@ -174,6 +196,7 @@ def train(
     subset: Literal["training", "validation"] | None = None,
     out: Path | None = None,
     init: str | None = None,
+    lora: int | None = None,
     init_embedding: str | None = None,
     phases: tuple[str, ...] = (),
     device: str = "auto",
@@ -201,6 +224,8 @@ def train(
         subset: Of YouCook2. Default: training.
         out: The folder of the run. Default: runs/RECIPE.
         init: A shipped model, a model folder, or a hub id whose parts a new run starts from.
+        lora: Train adapters of this rank, a few megabytes, instead of the model that --init names. Its phases
+            are those of transformers, and short; the adapter is written to OUT/lora.
         init_embedding: GPT-2's weights (a safetensors file or a hub id), for their embedding.
         phases: Only these phases, in the order of the recipe. Default: all.
         device: Where to compute: cpu, cuda, mps; auto is cuda if there is one, else cpu.
@@ -225,7 +250,10 @@ def train(
     from cogvideo.train.preview import probe
     from cogvideo.train.run import Options, Run
 
-    chosen = recipes.find(recipe).changed(fields or {})
+    base = recipes.find(recipe)
+    if lora is not None:
+        base = recipes.of_adapters(base)
+    chosen = base.changed(fields or {})
     for name in phases:
         chosen.phase(name)
     some = [phase for phase in chosen.phases if not phases or phase.name in phases]
@@ -241,6 +269,7 @@ def train(
         log_every=log_every,
         probe_every=probe_every,
         probe=probe,
+        lora=0 if lora is None else lora,
         init_embedding=init_embedding,
     ).with_defaults(some)
     source = open_source(data, seed=chosen.seed, sprites=chosen.sprites, subset=subset)
@@ -249,7 +278,7 @@ def train(
     where = out or Path("runs") / chosen.name
     folder = loop.train(Run(chosen, where, source, presets.find(chosen.preset), some, options))
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
-        print(f"model folder: {folder.path}")
+        print(f"model folder: {folder.path}" if lora is None else f"adapter: {where / 'lora'}")
 
 
 def estimate(

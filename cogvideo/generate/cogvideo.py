@@ -10,6 +10,7 @@ image (image to video), the last seconds of a video (continuation) or frames to 
 drafts by `encode`. `pipe(prompt)` calls the methods one after the other.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +35,7 @@ from cogvideo.layout import SECONDS, Layout, rounds
 from cogvideo.model.config import STAGES
 from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import ModelError, ModelFolder, find_model, read_clusters
+from cogvideo.model.lora import Adapter
 from cogvideo.model.vqvae import to_frames, to_images
 from cogvideo.progress import Progress, open_progress
 from cogvideo.text import TEMPLATE
@@ -102,6 +104,9 @@ class CogVideo(Pipeline):
         self.prompts = Prompts(self.text, self.config.words, self.config.languages)
         self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.prompts
         self.sampling = stages(self.config.sampling, self._clusters())
+        self._adapters: dict[str, Adapter] = {}
+        self._weights: dict[str, float] = {}  # of the active ones
+        self._fused: list[tuple[Adapter, float]] = []
 
     @classmethod
     def from_pretrained(
@@ -114,6 +119,63 @@ class CogVideo(Pipeline):
         """Open a model, as `load` does: one of the regression family is a `RegressionPipeline`, which is
         called in the same way."""
         return load(model, device, dtype, reference_quirks)
+
+    # -- adapters
+
+    def load_lora_weights(self, where: str | Path, adapter_name: str | None = None) -> str:
+        """Load an adapter (a file, its folder, or a hub id) and generate with it from now on, beside those
+        that are active. Return its name, by default that of its folder. ModelError if it does not fit."""
+        adapter = Adapter.load(where)
+        adapter.check_fits(self.spec, where)
+        name = adapter_name or Path(where).expanduser().absolute().stem
+        if name in self._adapters:
+            raise ValueError(f"there is an adapter {name!r} already; give another adapter_name")
+        self._adapters[name] = adapter
+        self._weights[name] = 1.0
+        self._adapt()
+        return name
+
+    def set_adapters(self, names: str | Sequence[str], weights: float | Sequence[float] = 1.0) -> None:
+        """Generate with these adapters alone, each times its weight; no names: with none."""
+        chosen = [names] if isinstance(names, str) else list(names)
+        shares = [float(weights)] * len(chosen) if isinstance(weights, (int, float)) else list(weights)
+        if len(shares) != len(chosen):
+            raise ValueError(f"{len(chosen)} adapters need as many weights; got {len(shares)}")
+        for name, share in zip(chosen, shares):
+            if name not in self._adapters:
+                there = ", ".join(self._adapters) or "none"
+                raise ValueError(f"there is no adapter {name!r}; those loaded are {there}")
+            if not math.isfinite(share):
+                raise ValueError(f"the weight of {name} must be finite; got {share}")
+        self._weights = dict(zip(chosen, shares))
+        self._adapt()
+
+    @property
+    def active_adapters(self) -> dict[str, float]:
+        """The adapters in use, and their weights."""
+        return dict(self._weights)
+
+    def fuse_lora(self) -> None:
+        """Make the active adapters a part of this loaded model: `unload_lora_weights` keeps them, and they
+        have no names any more."""
+        self._fused += [(self._adapters[name], weight) for name, weight in self._weights.items()]
+        self._adapters.clear()
+        self._weights.clear()
+        self._adapt()
+
+    def unload_lora_weights(self) -> None:
+        """Forget all adapters that are not fused."""
+        self._adapters.clear()
+        self._weights.clear()
+        self._adapt()
+
+    def _adapt(self) -> None:
+        used = [(self._adapters[name], weight) for name, weight in self._weights.items()]
+        self.parts.adapt([*self._fused, *used])
+        words = {word for adapter, _ in self.parts.adapters for word in adapter.words}
+        if self.config.words:
+            words |= {*self.config.words}
+            self.prompts = replace(self.prompts, words=tuple(sorted(words)))
 
     def _clusters(self) -> Tensor | None:
         """The cluster of each code [V], if the folder says it."""
@@ -218,6 +280,7 @@ class CogVideo(Pipeline):
             request.num_frames,
             request.guidance_scale,
             None if request.begin is None else request.begin.codes.tolist(),
+            *((adapter.digest, weight) for adapter, weight in self.parts.adapters),
         )
         return repr(decides)
 

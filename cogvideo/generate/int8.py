@@ -8,6 +8,7 @@ float32, bfloat16: the same numbers in the order in which oneDNN reads them, up 
 """
 
 import warnings
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogvideo.model.attention import PromptView, View
+from cogvideo.model.lora import Factors, merge
 from cogvideo.model.transformer import (
     Base,
     Block,
@@ -90,8 +92,39 @@ class Int8Linear(nn.Module):
         return y
 
 
+class AdaptedInt8Linear(nn.Module):
+    """An int8 layer and adapters beside it, in float32: [..., inputs] to [..., outputs]."""
+
+    def __init__(self, linear: Int8Linear, factors: Factors):
+        super().__init__()
+        self.linear = linear
+        self.factors = factors
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y + F.linear(F.linear(x, self.factors.down), self.factors.up)
+
+
+def with_adapters(linear: Int8Linear, factors: Factors | None) -> nn.Module:
+    """A layer with adapters beside it, if their rank is not 0."""
+    if factors is None or not len(factors.down):
+        return linear
+    return AdaptedInt8Linear(linear, factors)
+
+
+def factors_of(linear: nn.Module) -> Factors:
+    """The adapters of an int8 layer, of rank 0 if it has none."""
+    if isinstance(linear, AdaptedInt8Linear):
+        return linear.factors
+    weight, _ = unpack(linear)
+    outputs, inputs = weight.shape
+    return Factors(torch.zeros(0, inputs), torch.zeros(outputs, 0))
+
+
 def unpack(linear: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the quantised weights and the bias of an `Int8Linear`, in float32."""
+    """Return the quantised weights and the bias of an int8 layer without its adapters, in float32."""
+    if isinstance(linear, AdaptedInt8Linear):
+        linear = linear.linear
     assert isinstance(linear, Int8Linear)
     weight, _ = torch.ops.quantized.linear_unpack(linear.packed)
     return weight.dequantize()[:, : weight.shape[1] - linear.shown], linear.bias
@@ -106,8 +139,9 @@ def packs(dtype: str) -> bool:
     return dtype != "bfloat16" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack(part: nn.Module, dtype: str) -> nn.Module:
-    """Replace every linear layer of a loaded part, and the head of a base, in place.
+def pack(part: nn.Module, dtype: str, adapters: Mapping[str, Factors] | None = None) -> nn.Module:
+    """Replace every linear layer of a loaded part, and the head of a base, in place. In int8, `adapters` of
+    layers by name are kept beside them; else they are added to the weights.
 
     The rest becomes `dtype`, float32 for int8. An embedding keeps its dtype, for its rows become float32 when
     positions are added: so most of a memory-mapped vocabulary is never read.
@@ -115,11 +149,17 @@ def pack(part: nn.Module, dtype: str) -> nn.Module:
     rest = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     make = Int8Linear if dtype == "int8" else partial(PackedLinear, dtype=rest)
     packed = packs(dtype)
+    beside = dict(adapters or {})
+    if dtype != "int8":
+        merge(part, beside)
     if packed:
-        for module in list(part.modules()):
+        for path, module in list(part.named_modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
-                    setattr(module, name, make(child.weight, child.bias))
+                    layer: nn.Module = make(child.weight, child.bias)
+                    if isinstance(layer, Int8Linear):
+                        layer = with_adapters(layer, beside.get(f"{path}.{name}".lstrip(".")))
+                    setattr(module, name, layer)
         if isinstance(part, Base):
             part.head = make(part.embed.weight[: part.config.codes], None)  # type: ignore[assignment]
     for name, parameter in part.named_parameters():
@@ -138,14 +178,21 @@ class JointBlock(nn.Module):
         super().__init__()
         self.block = block
         self.attentions = (block.attention, temporal.attention)
-        weights, biases = zip(*(unpack(attention.qkv) for attention in self.attentions))
-        self.qkv = Int8Linear(torch.cat(weights), torch.cat(biases))
+        qkvs = [attention.qkv for attention in self.attentions]
+        weights, biases = zip(*map(unpack, qkvs))
+        downs, ups = zip(*map(factors_of, qkvs))
+        together = Factors(torch.cat(downs), torch.block_diag(*ups))
+        self.qkv = with_adapters(Int8Linear(torch.cat(weights), torch.cat(biases)), together)
 
         gate = temporal.gate.detach().sigmoid()
         shares = (gate, 1 - gate)
-        weights, biases = zip(*(unpack(attention.out) for attention in self.attentions))
+        outs = [attention.out for attention in self.attentions]
+        weights, biases = zip(*map(unpack, outs))
         weight = torch.cat([share[:, None] * w for share, w in zip(shares, weights)], 1)
-        self.out = Int8Linear(weight, sum(share * b for share, b in zip(shares, biases)))
+        linear = Int8Linear(weight, sum(share * b for share, b in zip(shares, biases)))
+        downs, ups = zip(*map(factors_of, outs))
+        up = torch.cat([share[:, None] * u for share, u in zip(shares, ups)], 1)
+        self.out = with_adapters(linear, Factors(torch.block_diag(*downs), up))
 
     def forward(self, x: Tensor, view: View, temporal: TemporalLayer | None = None) -> Tensor:
         """[B, T + S, D] to the same, as `Block.forward` with the temporal half that it was built of."""

@@ -17,6 +17,7 @@ from cogvideo.generate.int8 import join, pack
 from cogvideo.hardware import free_memory
 from cogvideo.model.decoder import VideoDecoder
 from cogvideo.model.folder import ModelFolder
+from cogvideo.model.lora import Adapter, merge, weighted
 from cogvideo.model.refiner import Refiner
 from cogvideo.model.superres import SuperRes, SuperResChannel
 from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
@@ -29,6 +30,8 @@ M = TypeVar("M", bound=nn.Module)
 
 class LoadedParts:
     """Parts by name, on one device. `dtype` is what the transformers compute with; int8 is for CPUs."""
+
+    adapters: tuple[tuple[Adapter, float], ...] = ()  # each with its weight
 
     def __init__(self, folder: ModelFolder, device: torch.device, dtype: str):
         if dtype == "int8" and device.type != "cpu":
@@ -95,11 +98,25 @@ class LoadedParts:
             for other in CHANNELS:
                 vars(self).pop(other, None)
 
+    def adapt(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
+        """Generate with these adapters, each times its weight; the parts that change are loaded again."""
+        changed = {part for adapter, _ in (*self.adapters, *adapters) for part in adapter.parts}
+        if tuple(adapters) == self.adapters:
+            return
+        self.adapters = tuple(adapters)
+        if changed & {"base"}:
+            changed |= {"image", *CHANNELS}  # which are built on the base
+        for part in changed:
+            vars(self).pop(part, None)
+
     def _load(self, kind: type[M], name: str) -> M:
+        adapters = weighted(self.adapters, name)
         if self.device.type != "cpu":
-            return self.folder.load_as(kind, name, self.device, getattr(torch, self.dtype))
+            part = self.folder.load_as(kind, name, self.device, getattr(torch, self.dtype))
+            merge(part, adapters)
+            return part
         part = self.folder.load_as(kind, name, self.device, None)
-        pack(part, self.dtype)  # layer by layer, out of the mapped file
+        pack(part, self.dtype, adapters)  # layer by layer, out of the mapped file
         return part
 
 

@@ -14,5 +14,6 @@ features      frozen feature networks, for losses and metrics
 config        frozen dataclasses from JSON: types, ranges, errors that name the key
 families      the parts of a model and their sizes
 presets       one table of models
+lora          low-rank adapters of some parts
 folder        a model as a folder of safetensors, and its config.json
 """

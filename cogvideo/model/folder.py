@@ -366,6 +366,15 @@ def write_state(file: Path, state: Mapping[str, Tensor], about: dict[str, str] |
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, about)
 
 
+def read_about(file: Path) -> dict[str, str]:
+    """The texts that are stored with the tensors of a safetensors file; ModelError if it cannot be read."""
+    try:
+        with safe_open(file, "pt") as stored:
+            return dict(stored.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is damaged: {error}") from None
+
+
 def read_tensor(file: Path, ending: str) -> Tensor | None:
     """The first tensor of a safetensors file whose name has this ending; ModelError if it cannot be read."""
     try:

@@ -4,6 +4,7 @@ An interrupted run resumes at its last save when the same command runs again. Of
 (`parallel.py`) the first one writes files; calls that gather shards must run on every rank.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from cogvideo.data.cut import Source
-from cogvideo.data.loader import Batch, batches
+from cogvideo.data.loader import Batch, batches, read_captions
 from cogvideo.data.tokens import Reuse, recurring
 from cogvideo.hardware import chosen_precision, gemm_rate
 from cogvideo.layout import SECONDS
+from cogvideo.model import lora
 from cogvideo.model.config import TrainedPhase
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
@@ -32,6 +34,7 @@ from cogvideo.train.report import Report, draw_curve
 from cogvideo.train.run import Run
 
 CAPTION_SAMPLE = 2_000  # captions of endless data whose length is checked
+COMPARED = 4  # prompts that are shown without an adapter and with it
 MAX_OVERFLOWS = 20  # steps in a row
 
 
@@ -114,9 +117,11 @@ def begin(run: Run, phase: Phase, text: TextTokenizer, distributed: parallel.Dis
     parts: dict[str, nn.Module] = {name: folder.load(name) for name in phase.uses if name not in phase.trains}
     learning = {name: run.new_part(phase, name) for name in phase.trains}
     learning |= phase.objective.extra_parts(phase, seed)
-    parts |= learning
     for module in learning.values():
         module.requires_grad_(True).train()
+    if run.options.lora:
+        adapt(run, parts, learning, seed)
+    parts |= learning
 
     model = parallel.TrainStep(parts, partial(phase.objective.build_loss, parts, text, phase))
     parallel.to_devices(model, distributed, phase.precision)
@@ -144,6 +149,16 @@ def begin(run: Run, phase: Phase, text: TextTokenizer, distributed: parallel.Dis
         report=report,
         skipped={**run.source.skipped},
     )
+
+
+def adapt(run: Run, parts: Parts, learning: Parts, seed: int) -> None:
+    """Attach adapters to the parts that learn; the others get what earlier phases learnt."""
+    earlier = run.adapter()
+    if earlier is not None:
+        for name, module in parts.items():
+            lora.merge(module, lora.weighted([(earlier, 1.0)], name))
+    for module in learning.values():
+        lora.attach(module, run.options.lora, seed)
 
 
 def open_data(
@@ -247,6 +262,8 @@ def preview(active: ActivePhase, step: int, batch: Batch) -> None:
     parts = {name: module for name, module in active.parts.items() if name in known}
     whole = checkpoint.unshard(parts, active.distributed, active.run.spec)
     probe = active.run.options.probe
+    if active.run.options.lora:  # always the same, so that sheets can be compared
+        batch = replace(batch, captions=list(read_captions(active.run.source, COMPARED, seed=0)))
     if active.distributed.first and probe is not None:
         strips = active.out / "strips"
         strips.mkdir(exist_ok=True)
@@ -259,14 +276,39 @@ def finish(active: ActivePhase) -> None:
     phase = active.phase
     folder = active.run.folder
     trained = {name: active.learning[name] for name in phase.trains}
-    for name, module in checkpoint.unshard(trained, active.distributed, active.run.spec).items():
-        folder.save(name, module)
+    if active.run.options.lora:
+        save_adapter(active, trained)
+    else:
+        for name, module in checkpoint.unshard(trained, active.distributed, active.run.spec).items():
+            folder.save(name, module)
     if active.distributed.first:
         active.report.end()
         config = folder.config
         row = TrainedPhase(phase.steps, phase.batch, phase.trains)
         folder.write_config(replace(config, trained={**(config.trained or {}), phase.name: row}))
     active.distributed.wait()
+
+
+def save_adapter(active: ActivePhase, trained: dict[str, nn.Module]) -> None:
+    """Write what the parts learnt into the run's adapter, and say how much it changes them. ValueError if it
+    changes nothing."""
+    if not active.distributed.first:
+        return
+    run = active.run
+    config = run.folder.config
+    about = {"base_model": config.begun.get("init", ""), "recipe": run.recipe.name}
+    about["words"] = json.dumps(config.words, ensure_ascii=False)
+    adapter = lora.Adapter.of(trained, about)
+    for name, module in trained.items():
+        change = adapter.relative_change(module, name)
+        if not change:
+            raise ValueError(f"the adapter of {name} changes nothing; train it longer, or with a higher lr")
+        if not run.options.quiet:
+            print(f"{name}: the adapter changes its matrices by {change:.2%} of their norm")
+    earlier = run.adapter()
+    if earlier is not None:
+        adapter = earlier.joined(adapter)
+    adapter.save(run.adapter_file.parent)
 
 
 def encode_here(parts: Parts, distributed: parallel.Distributed, precision: str, clips: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from cogvideo.layout import SECONDS
 from cogvideo.model.decoder import VideoDecoder
 from cogvideo.model.families import CogVideoSpec, RegressionSpec, Spec
 from cogvideo.model.folder import ModelFolder
+from cogvideo.model.lora import inactive, layers_of
 from cogvideo.model.refiner import Refiner, resize
 from cogvideo.model.regression import RegressionTransformer
 from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel
@@ -87,6 +89,8 @@ class Objective(ABC):
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
         """An image of the model's progress on a batch: uint8 [H, W, 3]."""
 
+    adapts: ClassVar[bool] = False  # whether low-rank adapters can be trained by it
+
     def clip_flops(self, phase: "Phase", parts: Parts) -> float | None:
         """Floating-point operations for one clip, forward and backward; None if they are not known."""
         return None
@@ -145,6 +149,7 @@ class TokenObjective(Objective):
 
     recurs: ClassVar[bool] = True
     has_crops: ClassVar[bool] = True
+    adapts: ClassVar[bool] = True
 
     def check(self, phase: "Phase", spec: Spec) -> None:
         super().check(phase, spec)
@@ -214,8 +219,15 @@ class TokenObjective(Objective):
         return (1 - phase.crop_share) * whole + phase.crop_share * small
 
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
-        """Samples for captions of the batch."""
-        return samples(folder, parts, batch.captions[:PREVIEW_CLIPS])
+        """Samples for captions of the batch; of adapted parts, without the adapters and with them."""
+        prompts = batch.captions[:PREVIEW_CLIPS]
+        now = samples(folder, parts, prompts)
+        if not any(layers_of(module) for module in parts.values()):
+            return now
+        with inactive(parts.values()):
+            without = samples(folder, parts, prompts)
+        gap = np.full((len(now), 8, 3), 255, np.uint8)
+        return np.concatenate((without, gap, now), 1)
 
 
 @dataclass(frozen=True)

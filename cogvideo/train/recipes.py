@@ -243,6 +243,34 @@ RECIPES = {
 }
 
 
+ADAPTER_STEPS = {"image": 300, "stage1": 150, "stage2": 150}
+
+
+def of_adapters(recipe: Recipe) -> Recipe:
+    """A recipe for low-rank adapters: its phases of transformers, short, by AdamW. ValueError if it has
+    none."""
+    phases = []
+    for phase in recipe.phases:
+        if phase.objective.adapts:
+            phases.append(
+                replace(
+                    phase,
+                    steps=ADAPTER_STEPS.get(phase.name, 150),
+                    batch=16 if phase.name == "image" else 8,
+                    lr=1e-3,
+                    optimizer="adamw",
+                    warmup=20,
+                    decay=0.5,
+                    weight_decay=0.0,
+                )
+            )
+    if not phases:
+        known = [name for name, row in RECIPES.items() if any(p.objective.adapts for p in row.phases)]
+        choices = " or ".join(known)
+        raise ValueError(f"the recipe {recipe.name} has no transformer of codes to adapt; choose {choices}")
+    return replace(recipe, phases=tuple(phases))
+
+
 def find(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; choose one of {', '.join(RECIPES)}")

@@ -2,6 +2,7 @@
 
 A run is a folder:
     model/          the model folder so far: each phase reads what it needs there and writes what it trained
+    lora/           the adapter so far, in a run that trains one
     <phase>/        state.pt to resume from, log.jsonl, loss.png, strips/
 """
 
@@ -19,6 +20,7 @@ from torch import nn
 from cogvideo.data.cut import Source
 from cogvideo.data.loader import Batch, batches
 from cogvideo.hardware import find_device, free_memory, idle_cores
+from cogvideo.model import lora
 from cogvideo.model.config import TrainedPhase
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
@@ -28,12 +30,13 @@ from cogvideo.train.phase import Phase
 from cogvideo.train.recipes import Recipe
 
 # writes a preview: (model folder, parts, phase, batch, image to write)
+MOST_RANK = 1024  # of adapters
 Probe = Callable[[ModelFolder, Parts, Phase, Batch, Path], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run works. Options change results by rounding alone, except `init` and `init_embedding`.
+    """How a run works. Options change results by rounding alone, except `init`, `init_embedding`, `lora`.
 
     None stands for a default that depends on the machine (`with_defaults`).
     """
@@ -51,6 +54,7 @@ class Options:
     probe: Probe | None = None
     quiet: bool = False
     init: ModelFolder | None = None  # a model whose parts a new run begins with
+    lora: int = 0  # rank of the adapters that learn instead of the parts themselves; 0: none
     init_embedding: str | None = None  # a file with GPT-2's embedding, for a new run to begin with
 
     def __post_init__(self) -> None:
@@ -58,6 +62,10 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
+        if not 0 <= self.lora <= MOST_RANK:
+            raise ValueError(f"--lora must be from 1 to {MOST_RANK}; got {self.lora}")
+        if self.lora and self.shard:
+            raise ValueError("--lora and --shard do not go together; adapters need little memory")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers must be 0 or more, got {self.workers}")
 
@@ -144,6 +152,14 @@ class Run:
         return module
 
     @property
+    def adapter_file(self) -> Path:
+        return self.out / "lora" / lora.FILE
+
+    def adapter(self) -> lora.Adapter | None:
+        """What earlier phases wrote."""
+        return lora.Adapter.load(self.adapter_file) if self.adapter_file.exists() else None
+
+    @property
     def _names(self) -> list[str]:
         return [phase.name for phase in self.recipe.phases]
 
@@ -162,6 +178,7 @@ class Run:
         run.check_devices()
         run = run.with_steps()
         run = run.without_finished()
+        run.check_adapters()
         run.check_phases()
         run.check_parts()
         run.check_previous()
@@ -206,6 +223,23 @@ class Run:
         for phase in self.phases:
             parallel.share(phase, self.ranks)
             phase.check(self.spec)
+
+    def check_adapters(self) -> None:
+        """Raise ValueError unless each phase trains a part with adapters, of a model that is there."""
+        if not self.options.lora:
+            return
+        for phase in self.phases:
+            if not phase.objective.adapts:
+                names = [other.name for other in self.recipe.phases if other.objective.adapts]
+                advice = f"choose --phases {' '.join(names)}" if names else "choose another recipe"
+                raise ValueError(
+                    f"--lora is for transformers of codes, which {phase.name} does not train; {advice}"
+                )
+        if self.options.init is None and not (self.folder.path / "config.json").exists():
+            raise ValueError("--lora adapts a trained model; give it as --init")
+        for part in {part for phase in self.phases for part in phase.trains}:
+            if not self.folder.has(part) and not (self.options.init and self.options.init.has(part)):
+                raise ValueError(f"--lora adapts trained parts, and there is no {part} to adapt")
 
     def check_parts(self) -> None:
         """Raise ValueError unless each part that a phase uses is in the folder, in `init`, or trained by an
