@@ -102,6 +102,20 @@ SHORTENED = {
     "cogvideo evaluate generated/ reference/ -o report.json --ray ADDRESS": Shorter(
         (("ADDRESS", "local"),), "--few"
     ),
+    "cogvideo data world my_art/ -o my_world/": Shorter(more="--held-out 4 --judge-steps 1"),
+    "cogvideo train tiny --data my_world/ --init tiny --phases image stage1 stage2 --image.steps 2000 "
+    "--stage1.steps 500 --stage2.steps 500": nano(
+        ("2000", "4"),
+        ("stage1.steps 500", "stage1.steps 4"),
+        ("stage2.steps 500", "stage2.steps 4"),
+        ("my_world/", "my_world/ --out runs/world"),
+    ),
+    "cogvideo generate --prompts my_world/prompts.txt --model runs/tiny/model -o made/clip.mp4": nano(
+        ("runs/tiny", "runs/world")
+    ),
+    "cogvideo evaluate made/ my_world/held_out/ -o report.json --preset tinyworld "
+    "--scorer my_world/": Shorter(more="--few"),
+    f"{PYTHON} in docs/own-world.md": nano(),
     "cogvideo judge new study --systems generated/ reference/ --real reference --mode pairs": Shorter(
         more="--size 64 --prompts captions.txt"
     ),

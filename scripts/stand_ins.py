@@ -21,6 +21,7 @@ FEW = {  # file of the package: lines at its end
     "train/recipes.py": """
 from scripts.stand_ins import few
 RECIPES = {name: few(recipe) for name, recipe in RECIPES.items()}
+ADAPTERS = dict.fromkeys(ADAPTERS, (2, 2))
 """,
     "train/objectives.py": "UNQUANTISED = 1",
     "train/inherit.py": "CAPTIONS = 300",
@@ -128,6 +129,11 @@ def write_files(folder: Path) -> None:
         rows.append(f'my_videos/{name}.mp4,"{caption}"')
         steps = [{"segment": [0, 5], "sentence": caption}]
         database[name] = {"subset": "training", "annotations": steps}
+    (folder / "my_art").mkdir()
+    for name, colour in (("ball", "red"), ("box", "blue")):
+        picture = Image.new("RGBA", (40, 40))
+        picture.paste(colour, (8, 8, 32, 32))
+        picture.save(folder / "my_art" / f"{name}.png")
     (folder / "clips.csv").write_text("\n".join(rows), encoding="utf-8")
     annotations = json.dumps({"database": database})
     (folder / "youcookii_annotations_trainval.json").write_text(annotations, encoding="utf-8")

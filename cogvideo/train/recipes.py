@@ -243,7 +243,7 @@ RECIPES = {
 }
 
 
-ADAPTER_STEPS = {"image": 300, "stage1": 150, "stage2": 150}
+ADAPTERS = {"image": (300, 16), "stage1": (150, 8), "stage2": (150, 8)}  # steps, and clips a step
 
 
 def of_adapters(recipe: Recipe) -> Recipe:
@@ -252,18 +252,9 @@ def of_adapters(recipe: Recipe) -> Recipe:
     phases = []
     for phase in recipe.phases:
         if phase.objective.adapts:
-            phases.append(
-                replace(
-                    phase,
-                    steps=ADAPTER_STEPS.get(phase.name, 150),
-                    batch=16 if phase.name == "image" else 8,
-                    lr=1e-3,
-                    optimizer="adamw",
-                    warmup=20,
-                    decay=0.5,
-                    weight_decay=0.0,
-                )
-            )
+            steps, batch = ADAPTERS[phase.name]
+            adapting = replace(phase, steps=steps, batch=batch, lr=1e-3, optimizer="adamw", weight_decay=0.0)
+            phases.append(replace(adapting, warmup=20, decay=0.5))
     if not phases:
         known = [name for name, row in RECIPES.items() if any(p.objective.adapts for p in row.phases)]
         choices = " or ".join(known)
