@@ -607,7 +607,7 @@ def judge_report(study: Positional[Path], /) -> None:
 
 
 def data() -> None:
-    """Prepare data before training: cogvideo data check, world."""
+    """Prepare data before training: cogvideo data check, tokenize, world."""
     raise ValueError(f"give one of {', '.join(GROUPS['data'])} after cogvideo data")
 
 
@@ -673,6 +673,57 @@ def data_check(
     if not quiet:
         print(found.text())
         print(out / "sheet.png")
+
+
+def data_tokenize(
+    where: Positional[str],
+    /,
+    out: Short,
+    model: str = "tiny",
+    subset: Literal["training", "validation"] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    quiet: bool = False,
+) -> None:
+    """Encode captioned videos once, into webdataset shards of codes that cogvideo train takes as --data.
+
+    An interrupted call goes on when it is repeated; each video is encoded once.
+
+    Args:
+        where: What cogvideo train takes as --data: a folder of captioned videos, a table, shards.
+        out: The folder for the shards.
+        model: The model whose tokenizer encodes, and that training will start from.
+        subset: Of YouCook2. Default: training.
+        device: Where to compute: cpu, cuda, mps.
+        threads: CPU threads. Default: as many as there are idle cores.
+        quiet: Print nothing but errors.
+    """
+    import torch
+
+    from cogvideo.data.coded import digest, encode_frames, write_shards
+    from cogvideo.data.sources import open_source
+    from cogvideo.data.videos import Videos
+    from cogvideo.hardware import find_device
+    from cogvideo.model.folder import ModelFolder, find_model
+    from cogvideo.model.vqvae import VQVAE
+    from cogvideo.progress import open_progress
+    from cogvideo.video import check_folder
+
+    source = open_source(where, subset=subset)
+    if not isinstance(source, Videos):
+        raise ValueError(f"{where} is no folder, table or shard of videos; there is nothing to encode")
+    folder = ModelFolder(find_model(model))
+    check_folder(out)
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or _threads_of_each(1))
+    vqvae = folder.load_as(VQVAE, "vqvae", find_device(device))
+    size = folder.spec().resolution
+    with open_progress(not quiet) as report:
+        table = write_shards(source, partial(encode_frames, vqvae), digest(vqvae), size, out, report)
+    if not quiet:
+        print(f"{table.videos} videos in {out}, {len(table.skipped)} left out")
+        for name, why in [*table.skipped.items()][:10]:
+            print(f"  {name}: {why}")
 
 
 def data_world(
@@ -888,7 +939,7 @@ COMMANDS: dict[str, Any] = {
     "worker": worker,
 }
 GROUPS: dict[str, dict[str, Any]] = {
-    "data": {"check": data_check, "world": data_world},
+    "data": {"check": data_check, "tokenize": data_tokenize, "world": data_world},
     "judge": {"new": judge_new, "serve": judge_serve, "report": judge_report},
 }
 

@@ -102,6 +102,10 @@ SHORTENED = {
     "cogvideo evaluate generated/ reference/ -o report.json --ray ADDRESS": Shorter(
         (("ADDRESS", "local"),), "--few"
     ),
+    "cogvideo data tokenize my_videos/ -o my_tokens/": nano(),
+    "cogvideo train tiny --init tiny --data my_tokens/ --phases image stage1 stage2 --out runs/mine": nano(
+        ("runs/mine", "runs/tokens")
+    ),
     "cogvideo data world my_art/ -o my_world/": Shorter(more="--held-out 4 --judge-steps 1"),
     "cogvideo train tiny --data my_world/ --init tiny --phases image stage1 stage2 --image.steps 2000 "
     "--stage1.steps 500 --stage2.steps 500": nano(

@@ -5,6 +5,7 @@ videos      one captioned video file
 cut         a clip out of a video, at one of several frame rates
 loader      batches of frames
 survey      what a training would read of a user's videos
+coded       videos as codes, in shards
 tokens      batches of codes, from clips that recur
 tinyworld/  scenes drawn from a seed, with captions
 """

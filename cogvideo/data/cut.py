@@ -43,6 +43,15 @@ class ObjectVideo(Protocol):
         ...
 
 
+@runtime_checkable
+class CodedVideo(Protocol):
+    """A video of which codes are stored instead of frames."""
+
+    def codes(self, times: Sequence[float] | np.ndarray) -> np.ndarray:
+        """Codes [F, N] of the frames at `times` (seconds)."""
+        ...
+
+
 class Source(Protocol):
     """Videos by index, `count` of them; None for a source without end."""
 
@@ -84,6 +93,7 @@ class Sample:
     frames: tuple[Frames, ...]  # for each size: uint8 [F, size, size, 3]
     # float32 [F, cover, cover], if asked for; zeros if the video does not know where its object is
     cover: np.ndarray | None = None
+    codes: np.ndarray | None = None  # [F, N], of a video of which codes are stored; it has no frames
 
 
 def cut_clip(video: Video, spec: ClipSpec, rng: np.random.Generator) -> Sample:
@@ -101,6 +111,8 @@ def cut_clip(video: Video, spec: ClipSpec, rng: np.random.Generator) -> Sample:
         start = rng.uniform(0, max(video.seconds - span, 0))
         times = np.minimum(start + np.arange(spec.keep or spec.frames) / fps, video.seconds)
         try:
+            if isinstance(video, CodedVideo) and not spec.crop:
+                return Sample(video.caption(rng), span, (), codes=video.codes(times))
             frames = tuple(video.frames(times, size) for size in spec.sizes)
         except TooFewFrames:
             if fps == min(fitting):

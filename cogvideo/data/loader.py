@@ -32,7 +32,7 @@ class Batch:
     frames: tuple[torch.Tensor, ...]  # for each size: float [B, F, 3, size, size] in [0, 1]
     cover: torch.Tensor | None = None  # [B, F, cells, cells] share of each that the object covers
     skipped: dict[str, str] = field(default_factory=dict)  # videos skipped, and why
-    codes: torch.Tensor | None = None  # [B, F, N], of clips that recur; they have no frames
+    codes: torch.Tensor | None = None  # [B, F, N], of clips that recur, or of stored codes; without frames
 
     @property
     def device(self) -> torch.device:
@@ -122,6 +122,7 @@ def _collate(loaded: list[LoadedSample]) -> Batch:
     samples = [row.sample for row in loaded]
     sizes = zip(*(sample.frames for sample in samples))
     covers = [sample.cover for sample in samples if sample.cover is not None]
+    codes = [sample.codes for sample in samples if sample.codes is not None]
     skipped: dict[str, str] = {}
     for row in loaded:
         skipped |= row.skipped
@@ -132,6 +133,7 @@ def _collate(loaded: list[LoadedSample]) -> Batch:
         frames=tuple(to_images(np.stack(same_size)) for same_size in sizes),
         cover=torch.from_numpy(np.stack(covers)) if covers else None,
         skipped=skipped,
+        codes=torch.from_numpy(np.stack(codes)).long() if codes else None,
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cogvideo.data import tinyworld
+from cogvideo.data.coded import is_coded, open_coded
 from cogvideo.data.cut import Source
 from cogvideo.data.tinyworld.gallery import scenes
 from cogvideo.data.tinyworld.own import is_world, open_world
@@ -26,7 +27,7 @@ from cogvideo.video import VIDEOS
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
 COLUMNS = "file_name (or path) and text (or caption), and start and end if only a part is meant"
 CHOICES = (
-    "give tinyworld; a folder that cogvideo data world wrote; a folder of videos "
+    "give tinyworld; a folder that cogvideo data world or data tokenize wrote; a folder of videos "
     f"({', '.join(VIDEOS)}) with captions in <name>.txt next to them or in {', '.join(TABLES)}; a .csv or "
     f".jsonl with {COLUMNS}; the annotations of YouCook2 (.json) with the videos in its folder or below; or "
     "local shards: a folder of .tar, one .tar, or a pattern such as x-{000..099}.tar"
@@ -56,6 +57,8 @@ def open_source(
         return tinyworld.TinyWorld(tinyworld.sprites(sprites), seed, even=True, varied=True)
     if is_world(path):
         return scenes(open_world(path), seed)
+    if is_coded(path):
+        return open_coded(path)
 
     skipped: Skipped = {}
     entries: list[Entry] = []

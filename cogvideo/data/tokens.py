@@ -186,4 +186,8 @@ def _encoded(
 ) -> Iterator[torch.Tensor]:
     """int32 codes [F, N] of new clips, one by one: so they do not depend on what else is new."""
     for loaded in new:
-        yield encode(to_images(loaded.sample.frames[0])[None])[0].int()
+        stored = loaded.sample.codes
+        if stored is not None:
+            yield torch.from_numpy(stored.astype(np.int32))
+        else:
+            yield encode(to_images(loaded.sample.frames[0])[None])[0].int()

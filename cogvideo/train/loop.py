@@ -208,6 +208,8 @@ def loop_over_steps(active: ActivePhase) -> None:
         batch = next(active.loader)
         active.skipped |= batch.skipped
         batch = replace(batch, frames=tuple(f.to(distributed.device) for f in batch.frames))
+        if batch.codes is not None:
+            batch = replace(batch, codes=batch.codes.to(distributed.device))
         torch.manual_seed(hash((seed, step, distributed.rank)) % 2**31)  # for dropout
         lr = learning_rate(step, phase.steps, phase.lr, phase.warmup, phase.decay, phase.schedule)
         set_learning_rate(active.optims, lr)

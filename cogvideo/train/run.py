@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cogvideo.data.coded import CodedVideos, Table, digest
 from cogvideo.data.cut import Source
 from cogvideo.data.loader import Batch, batches
 from cogvideo.hardware import find_device, free_memory, idle_cores
@@ -24,6 +25,7 @@ from cogvideo.model import lora
 from cogvideo.model.config import TrainedPhase
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
+from cogvideo.model.vqvae import VQVAE
 from cogvideo.train import checkpoint, inherit, parallel
 from cogvideo.train.inputs import Parts
 from cogvideo.train.phase import Phase
@@ -300,8 +302,23 @@ class Run:
         """Raise ValueError if the initialisation is invalid or differs from the run's."""
         inherit.check(self.folder, self.recipe, self.spec, self.options.init, self.options.init_embedding)
 
+    def _check_codes(self, table: Table) -> None:
+        for phase in self.phases:
+            if not phase.objective.recurs:
+                raise ValueError(
+                    f"{phase.name} needs frames, and these data are codes; train it on the videos themselves"
+                )
+        there = self.folder
+        if self.options.init is not None and not there.has("vqvae"):
+            there = self.options.init
+        if digest(there.load_as(VQVAE, "vqvae")) != table.tokenizer:
+            raise ValueError(f"these data are codes of another tokenizer than that of {there.path}")
+
     def check_data(self) -> None:
-        """Raise ValueError unless each phase finds a clip to train on."""
+        """Raise ValueError unless each phase finds a clip to train on. Stored codes must be of the tokenizer
+        that the phases use."""
+        if isinstance(self.source, CodedVideos):
+            self._check_codes(self.source.table)
         for phase in self.phases:
             try:
                 next(batches(self.source, phase.clips, 1, seed=0))

@@ -1,0 +1,287 @@
+"""Videos as codes, in webdataset shards: each is decoded and encoded once, and trained on many times.
+
+`cogvideo data tokenize` writes a folder:
+
+    tokens.json                 the tokenizer's digest, the videos that were left out and why
+    000000.tar ...              of every video KEY.codes.npy, uint16 [F, N], and KEY.json: captions and fps
+
+Codes are of frames at `FPS`, or fewer a second where a video has fewer; clips at lower rates are cut out of
+them. A shard is written completely or not at all, so an interrupted call goes on with the next one.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cogvideo.data.videos import CaptionedVideo, Videos
+from cogvideo.files import atomic_path, write_json
+from cogvideo.model.config import ConfigError, read_table
+from cogvideo.model.vqvae import VQVAE
+from cogvideo.progress import Progress
+from cogvideo.video import Frames, TooFewFrames
+
+TABLE = "tokens.json"
+FPS = 8.0
+RATES = (8.0, 4.0, 2.0, 1.0)  # the first at which a video has a frame for every time
+VIDEOS_A_SHARD = 64
+TOGETHER = 32  # frames encoded at a time
+
+Codes = npt.NDArray[np.uint16]  # [F, N]
+Encode = Callable[[Frames], Codes]  # frames [F, size, size, 3] to codes
+
+
+@dataclass(frozen=True)
+class Table:
+    """The content of tokens.json."""
+
+    tokenizer: str  # digest of its weights
+    size: int  # pixels a side of the frames that were encoded
+    videos: int
+    source: str  # digest of the names and captions of the videos
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """KEY.json: what is stored of one video besides its codes."""
+
+    name: str
+    captions: tuple[str, ...]
+    fps: float
+
+
+def digest(vqvae: VQVAE) -> str:
+    """SHA-256 of the weights that decide codes: the encoder and the codebook."""
+    sha = sha256()
+    for name, tensor in sorted(vqvae.state_dict().items()):
+        if not name.startswith("decoder."):
+            sha.update(name.encode())
+            sha.update(tensor.detach().cpu().double().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def write_shards(
+    source: Videos, encode: Encode, tokenizer: str, size: int, out: Path, progress: Progress | None = None
+) -> Table:
+    """Encode every video of a source into shards in `out`; those that are there already are kept.
+
+    ValueError if `out` holds shards of other videos or another tokenizer, or if no video can be used.
+    """
+    described = sha256(repr([(entry.name, entry.captions) for entry in source.entries]).encode()).hexdigest()
+    out.mkdir(parents=True, exist_ok=True)
+    begun = out / "begun.json"
+    now = {"tokenizer": tokenizer, "size": size, "source": described}
+    if begun.exists():
+        if json.loads(begun.read_text(encoding="utf-8")) != now:
+            raise ValueError(f"{out} holds codes of other videos or another tokenizer; choose another -o")
+    elif any(out.iterdir()):
+        raise ValueError(f"{out} holds something else already; choose another -o")
+    else:
+        write_json(begun, now)
+
+    skipped = dict(source.skipped)
+    written = 0
+    for first in range(0, source.count, VIDEOS_A_SHARD):
+        shard = out / f"{first // VIDEOS_A_SHARD:06d}.tar"
+        if not shard.exists():
+            _write_shard(shard, source, range(first, min(first + VIDEOS_A_SHARD, source.count)), encode, size)
+        rows = _read_index(shard)
+        written += len(rows)
+        skipped |= _skipped_in(shard)
+        if progress is not None:
+            progress("videos", min(first + VIDEOS_A_SHARD, source.count), source.count)
+    if not written:
+        reasons = "; ".join(f"{name}: {why}" for name, why in [*skipped.items()][:3])
+        raise ValueError(f"none of the {source.count} videos can be used: {reasons}")
+    table = Table(tokenizer, size, written, described, skipped)
+    write_json(out / TABLE, asdict(table))
+    return table
+
+
+def _write_shard(shard: Path, source: Videos, numbers: Sequence[int], encode: Encode, size: int) -> None:
+    skipped = {}
+    with atomic_path(shard) as part, tarfile.open(part, "w") as tar:
+        for number in numbers:
+            try:
+                video = source[number]
+                fps, codes = _encode_video(video, encode, size)
+            except (ValueError, OSError) as error:
+                skipped[source.name(number)] = str(error)
+                continue
+            stored = Stored(source.name(number), video.captions, fps)
+            content = io.BytesIO()
+            np.save(content, codes)
+            _add(tar, f"{number:08d}.codes.npy", content.getvalue())
+            _add(tar, f"{number:08d}.json", json.dumps(asdict(stored), ensure_ascii=False).encode())
+        _add(tar, SKIPPED, json.dumps(skipped, ensure_ascii=False).encode())
+
+
+SKIPPED = "skipped"  # member of a shard: the videos of its numbers that cannot be used
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _encode_video(video: CaptionedVideo, encode: Encode, size: int) -> tuple[float, Codes]:
+    """The fps at which a video was read, and its codes."""
+    for fps in RATES:
+        if fps > 1.01 * video.fps and fps > RATES[-1]:
+            continue
+        count = int(video.seconds * fps + 0.5 * fps / video.fps) + 1
+        times = np.minimum(np.arange(count) / fps, video.seconds)
+        try:
+            return fps, _encode_frames_at(times, video, encode, size)
+        except TooFewFrames:
+            if fps == RATES[-1]:
+                raise
+    raise AssertionError  # the lowest rate returns or raises
+
+
+def _encode_frames_at(times: np.ndarray, video: CaptionedVideo, encode: Encode, size: int) -> Codes:
+    """Codes of the frames at `times`, some at a time. TooFewFrames if one frame is nearest to two of them."""
+    parts = []
+    for first in range(0, len(times), TOGETHER):
+        before = min(first, 1)  # is read once more, so that no frame is taken twice across this border
+        frames = video.frames(times[first - before : first + TOGETHER], size)
+        parts.append(encode(frames[before:]))
+    return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def encode_frames(vqvae: VQVAE, frames: Frames) -> Codes:
+    """Frames [F, size, size, 3] to codes [F, N]."""
+    device = next(vqvae.parameters()).device
+    images = torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255
+    codes: Codes = vqvae.encode(images).cpu().numpy().astype(np.uint16)
+    return codes
+
+
+# -- reading
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where a video's codes are in a shard."""
+
+    shard: Path
+    first: int  # byte
+    size: int
+    stored: Stored
+
+
+def _read_index(shard: Path) -> list[_Row]:
+    """The videos of a shard; ValueError if it is damaged."""
+    rows = []
+    places: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                key, _, kind = member.name.partition(".")
+                if kind == "codes.npy":
+                    places[key] = (member.offset_data, member.size)
+                elif kind == "json":
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    stored = read_table(Stored, json.loads(file.read()))
+                    rows.append(_Row(shard, *places[key], stored))
+    except (tarfile.TarError, OSError, KeyError, AssertionError, ConfigError, ValueError) as error:
+        raise ValueError(f"cannot read the shard {shard}: {error}") from None
+    return rows
+
+
+def _skipped_in(shard: Path) -> dict[str, str]:
+    with tarfile.open(shard, "r:") as tar:
+        file = tar.extractfile(SKIPPED)
+        found: dict[str, str] = json.loads(file.read()) if file is not None else {}
+        return found
+
+
+@dataclass(frozen=True)
+class CodedClip:
+    """A video of which only codes are stored."""
+
+    codes_at_fps: Codes
+    fps: float
+    captions: tuple[str, ...]
+
+    @property
+    def seconds(self) -> float:
+        return (len(self.codes_at_fps) - 1) / self.fps
+
+    def caption(self, rng: np.random.Generator) -> str:
+        return self.captions[rng.integers(len(self.captions))]
+
+    def frames(self, times: Sequence[float] | np.ndarray, size: int) -> Frames:
+        raise ValueError("of these videos only codes are stored; this phase needs their frames")
+
+    def codes(self, times: Sequence[float] | np.ndarray) -> Codes:
+        """Codes [F, N] of the frames nearest to `times` (seconds). TooFewFrames if one would be taken
+        twice."""
+        numbers = np.round(np.asarray(times) * self.fps).astype(int)
+        if len(np.unique(numbers)) < len(numbers):
+            raise TooFewFrames(f"there are {self.fps:g} frames a second")
+        codes: Codes = self.codes_at_fps[np.clip(numbers, 0, len(self.codes_at_fps) - 1)]
+        return codes
+
+
+@dataclass(frozen=True)
+class CodedVideos:
+    """A `Source` of the videos of such a folder."""
+
+    table: Table
+    rows: tuple[_Row, ...]
+    skipped: dict[str, str]
+
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return self.rows[index].stored.name
+
+    def caption(self, index: int, rng: np.random.Generator) -> str:
+        captions = self.rows[index].stored.captions
+        return captions[rng.integers(len(captions))]
+
+    def __getitem__(self, index: int) -> CodedClip:
+        """Raise ValueError, with the name of the shard, if it is damaged."""
+        row = self.rows[index]
+        try:
+            with row.shard.open("rb") as file:
+                file.seek(row.first)
+                codes = np.load(io.BytesIO(file.read(row.size)), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"cannot read {row.shard}: {error}") from None
+        if codes.dtype != np.uint16 or codes.ndim != 2 or not len(codes):
+            raise ValueError(f"{row.shard}: {row.stored.name} has no codes [F, N] of 16 bits")
+        return CodedClip(codes, row.stored.fps, row.stored.captions)
+
+
+def is_coded(folder: str | Path) -> bool:
+    return (Path(folder) / TABLE).is_file()
+
+
+def open_coded(folder: Path) -> CodedVideos:
+    """The videos of a folder that `cogvideo data tokenize` wrote. ValueError if it is damaged."""
+    file = folder / TABLE
+    try:
+        table = read_table(Table, json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
+    rows = [row for shard in sorted(folder.glob("*.tar")) for row in _read_index(shard)]
+    if len(rows) != table.videos:
+        raise ValueError(
+            f"{folder} has {len(rows)} videos, and {TABLE} says {table.videos}; a shard is missing"
+        )
+    return CodedVideos(table, tuple(rows), table.skipped)
