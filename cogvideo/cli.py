@@ -1,4 +1,4 @@
-"""The command line: `cogvideo generate | train | convert | estimate | models | evaluate | judge |
+"""The command line: `cogvideo generate | train | convert | push | estimate | models | evaluate | judge |
 data | serve | worker`.
 
 Each command imports what it needs inside, so that `--help` answers at once. What a user can get wrong raises
@@ -381,6 +381,34 @@ def models(model: Positional[str | None] = None, /) -> None:
         print(f"measured      {name}: {value}")
     if config.words:
         print(f"words         {' '.join(config.words)}")
+
+
+def push(
+    folder: Positional[Path],
+    name: Positional[str],
+    /,
+    licence: str = "apache-2.0",
+    prompt: str | None = None,
+    private: bool = False,
+    message: str = "cogvideo push",
+) -> None:
+    """Put a model folder, or an adapter, on the Hugging Face hub, with a card.
+
+    Who you are is known by HF_TOKEN, or by hf auth login.
+
+    Args:
+        folder: A model folder, or the folder of an adapter.
+        name: The repository, owner/name; owner/name@branch for another branch than main.
+        licence: Of the weights, as the hub names it.
+        prompt: A sentence of which a video is generated for the card. Default: the card has no picture.
+        private: Whether only you can see the repository; when it is created.
+        message: Of the commit.
+    """
+    from cogvideo.generate.publish import prepare
+    from cogvideo.model.hub import MODEL_FILES, upload
+
+    prepare(folder, name, licence, prompt)
+    print(upload(folder, name, MODEL_FILES, private, message))
 
 
 def convert(
@@ -930,6 +958,7 @@ COMMANDS: dict[str, Any] = {
     "generate": generate,
     "train": train,
     "convert": convert,
+    "push": push,
     "estimate": estimate,
     "models": models,
     "evaluate": evaluate,

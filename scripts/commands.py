@@ -102,6 +102,11 @@ SHORTENED = {
     "cogvideo evaluate generated/ reference/ -o report.json --ray ADDRESS": Shorter(
         (("ADDRESS", "local"),), "--few"
     ),
+    "cogvideo push runs/tiny/model user/name": Shorter(by="tests/test_hub.py"),
+    "cogvideo push runs/lora/lora user/adapter": Shorter(by="tests/test_hub.py"),
+    "python examples/first_video.py": nano(("examples", f"{ROOT}/examples")),
+    "python examples/own_world.py": nano(("examples", f"{ROOT}/examples"), more="2"),
+    "python examples/client.py": Shorter(by="tests/test_serve.py"),
     "cogvideo data tokenize my_videos/ -o my_tokens/": nano(),
     "cogvideo train tiny --init tiny --data my_tokens/ --phases image stage1 stage2 --out runs/mine": nano(
         ("runs/mine", "runs/tokens")

@@ -11,36 +11,10 @@ from pathlib import Path
 import torch
 
 from cogvideo.files import atomic_path
+from cogvideo.model.card import WORLD, model_card
 from cogvideo.model.config import SamplingConfig, read_table
-from cogvideo.model.folder import FolderConfig, ModelFolder
+from cogvideo.model.folder import ModelFolder
 from cogvideo.train import recipes
-
-CARD = """# {name}
-
-{about}
-
-- **Method**: {method}
-- **Data**: the tiny world of this project, rendered from a seed: {sprites} animated sprites (Microsoft Fluent
-  Emoji, MIT), 12 motions, 10 places, captions in English and Chinese. One in eight (sprite, motion, place)
-  triples was held out of all training.
-- **Recipe**: {how}
-- **Licence**: Apache-2.0. **Limits**: it knows this world and nothing else.
-
-| phase | steps | clips a step |
-|---|---:|---:|
-{phases}
-
-## Measured
-
-{measured}
-"""
-
-METHODS = {
-    "cogvideo": """CogVideo (Hong et al., 2022) in miniature: a text-to-image transformer as frozen base, a
-  temporal channel for key frames and one for interpolation, a VQ-VAE, a video decoder.""",
-    "regression": """regression: a text encoder and a video decoder with one embedding, whose places become
-  pixels in one pass; trained on pictures, then at 1, then at 8 frames a second; a refiner.""",
-}
 
 
 def main() -> None:
@@ -62,7 +36,10 @@ def main() -> None:
     target.write_config(config)
 
     with atomic_path(target.path / "README.md") as file:
-        file.write_text(model_card(target.path.name, config, source.spec().family, arguments.how))
+        recipe = recipes.find(config.recipe)
+        how = arguments.how or f"`cogvideo train {recipe.name}`, seed {recipe.seed}."
+        data = WORLD.format(sprites=recipe.sprites)
+        file.write_text(model_card(target.path.name, config, source.spec().family, how, data))
     size = sum(file.stat().st_size for file in target.path.iterdir()) / 1e6
     print(f"{target.path}: {size:.1f} MB")
 
@@ -82,23 +59,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sampling", type=json.loads, help='JSON: {"stage1": {"guidance_scale": 3.0}, ...}')
     return parser.parse_args()
-
-
-def model_card(name: str, config: FolderConfig, family: str, how: str) -> str:
-    """README.md of a model folder, from its config.json."""
-    recipe = recipes.find(config.recipe)
-    trained = how or f"`cogvideo train {recipe.name}`, seed {recipe.seed}."
-    phases = "\n".join(f"| {n} | {row.steps} | {row.batch} |" for n, row in (config.trained or {}).items())
-    measured = "\n".join(f"- {what}: {value}" for what, value in config.measured.items())
-    return CARD.format(
-        name=name,
-        about=config.about,
-        method=METHODS[family],
-        sprites=recipe.sprites,
-        how=trained,
-        phases=phases,
-        measured=measured or "nothing yet",
-    )
 
 
 if __name__ == "__main__":

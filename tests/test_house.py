@@ -24,7 +24,7 @@ LIBRARIES = {
     "tyro": "cli",
     "rich": "progress",
     "tokenizers": "text",
-    "huggingface_hub": "model.folder",
+    "huggingface_hub": "model.hub",
     "sqlalchemy": "serve.jobs",
     "fsspec": "serve.results",
     "prometheus_client": "serve.statistics",

@@ -969,7 +969,8 @@ def test_a_server_killed_and_started_again_finishes_what_was_asked(nano, tmp_pat
 
 
 def test_the_examples_of_the_readme_run_as_printed(nano, tmp_path):
-    """Both the lines of curl and the program of the client, but for the port, and the model that serves."""
+    """The lines of curl and the program of the client, but for the port, and the model that serves; and
+    examples/client.py."""
     if shutil.which("curl") is None:
         pytest.skip("there is no curl")
     pytest.importorskip("openai")
@@ -990,7 +991,11 @@ def test_the_examples_of_the_readme_run_as_printed(nano, tmp_path):
             subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
             made.append((tmp_path / "dog.mp4").read_bytes())
             (tmp_path / "dog.mp4").unlink()
-        assert made[0] == made[1] and b"ftyp" in made[0][:12]  # the same seed
+        example = Path(__file__).parent.parent / "examples" / "client.py"
+        address = f"http://127.0.0.1:{port}"
+        subprocess.run([sys.executable, example, address], cwd=tmp_path, check=True, timeout=120)
+        made.append((tmp_path / "client.mp4").read_bytes())
+        assert made[0] == made[1] == made[2] and b"ftyp" in made[0][:12]  # the same seed
         assert "event: progress" in (tmp_path / "progress.txt").read_text()
     finally:
         server.terminate()

@@ -1,19 +1,19 @@
 """Read GPT-2's word embedding, with which a regression model may start."""
 
-import re
 from pathlib import Path
 
 from torch import Tensor
 
-from cogvideo.model.folder import HUB_ID, ModelError, from_hub, read_tensor
+from cogvideo.model.folder import ModelError, read_tensor
+from cogvideo.model.hub import download, is_hub_id
 
 
 def read_embedding(where: str) -> Tensor:
     """Return GPT-2's embedding [ids, width] from a safetensors file, a folder with one, or a hub id. Raise
     ModelError if there is none."""
     path = Path(where).expanduser()
-    if not path.exists() and re.fullmatch(HUB_ID, where):
-        path = from_hub(where, ["model.safetensors"])
+    if is_hub_id(where):
+        path = download(where, ["model.safetensors"])
     if path.is_dir():
         path = path / "model.safetensors"
     embedding = read_tensor(path, "wte.weight")

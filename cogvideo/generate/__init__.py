@@ -11,5 +11,6 @@ parts        the stored parts of a model, each loaded when first needed
 int8         linear layers as a CPU computes them fastest
 cost         steps, bytes and memory, as arithmetic
 estimate     seconds on this machine
+publish       a folder ready for the hub
 reference    what the original's inference does otherwise than its training
 """

@@ -55,14 +55,16 @@ def load(
     device: torch.device | str = "cpu",
     dtype: str | None = None,
     reference_quirks: bool = False,
+    revision: str | None = None,
 ) -> Pipeline:
     """Open a model of any family: a shipped name, a folder, or a hub id.
 
     dtype: what the transformer computes with, float32, bfloat16 or int8; by default what is fastest.
     reference_quirks: also repeat what the original's inference does otherwise than its training
     (docs/original-weights.md).
+    revision: of a hub id: a branch, tag or commit; the same as MODEL@REVISION.
     """
-    folder = ModelFolder(find_model(model))
+    folder = ModelFolder(find_model(model if revision is None else f"{model}@{revision}"))
     if isinstance(folder.spec(), CogVideoSpec):
         return CogVideo(folder, device, dtype, reference_quirks)
     if reference_quirks:
@@ -115,10 +117,11 @@ class CogVideo(Pipeline):
         device: torch.device | str = "cpu",
         dtype: str | None = None,
         reference_quirks: bool = False,
+        revision: str | None = None,
     ) -> Pipeline:
         """Open a model, as `load` does: one of the regression family is a `RegressionPipeline`, which is
         called in the same way."""
-        return load(model, device, dtype, reference_quirks)
+        return load(model, device, dtype, reference_quirks, revision)
 
     # -- adapters
 

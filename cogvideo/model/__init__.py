@@ -15,5 +15,7 @@ config        frozen dataclasses from JSON: types, ranges, errors that name the 
 families      the parts of a model and their sizes
 presets       one table of models
 lora          low-rank adapters of some parts
+card          model cards
+hub           models and adapters on the hub
 folder        a model as a folder of safetensors, and its config.json
 """

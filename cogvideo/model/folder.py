@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from cogvideo.files import atomic_path, write_json
 from cogvideo.model.config import STAGES, ConfigError, SamplingConfig, TrainedPhase, read_table
 from cogvideo.model.families import FAMILIES, Spec, read_spec
+from cogvideo.model.hub import MODEL_FILES, download, is_hub_id
 from cogvideo.text import GPT2Tokenizer, TextTokenizer
 
-HUB_ID = r"[\w.-]+/[\w.-]+"  # owner/name
 SHIPPED = Path(__file__).parent.parent / "models"
 SCALE = ":scale"  # ends the names of the scales of a matrix that is stored as int8
 FORMER = {"regression": "direct"}  # part and family, as folders and states of 2026 call them
@@ -396,30 +396,19 @@ def shipped() -> list[str]:
 
 
 def find_model(name: str | Path) -> Path:
-    """The folder of a model: a shipped name, a folder, or the id of a repository on the hub
-    ("owner/name")."""
+    """The folder of a model: a shipped name, a folder, or the id of a repository on the hub ("owner/name" or
+    "owner/name@revision")."""
     if str(name) in shipped():
         return SHIPPED / str(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
-    if re.fullmatch(HUB_ID, str(name)) and not path.exists():
-        return from_hub(str(name), ["*.json", "*.safetensors", "text.model", "*.npy", "README.md"])
+    if is_hub_id(name):
+        return download(str(name), MODEL_FILES)
     raise ModelError(
         f"unknown model {str(name)!r}; choose one of {', '.join(shipped())}, or give a model folder "
-        f"or a hub id (owner/name)"
+        f"or a hub id (owner/name or owner/name@revision)"
     )
-
-
-def from_hub(name: str, files: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=files))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        why = str(error).splitlines()[0]
-        raise ModelError(f"{name} is no folder here, and the hub did not give it: {why}") from None
 
 
 def read_clusters(file: Path, codes: int) -> npt.NDArray[np.int64]:

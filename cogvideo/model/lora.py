@@ -13,7 +13,6 @@ that is smaller than half a step of the rounding would be lost.
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from cogvideo.model.families import Spec
-from cogvideo.model.folder import HUB_ID, ModelError, from_hub, read_about, read_state, write_state
+from cogvideo.model.folder import ModelError, read_about, read_state, write_state
+from cogvideo.model.hub import download, is_hub_id
 
 FILE = "pytorch_lora_weights.safetensors"
 A = ".lora_A.weight"
@@ -232,6 +232,6 @@ def find(where: str | Path) -> Path:
     for file in (path, path / FILE, path / "lora" / FILE):
         if file.is_file():
             return file
-    if re.fullmatch(HUB_ID, str(where)) and not path.exists():
-        return from_hub(str(where), [FILE]) / FILE
+    if is_hub_id(where):
+        return download(str(where), [FILE]) / FILE
     raise ModelError(f"there is no adapter at {where}; give {FILE}, its folder, or a hub id")
