@@ -254,9 +254,7 @@ def train(
     if lora is not None:
         base = recipes.of_adapters(base)
     chosen = base.changed(fields or {})
-    for name in phases:
-        chosen.phase(name)
-    some = [phase for phase in chosen.phases if not phases or phase.name in phases]
+    some = chosen.some(phases)
     options = Options(
         device=device,
         processes=processes,
@@ -678,9 +676,7 @@ def data_check(
     source = open_source(where, subset=subset)
     if not isinstance(source, Videos):
         raise ValueError(f"{where} is no folder, table or shard of videos; there is nothing to check")
-    rows = [phase for phase in chosen.phases if not phases or phase.name in phases]
-    for name in phases:
-        chosen.phase(name)
+    rows = chosen.some(phases)
     longest = presets.find(chosen.preset).text_config.text_len
     words = Words(lambda caption: len(caption.split()), longest, lambda caption: [])
     if init is not None:
@@ -696,8 +692,7 @@ def data_check(
         found = survey(source, {phase.name: phase.clips for phase in rows}, words, report)
     out.mkdir(parents=True, exist_ok=True)
     found.save(out / "check.json")
-    longest_clip = max((phase.clips for phase in rows), key=lambda clips: clips.keep or clips.frames)
-    sheet(source, found, longest_clip).save(out / "sheet.png")
+    sheet(source, found).save(out / "sheet.png")
     if not quiet:
         print(found.text())
         print(out / "sheet.png")

@@ -59,7 +59,9 @@ def test_one_triple_in_eight_is_held_out_and_never_drawn():
     with pytest.raises(ValueError, match="motions are"):
         fixed = {"sprite": triple.sprite, "motion": triple.motion, "place": triple.place}
         sample_scene(np.random.default_rng(0), ALL, **fixed)
-    for unknown in ({"sprite": "unicorn"}, {"motion": "sings"}, {"place": "attic"}):
+    with pytest.raises(ValueError, match="no sprite 'unicorn'; choose one of dog"):
+        sample_scene(np.random.default_rng(0), ALL, sprite="unicorn")
+    for unknown in ({"motion": "sings"}, {"place": "attic"}):
         with pytest.raises(ValueError, match="places are"):
             sample_scene(np.random.default_rng(0), ALL, **unknown)
 

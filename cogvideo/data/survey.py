@@ -146,8 +146,9 @@ def _counted(values: Iterable[str]) -> str:
     return ", ".join(named) + (" ..." if len(counts) > 5 else "")
 
 
-def sheet(source: Videos, found: Survey, spec: ClipSpec) -> Image.Image:
-    """The clips of the first videos as training sees them: a row each, with a caption under it."""
+def sheet(source: Videos, found: Survey) -> Image.Image:
+    """The longest clips of the first videos as training sees them: a row each, with a caption under it."""
+    spec = max(found.phases.values(), key=lambda clips: clips.keep or clips.frames)
     used = {row.name for row in found.used if row.phases}
     blocks: list[Image.Image] = []
     for index in range(source.count):

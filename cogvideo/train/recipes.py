@@ -16,6 +16,7 @@ and of the regression family, whose one model all phases train:
     high        all frames
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from cogvideo.data.cut import ClipSpec
@@ -41,6 +42,13 @@ class Recipe:
             f"no phase {name!r} in the recipe {self.name}; its phases are "
             f"{', '.join(p.name for p in self.phases)}"
         )
+
+    def some(self, names: Sequence[str]) -> list[Phase]:
+        """The phases with these names, in the order of the recipe; all if there are no names. ValueError for
+        an unknown one."""
+        for name in names:
+            self.phase(name)
+        return [phase for phase in self.phases if not names or phase.name in names]
 
     def changed(self, values: dict[str, str]) -> "Recipe":
         """With fields of phases set, as in {"image.steps": "100", "tokenizer.loss.temporal": "0"}. Only

@@ -24,7 +24,7 @@ from PIL import Image, ImageSequence
 from cogvideo.data.tinyworld.cast import FPS, LOOP
 from cogvideo.data.tinyworld.own import TABLE, Language, OwnPlace, OwnSprite, OwnTable, is_world, open_world
 from cogvideo.data.tinyworld.places import PLACES
-from cogvideo.data.tinyworld.words import known_verbs
+from cogvideo.data.tinyworld.words import article_of, known_verbs
 from cogvideo.files import atomic_path, write_json
 from cogvideo.model.config import ConfigError, read_table
 from cogvideo.video import Frames
@@ -367,7 +367,7 @@ def _sprite(stem: str, entry: SpriteEntry, loop: np.ndarray) -> OwnSprite:
         file=f"sprites/{stem}.png",
         bbox=_box(_visible(loop)),
         zh=entry.zh,
-        article=entry.article or ("an" if name[0].lower() in "aeiou" else "a"),
+        article=entry.article or article_of(name),
         measure=entry.measure,
         synonyms=entry.synonyms,
         synonyms_zh=entry.synonyms_zh,

@@ -184,7 +184,7 @@ def _inflect(does: str, form: str) -> str:
 
 
 def _article(name: str) -> str:
-    return "an" if name[0] in "aeiou" and name != "ewe" or name.startswith("xmas") else "a"
+    return "an" if name.startswith("xmas") else words.article_of(name)
 
 
 def _english(scene: Scene, rng: np.random.Generator) -> str:

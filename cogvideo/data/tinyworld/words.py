@@ -155,7 +155,7 @@ def inflect(verb: str, form: str) -> str:
 
 
 def _english(scene: Scene, rng: np.random.Generator, name: str, verb: str, phrase: str, there: str) -> str:
-    article = "an" if name[0] in "aeiou" and name != "ewe" else "a"
+    article = article_of(name)
     row = find(scene.sprite)
     if name == row["name"]:
         article = row["article"]
@@ -171,6 +171,12 @@ def _english(scene: Scene, rng: np.random.Generator, name: str, verb: str, phras
     if order < 0.70:
         return f"{there}, {who} {inflect(does, 's')}"
     return f"{who} {'is ' if order < 0.85 else ''}{inflect(does, 'ing')} {there}"
+
+
+def article_of(name: str) -> str:
+    """a or an, as the name sounds: an otter, a unicorn, a UFO."""
+    sounds_like_y = name.startswith(("uni", "eu", "ewe", "ute"))
+    return "an" if name[0] in "aeiou" and not sounds_like_y else "a"
 
 
 def measure_of(sprite: str, name: str) -> str:
