@@ -21,6 +21,7 @@ import tyro
 from tyro.conf import Fixed, Positional, Suppress, arg
 
 if TYPE_CHECKING:
+    from cogvideo.generate.bulk import Settings
     from cogvideo.generate.pipeline import Pipeline
 
 BATCH = 16  # videos per batch, saved before the next
@@ -46,6 +47,8 @@ def generate(
     reference_quirks: bool = False,
     ignore_memory: bool = False,
     keep: Path | None = None,
+    workers: int = 0,
+    ray: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Generate videos from a sentence.
@@ -71,10 +74,15 @@ def generate(
         reference_quirks: Reproduce where the original's inference differs from its training.
         ignore_memory: Run even if the model does not seem to fit into memory.
         keep: A folder for the tokens after every step; rerun with the same seed to resume an interrupted run.
+        workers: Processes that generate batches of 16 videos each. Default: this one.
+        ray: The address of a Ray cluster that generates, or local; its machines must see the model.
         quiet: Print nothing but errors.
     """
+    from cogvideo.cluster import check_workers
+    from cogvideo.generate.bulk import Settings, with_adapters
     from cogvideo.video import check_folder
 
+    check_workers(workers)
     if num_videos < 1:
         raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     lines = _read_prompts(prompt, prompts)
@@ -84,13 +92,33 @@ def generate(
         check_folder(keep)
 
     pipe = _open_pipeline(model, device, dtype, reference_quirks, threads)
-    _load_adapters(pipe, lora)
+    with_adapters(pipe, _read_adapters(lora))
     pipe.check_supported(keep=keep, num_videos_per_prompt=num_videos)
     _check_memory(pipe, model, len(asked), ignore_memory)
     _check_prompts(pipe, lines, prompts, quiet)
     seeds = pipe.new_seeds(seed, len(asked))
     if keep is not None and seed is None:
         raise ValueError("--keep needs --seed, for the same command must ask for the same videos")
+
+    if workers > 1 or ray is not None:
+        if keep is not None or not out.suffix:
+            raise ValueError(
+                "--workers and --ray write finished files; leave out --keep, and give --out a file"
+            )
+        settings = Settings(
+            model=model,
+            suffix=out.suffix,
+            num_frames=num_frames,
+            guidance_scale=guidance_scale,
+            image=image,
+            video=video,
+            device=device,
+            dtype=dtype,
+            reference_quirks=reference_quirks,
+            adapters=_read_adapters(lora),
+        )
+        _generate_elsewhere(settings, asked, seeds, paths, workers, ray, quiet)
+        return
 
     for first in range(0, len(asked), BATCH):
         clips = pipe(
@@ -109,6 +137,36 @@ def generate(
                 frames, height, width, _ = clip.frames.shape
                 used = "" if seeds is None else f", seed {seeds[i]}"
                 print(f"{paths[i]}  {frames} frames, {width}x{height}, {clip.fps:g} fps{used}")
+
+
+def _generate_elsewhere(
+    settings: "Settings",
+    prompts: list[str],
+    seeds: list[int] | None,
+    paths: list[Path],
+    workers: int,
+    ray: str | None,
+    quiet: bool,
+) -> None:
+    """Generate in several processes or on a cluster; each file is written when its batch has come."""
+    from cogvideo.files import atomic_path
+    from cogvideo.generate.bulk import Batch, generate_all
+    from cogvideo.progress import open_progress
+
+    each = max(1, min(BATCH, -(-len(prompts) // max(1, workers))))
+    batches = []
+    for first in range(0, len(prompts), each):
+        seed = None if seeds is None else seeds[first]
+        batches.append(Batch(settings, tuple(prompts[first : first + each]), seed))
+    done = 0
+    with open_progress(not quiet) as report:
+        for files in generate_all(batches, workers, ray):
+            for content in files:
+                with atomic_path(paths[done]) as part:
+                    part.write_bytes(content)
+                done += 1
+            if report is not None:
+                report("videos", done, len(prompts))
 
 
 def _output_files(out: Path, count: int) -> list[Path]:
@@ -137,22 +195,15 @@ def _open_pipeline(
     return load(model, device, dtype, reference_quirks)
 
 
-def _load_adapters(pipe: "Pipeline", asked: tuple[str, ...]) -> None:
-    """Load adapters, each WHERE or WHERE:WEIGHT."""
-    from cogvideo.generate.cogvideo import CogVideo
-
-    if not asked:
-        return
-    if not isinstance(pipe, CogVideo):
-        raise ValueError("--lora is for models of the family cogvideo")
-    weights = {}
-    for number, text in enumerate(asked):
+def _read_adapters(asked: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    """Adapters and their weights, each given as WHERE or WHERE:WEIGHT."""
+    adapters = []
+    for text in asked:
         where, _, weight = text.rpartition(":")
         if not where or not re.fullmatch(r"-?\d*\.?\d+", weight):
             where, weight = text, "1"
-        name = pipe.load_lora_weights(where, f"{number} {where}")
-        weights[name] = float(weight)
-    pipe.set_adapters([*weights], [*weights.values()])
+        adapters.append((where, float(weight)))
+    return tuple(adapters)
 
 
 def _check_memory(pipe: "Pipeline", model: str, count: int, ignore_memory: bool) -> None:
@@ -706,6 +757,8 @@ def data_tokenize(
     subset: Literal["training", "validation"] | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    workers: int = 0,
+    ray: str | None = None,
     quiet: bool = False,
 ) -> None:
     """Encode captioned videos once, into webdataset shards of codes that cogvideo train takes as --data.
@@ -719,10 +772,13 @@ def data_tokenize(
         subset: Of YouCook2. Default: training.
         device: Where to compute: cpu, cuda, mps.
         threads: CPU threads. Default: as many as there are idle cores.
+        workers: Processes that encode a shard of 64 videos each. Default: this one.
+        ray: The address of a Ray cluster that encodes, or local; its machines must see the videos.
         quiet: Print nothing but errors.
     """
     import torch
 
+    from cogvideo.cluster import check_workers
     from cogvideo.data.coded import digest, encode_frames, write_shards
     from cogvideo.data.sources import open_source
     from cogvideo.data.videos import Videos
@@ -735,6 +791,7 @@ def data_tokenize(
     source = open_source(where, subset=subset)
     if not isinstance(source, Videos):
         raise ValueError(f"{where} is no folder, table or shard of videos; there is nothing to encode")
+    check_workers(workers)
     folder = ModelFolder(find_model(model))
     check_folder(out)
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
@@ -742,7 +799,8 @@ def data_tokenize(
     vqvae = folder.load_as(VQVAE, "vqvae", find_device(device))
     size = folder.spec().resolution
     with open_progress(not quiet) as report:
-        table = write_shards(source, partial(encode_frames, vqvae), digest(vqvae), size, out, report)
+        encode = partial(encode_frames, vqvae)
+        table = write_shards(source, encode, digest(vqvae), size, out, report, workers, ray)
     if not quiet:
         print(f"{table.videos} videos in {out}, {len(table.skipped)} left out")
         for name, why in [*table.skipped.items()][:10]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cogvideo import Clip
+from cogvideo import Clip, cli
 
 
 def cogvideo(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
@@ -117,7 +117,7 @@ def test_estimate_tells_the_cost_without_any_weights():
 
 
 def test_a_model_that_does_not_fit_is_refused_with_the_table(nano, tmp_path, monkeypatch, capsys):
-    from cogvideo import cli, hardware
+    from cogvideo import hardware
 
     monkeypatch.setattr(hardware, "free_memory", lambda device="cpu": 1000.0)
     arguments = ["generate", "a dog", "-o", str(tmp_path / "a.gif"), "--model", str(nano), "--quiet"]
@@ -130,3 +130,23 @@ def test_a_model_that_does_not_fit_is_refused_with_the_table(nano, tmp_path, mon
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--ignore-memory", "--num-frames", "5"])
     cli.main()
     assert (tmp_path / "a.gif").exists()
+
+
+def test_processes_generate_the_same_files(nano, tmp_path, monkeypatch):
+    """Video i has seed + i, whoever generates it."""
+    (tmp_path / "prompts.txt").write_text("a dog runs to the right\na cat spins\na horse jumps\n")
+
+    def generate(name, *more):
+        (tmp_path / name).mkdir()
+        command = ["cogvideo", "generate", "--prompts", str(tmp_path / "prompts.txt"), "--model", str(nano)]
+        command += ["-o", str(tmp_path / name / "v.png"), "--seed", "5", "--quiet", *more]
+        monkeypatch.setattr(sys, "argv", command)
+        cli.main()
+        return [file.read_bytes() for file in sorted((tmp_path / name).iterdir())]
+
+    alone = generate("alone")
+    assert len(alone) == 3 and generate("processes", "--workers", "2") == alone
+    with pytest.raises(SystemExit):
+        generate("kept", "--workers", "2", "--keep", str(tmp_path / "drafts"))
+    with pytest.raises(SystemExit):
+        generate("many", "--workers", "1000")

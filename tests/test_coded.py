@@ -3,6 +3,8 @@
 import dataclasses
 import sys
 import tarfile
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,3 +197,37 @@ def test_the_command_writes_shards_that_train_takes(folder, nano, tmp_path, monk
     with tarfile.open(out / "000000.tar") as tar:
         names = tar.getnames()
     assert sum(name.endswith(".codes.npy") for name in names) == 5
+
+
+def test_processes_and_a_cluster_write_the_same_shards(folder, vqvae, tmp_path, monkeypatch):
+    """Two processes; then Ray on two raylets of this machine, of which one is killed in the middle."""
+    monkeypatch.setattr(coded, "VIDEOS_A_SHARD", 1)
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parent.parent))
+    encode = partial(encode_frames, vqvae)
+
+    def write(name, **how):
+        out = tmp_path / name
+        write_shards(open_source(folder), encode, digest(vqvae), 16, out, **how)
+        return {file.name: file.read_bytes() for file in sorted(out.glob("*.tar"))}
+
+    alone = write("alone")
+    assert len(alone) == 6 and write("processes", workers=2) == alone
+    pytest.importorskip("ray", reason='Ray is not installed: pip install "cogvideo[cluster]"')
+    import ray
+    from ray.cluster_utils import Cluster
+
+    soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}  # to notice a lost machine
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        other = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+
+        def lose(task, done, total):
+            if done == 1:
+                cluster.remove_node(other, allow_graceful=False)
+
+        assert write("cluster", ray=cluster.address, progress=lose) == alone
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

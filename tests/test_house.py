@@ -7,7 +7,7 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "cogvideo"
 FLOORS = [
-    {"files", "hardware", "layout", "progress", "text", "video"},
+    {"cluster", "files", "hardware", "layout", "progress", "text", "video"},
     {"model"},
     {"convert", "data"},
     {"generate"},
@@ -23,6 +23,7 @@ LIBRARIES = {
     "safetensors": "model.folder",
     "tyro": "cli",
     "rich": "progress",
+    "ray": "cluster",
     "tokenizers": "text",
     "huggingface_hub": "model.hub",
     "sqlalchemy": "serve.jobs",

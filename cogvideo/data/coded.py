@@ -14,6 +14,7 @@ import json
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cogvideo.cluster import spread
 from cogvideo.data.videos import CaptionedVideo, Videos
 from cogvideo.files import atomic_path, write_json
 from cogvideo.model.config import ConfigError, read_table
@@ -33,6 +35,7 @@ FPS = 8.0
 RATES = (8.0, 4.0, 2.0, 1.0)  # the first at which a video has a frame for every time
 VIDEOS_A_SHARD = 64
 TOGETHER = 32  # frames encoded at a time
+SKIPPED = "skipped"  # member of a shard: the videos of its numbers that cannot be used
 
 Codes = npt.NDArray[np.uint16]  # [F, N]
 Encode = Callable[[Frames], Codes]  # frames [F, size, size, 3] to codes
@@ -69,9 +72,17 @@ def digest(vqvae: VQVAE) -> str:
 
 
 def write_shards(
-    source: Videos, encode: Encode, tokenizer: str, size: int, out: Path, progress: Progress | None = None
+    source: Videos,
+    encode: Encode,
+    tokenizer: str,
+    size: int,
+    out: Path,
+    progress: Progress | None = None,
+    workers: int = 0,
+    ray: str | None = None,
 ) -> Table:
-    """Encode every video of a source into shards in `out`; those that are there already are kept.
+    """Encode every video of a source into shards in `out`; those that are there already are kept. `workers`
+    processes, or the machines of a Ray cluster, encode a shard each (`cluster.spread`).
 
     ValueError if `out` holds shards of other videos or another tokenizer, or if no video can be used.
     """
@@ -87,17 +98,23 @@ def write_shards(
     else:
         write_json(begun, now)
 
+    shards = _shards(source.count)
+    missing = [name for name in shards if not (out / name).exists()]
+    done = source.count - sum(len(shards[name]) for name in missing)
+    encode_shard = partial(_encode_shard, source, encode, size)
+    contents = spread(encode_shard, [shards[name] for name in missing], workers, ray)
+    for name, content in zip(missing, contents):
+        with atomic_path(out / name) as part:
+            part.write_bytes(content)
+        done += len(shards[name])
+        if progress is not None:
+            progress("videos", done, source.count)
+
     skipped = dict(source.skipped)
     written = 0
-    for first in range(0, source.count, VIDEOS_A_SHARD):
-        shard = out / f"{first // VIDEOS_A_SHARD:06d}.tar"
-        if not shard.exists():
-            _write_shard(shard, source, range(first, min(first + VIDEOS_A_SHARD, source.count)), encode, size)
-        rows = _read_index(shard)
-        written += len(rows)
-        skipped |= _skipped_in(shard)
-        if progress is not None:
-            progress("videos", min(first + VIDEOS_A_SHARD, source.count), source.count)
+    for name in shards:
+        written += len(_read_index(out / name))
+        skipped |= _skipped_in(out / name)
     if not written:
         reasons = "; ".join(f"{name}: {why}" for name, why in [*skipped.items()][:3])
         raise ValueError(f"none of the {source.count} videos can be used: {reasons}")
@@ -106,9 +123,19 @@ def write_shards(
     return table
 
 
-def _write_shard(shard: Path, source: Videos, numbers: Sequence[int], encode: Encode, size: int) -> None:
+def _shards(count: int) -> dict[str, range]:
+    """The numbers of the videos of each shard, by its file."""
+    shards = {}
+    for first in range(0, count, VIDEOS_A_SHARD):
+        shards[f"{first // VIDEOS_A_SHARD:06d}.tar"] = range(first, min(first + VIDEOS_A_SHARD, count))
+    return shards
+
+
+def _encode_shard(source: Videos, encode: Encode, size: int, numbers: Sequence[int]) -> bytes:
+    """The content of a shard."""
     skipped = {}
-    with atomic_path(shard) as part, tarfile.open(part, "w") as tar:
+    shard = io.BytesIO()
+    with tarfile.open(fileobj=shard, mode="w") as tar:
         for number in numbers:
             try:
                 video = source[number]
@@ -122,9 +149,7 @@ def _write_shard(shard: Path, source: Videos, numbers: Sequence[int], encode: En
             _add(tar, f"{number:08d}.codes.npy", content.getvalue())
             _add(tar, f"{number:08d}.json", json.dumps(asdict(stored), ensure_ascii=False).encode())
         _add(tar, SKIPPED, json.dumps(skipped, ensure_ascii=False).encode())
-
-
-SKIPPED = "skipped"  # member of a shard: the videos of its numbers that cannot be used
+    return shard.getvalue()
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogvideo.cluster import check_workers
 from cogvideo.data.tinyworld.own import is_world
 from cogvideo.eval import metrics, tinyworld
 from cogvideo.eval.clips import Item, choose, find_items, pair
@@ -68,8 +69,7 @@ class Request:
                 f"scorer must be one of {', '.join(SCORERS)} or a folder that cogvideo data world wrote; "
                 f"got {self.scorer!r}"
             )
-        if not 0 <= self.workers <= 256:
-            raise ValueError(f"workers must be from 0 to 256; got {self.workers}")
+        check_workers(self.workers)
         if self.reference is None and self.paired:
             raise ValueError("pairs need a reference")
         if not self.extractors:

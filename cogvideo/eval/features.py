@@ -9,17 +9,15 @@ clips is fast.
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from multiprocessing import get_context
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
-import torch
 
+from cogvideo.cluster import spread
 from cogvideo.eval import metrics
 from cogvideo.eval.clips import Item
 from cogvideo.eval.extractors import Extractor, find_extractor
@@ -67,44 +65,11 @@ def run(
     report: Callable[[int], None] | None = None,
 ) -> Iterator[Row]:
     """The rows of all jobs, in order: here, in `workers` processes, or on the Ray cluster at `address`."""
-    if address is not None:
-        rows = _run_on_ray(jobs, address)
-    elif workers > 1:
-        rows = _run_in_processes(jobs, workers)
-    else:
-        rows = map(work, jobs)
+    rows = spread(work, jobs, workers, address)
     for done, row in enumerate(rows, 1):
         if report is not None:
             report(done)
         yield row
-
-
-def _run_in_processes(jobs: Sequence[Job], workers: int) -> Iterator[Row]:
-    start = partial(torch.set_num_threads, 1)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start) as pool:
-        yield from pool.map(work, jobs, chunksize=4)
-
-
-def _run_on_ray(jobs: Sequence[Job], address: str) -> Iterator[Row]:
-    """Ray Data moves the jobs to the machines, which must see the videos under the same paths; it repeats
-    those of a lost machine."""
-    try:
-        import ray
-    except ImportError:
-        raise ValueError('a cluster needs Ray: pip install "cogvideo[cluster]"') from None
-    if not ray.is_initialized():
-        ray.init(address=None if address == "local" else address, log_to_driver=False)
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
-    dataset = ray.data.from_items([{"job": job} for job in jobs]).map(_work_on_ray)
-    for result in dataset.iter_rows():
-        yield result["row"]
-
-
-def _work_on_ray(given: dict[str, object]) -> dict[str, object]:
-    torch.set_num_threads(1)
-    job = given["job"]
-    assert isinstance(job, Job)
-    return {"row": work(job)}
 
 
 @lru_cache(16)
