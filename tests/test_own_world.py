@@ -279,12 +279,16 @@ def test_the_command_makes_a_world_that_evaluate_takes(art, tmp_path, monkeypatc
 
     report = tmp_path / "report.json"
     clips = str(out / "held_out")
-    command = ["cogvideo", "evaluate", clips, "-o", str(report), "--scorer", str(out), "--few", "--quiet"]
+    command = ["cogvideo", "evaluate", clips, "-o", str(report), "--scorer", f"{out}/", "--few", "--quiet"]
     command += ["--preset", "tinyworld"]
     command += ["--cache", str(tmp_path / "cache")]
     monkeypatch.setattr(sys, "argv", command)
     cli.main()
+    first = json.loads(report.read_text())
     assert "sprite right (%)" in report.read_text()
+    cli.main()  # from the cache
+    again = json.loads(report.read_text())
+    assert again["adherence"] == first["adherence"] and again["clips"] == first["clips"]
     (out / "judge.safetensors").unlink()
     with pytest.raises(SystemExit):
         cli.main()

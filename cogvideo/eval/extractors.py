@@ -167,8 +167,9 @@ class TinyWorldJudge(Extractor):
 class WorldJudge(TinyWorldJudge):
     """The classifier of a user's world."""
 
-    def __init__(self, folder: Path):
-        self.name = str(folder)
+    def __init__(self, name: str):
+        folder = Path(name)
+        self.name = name
         self.distance = f"Frechet distance (judge of {folder.name}, 128)"
         self.file = tinyworld.judge_of(folder)
 
@@ -421,7 +422,7 @@ def find_extractor(name: str, weights: Mapping[str, Path]) -> Extractor:
     if name in SHIPPED:
         return SHIPPED[name]()
     if is_world(name):
-        return WorldJudge(Path(name))
+        return WorldJudge(name)
     if name not in FROM_FILES:
         raise ValueError(f"unknown extractor {name!r}; choose one of {', '.join((*SHIPPED, *FROM_FILES))}")
     published = PUBLISHED[name]

@@ -144,7 +144,7 @@ def _read(cache: Path | None, key: str) -> Row | None:
             features = {}
             for name in stored.files:
                 if name.startswith("features/"):
-                    _, extractor, kind = name.split("/")
+                    extractor, _, kind = name.removeprefix("features/").rpartition("/")
                     features[extractor, kind] = stored[name]
             measures = dict(zip(MEASURES, stored["measures"].tolist()))
             return Row(str(stored["digest"]), measures, features)
