@@ -90,9 +90,13 @@ def generate(
     paths = _output_files(out, len(asked))
     if keep is not None:
         check_folder(keep)
+    elsewhere = workers > 1 or ray is not None
+    if elsewhere and (keep is not None or not out.suffix):
+        raise ValueError("--workers and --ray write whole files; leave out --keep, and give --out a file")
 
     pipe = _open_pipeline(model, device, dtype, reference_quirks, threads)
-    with_adapters(pipe, _read_adapters(lora))
+    adapters = _read_adapters(lora)
+    with_adapters(pipe, adapters)
     pipe.check_supported(keep=keep, num_videos_per_prompt=num_videos)
     _check_memory(pipe, model, len(asked), ignore_memory)
     _check_prompts(pipe, lines, prompts, quiet)
@@ -100,11 +104,7 @@ def generate(
     if keep is not None and seed is None:
         raise ValueError("--keep needs --seed, for the same command must ask for the same videos")
 
-    if workers > 1 or ray is not None:
-        if keep is not None or not out.suffix:
-            raise ValueError(
-                "--workers and --ray write finished files; leave out --keep, and give --out a file"
-            )
+    if elsewhere:
         settings = Settings(
             model=model,
             suffix=out.suffix,
@@ -115,7 +115,7 @@ def generate(
             device=device,
             dtype=dtype,
             reference_quirks=reference_quirks,
-            adapters=_read_adapters(lora),
+            adapters=adapters,
         )
         _generate_elsewhere(settings, asked, seeds, paths, workers, ray, quiet)
         return
@@ -167,6 +167,9 @@ def _generate_elsewhere(
                 done += 1
             if report is not None:
                 report("videos", done, len(prompts))
+    if not quiet:
+        used = "" if seeds is None else f", seeds {seeds[0]} to {seeds[-1]}"
+        print(f"{paths[0]} to {paths[-1]}{used}")
 
 
 def _output_files(out: Path, count: int) -> list[Path]:
