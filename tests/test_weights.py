@@ -183,3 +183,12 @@ def test_a_folder_is_replaced_at_the_end(tmp_path, before):
     expected = {**(before or {}), "a": "new"}
     assert {path.name: path.read_text() for path in target.iterdir()} == expected
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_part_is_as_readable_as_its_folder(tmp_path):
+    """safetensors writes files that only their owner can read."""
+    folder = ModelFolder(tmp_path)
+    for mode, due in ((0o755, 0o644), (0o700, 0o600)):
+        tmp_path.chmod(mode)
+        folder.save("vqvae", torch.nn.Linear(2, 2))
+        assert (tmp_path / "vqvae.safetensors").stat().st_mode & 0o777 == due

@@ -292,8 +292,7 @@ class ModelFolder:
         if dtype is not None:
             kept = {k: v for k, v in state.items() if k.endswith(SCALE)}
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()} | kept
-        with atomic_path(self.file(part)) as file:
-            save_file(state, file)
+        write_state(self.file(part), state)
 
     def write(self, part: str, pieces: dict[str, Piece]) -> int:
         """Write a part, building one tensor at a time. Return the bytes of all tensors."""
@@ -364,6 +363,7 @@ def write_state(file: Path, state: Mapping[str, Tensor], about: dict[str, str] |
     """Store tensors as safetensors, with texts `about` them."""
     with atomic_path(file) as part:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, about)
+        part.chmod(file.parent.stat().st_mode & 0o666)  # as its folder; safetensors lets nobody else read it
 
 
 def read_about(file: Path) -> dict[str, str]:
