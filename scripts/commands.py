@@ -102,6 +102,8 @@ SHORTENED = {
     "cogvideo evaluate generated/ reference/ -o report.json --ray ADDRESS": Shorter(
         (("ADDRESS", "local"),), "--few"
     ),
+    "cogvideo train tiny --init tiny --data my_videos/ --lora 16 --phases image --image.steps 400 "
+    "--out runs/unicorn": nano(("400", "4")),
     "cogvideo push runs/tiny/model user/name": Shorter(by="tests/test_hub.py"),
     "cogvideo push runs/lora/lora user/adapter": Shorter(by="tests/test_hub.py"),
     "python examples/first_video.py": nano(("examples", f"{ROOT}/examples")),
