@@ -111,16 +111,19 @@ def cut_clip(video: Video, spec: ClipSpec, rng: np.random.Generator) -> Sample:
         start = rng.uniform(0, max(video.seconds - span, 0))
         times = np.minimum(start + np.arange(spec.keep or spec.frames) / fps, video.seconds)
         try:
+            codes = None
+            frames: tuple[Frames, ...] = ()
             if isinstance(video, CodedVideo) and not spec.crop:
-                return Sample(video.caption(rng), span, (), codes=video.codes(times))
-            frames = tuple(video.frames(times, size) for size in spec.sizes)
+                codes = video.codes(times)
+            else:
+                frames = tuple(video.frames(times, size) for size in spec.sizes)
         except TooFewFrames:
             if fps == min(fitting):
                 raise
             continue
 
         cover = _cover(video, times, spec.cover) if spec.cover else None
-        sample = Sample(video.caption(rng), span, frames, cover)
+        sample = Sample(video.caption(rng), span, frames, cover, codes)
         return _crop(sample, spec, rng) if spec.crop else sample
     raise AssertionError  # the lowest fps returns or raises
 
