@@ -30,8 +30,9 @@ from benchmarks.rivals.contest import Size, prompts
 from benchmarks.rivals.ours import Ours
 from benchmarks.rivals.phased import Part
 from cogvideo.eval import tinyworld
-from cogvideo.eval.extractors import TinyWorldJudge, file_digest
+from cogvideo.eval.extractors import TinyWorldJudge
 from cogvideo.eval.protocol import Protocol
+from cogvideo.files import file_digest
 from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import ModelFolder
 

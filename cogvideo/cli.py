@@ -766,7 +766,7 @@ def data_tokenize(
 ) -> None:
     """Encode captioned videos once, into webdataset shards of codes that cogvideo train takes as --data.
 
-    An interrupted call goes on when it is repeated; each video is encoded once.
+    An interrupted call resumes when it is repeated; each video is encoded once.
 
     Args:
         where: What cogvideo train takes as --data: a folder of captioned videos, a table, shards.
@@ -821,7 +821,7 @@ def data_world(
     """Make a world to train on from pictures with transparency. docs/own-world.md explains it.
 
     Writes the world, sheet.png to look at, clips and captions that training leaves out, and a judge of this
-    world's clips. An interrupted call goes on when it is repeated.
+    world's clips. An interrupted call resumes when it is repeated.
 
     Args:
         art: A folder of pictures or animations (png, gif, webp, apng), with backgrounds/ and world.toml if

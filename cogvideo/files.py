@@ -1,5 +1,6 @@
 """Write files and folders completely or not at all: under a temporary name, renamed at the end."""
 
+import hashlib
 import json
 import math
 import os
@@ -46,6 +47,19 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder by name."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    sha = hashlib.sha256()
+    for file in files:
+        if path.is_dir():
+            sha.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                sha.update(block)
+    return sha.hexdigest()
 
 
 @contextmanager

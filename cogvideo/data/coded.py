@@ -5,8 +5,8 @@
     tokens.json                 the tokenizer's digest, the videos that were left out and why
     000000.tar ...              of every video KEY.codes.npy, uint16 [F, N], and KEY.json: captions and fps
 
-Codes are of frames at `FPS`, or fewer a second where a video has fewer; clips at lower rates are cut out of
-them. A shard is written completely or not at all, so an interrupted call goes on with the next one.
+Codes are of 8 frames a second, or of fewer where a video has fewer; clips at lower rates are cut out of
+them. A shard is written completely or not at all, so an interrupted call resumes at the next one.
 """
 
 import io
@@ -23,15 +23,14 @@ import numpy.typing as npt
 import torch
 
 from cogvideo.cluster import spread
-from cogvideo.data.videos import CaptionedVideo, Videos
+from cogvideo.data.videos import CaptionedVideo, Videos, choose_caption
 from cogvideo.files import atomic_path, write_json
 from cogvideo.model.config import ConfigError, read_table
-from cogvideo.model.vqvae import VQVAE
+from cogvideo.model.vqvae import VQVAE, to_images
 from cogvideo.progress import Progress
 from cogvideo.video import Frames, TooFewFrames
 
 TABLE = "tokens.json"
-FPS = 8.0
 RATES = (8.0, 4.0, 2.0, 1.0)  # the first at which a video has a frame for every time
 VIDEOS_A_SHARD = 64
 TOGETHER = 32  # frames encoded at a time
@@ -187,8 +186,7 @@ def _encode_frames_at(times: np.ndarray, video: CaptionedVideo, encode: Encode, 
 def encode_frames(vqvae: VQVAE, frames: Frames) -> Codes:
     """Frames [F, size, size, 3] to codes [F, N]."""
     device = next(vqvae.parameters()).device
-    images = torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255
-    codes: Codes = vqvae.encode(images).cpu().numpy().astype(np.uint16)
+    codes: Codes = vqvae.encode(to_images(frames).to(device)).cpu().numpy().astype(np.uint16)
     return codes
 
 
@@ -245,7 +243,7 @@ class CodedClip:
         return (len(self.codes_at_fps) - 1) / self.fps
 
     def caption(self, rng: np.random.Generator) -> str:
-        return self.captions[rng.integers(len(self.captions))]
+        return choose_caption(self.captions, rng)
 
     def frames(self, times: Sequence[float] | np.ndarray, size: int) -> Frames:
         raise ValueError("of these videos only codes are stored; this phase needs their frames")
@@ -276,8 +274,7 @@ class CodedVideos:
         return self.rows[index].stored.name
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
-        captions = self.rows[index].stored.captions
-        return captions[rng.integers(len(captions))]
+        return choose_caption(self.rows[index].stored.captions, rng)
 
     def __getitem__(self, index: int) -> CodedClip:
         """Raise ValueError, with the name of the shard, if it is damaged."""

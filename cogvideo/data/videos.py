@@ -32,7 +32,7 @@ class CaptionedVideo:
         return self.video.fps
 
     def caption(self, rng: np.random.Generator) -> str:
-        return _choose(self.captions, rng)
+        return choose_caption(self.captions, rng)
 
     def frames(self, times: Sequence[float] | np.ndarray, size: int) -> Frames:
         """uint8 [F, size, size, 3] at `times` (seconds)."""
@@ -89,7 +89,7 @@ class Videos:
         return self.entries[index].name
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
-        return _choose(self.entries[index].captions, rng)
+        return choose_caption(self.entries[index].captions, rng)
 
     def __getitem__(self, index: int) -> CaptionedVideo:
         """Raise ValueError, with the name of the video, if it cannot be read."""
@@ -106,5 +106,6 @@ class Videos:
         return CaptionedVideo(video, entry.captions, entry.start, entry.end)
 
 
-def _choose(captions: tuple[str, ...], rng: np.random.Generator) -> str:
+def choose_caption(captions: tuple[str, ...], rng: np.random.Generator) -> str:
+    """One of the captions of a video, at random."""
     return captions[rng.integers(len(captions))]

@@ -5,7 +5,6 @@ missing one is an error that says where it is published and where to put it. Dis
 network: only that of I3D is the field's FVD.
 """
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from cogvideo.data.tinyworld.own import is_world
 from cogvideo.eval import tinyworld
 from cogvideo.eval.protocol import Protocol
+from cogvideo.files import file_digest
 from cogvideo.model.features import ImageFeatures
 from cogvideo.model.folder import read_state
 from cogvideo.model.vqvae import to_images
@@ -93,19 +93,6 @@ class Extractor(ABC):
         raise NotImplementedError
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder by name."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    sha = hashlib.sha256()
-    for file in files:
-        if path.is_dir():
-            sha.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                sha.update(block)
-    return sha.hexdigest()
-
-
 class Lite0(Extractor):
     """Channel means of three early layers of EfficientNet-Lite0 over each frame (80 numbers): their mean over
     the clip, and the mean size of their change from frame to frame. It sees texture and colour, and that
@@ -175,7 +162,7 @@ class WorldJudge(TinyWorldJudge):
 
     @cached_property
     def classes(self) -> tinyworld.Classes:
-        return tinyworld.classes(self.file)
+        return tinyworld.Classes.of(self.file.parent)
 
 
 class FileExtractor(Extractor):

@@ -1,6 +1,6 @@
 """The judge of the tiny world: a small classifier that says which sprite moves how, and where, in a clip.
 
-`judge_training.py` trains it, on rendered clips alone; a user's world has one of its own. Its features give a
+`judge_training.py` trains it, on rendered clips alone; a user's world has its own judge. Its features give a
 Frechet distance of its own name, and `Asked` compares what it sees with what a caption asks for
 (`data/tinyworld/reading.py`).
 
@@ -150,9 +150,9 @@ class Classes:
         return known.index(value) if value in known else -1
 
 
-def classes(judge: str | Path | None = None) -> Classes:
-    """Those of the shipped judge, or of the world that `judge` lies in."""
-    return Classes(sprites(None)) if judge is None else Classes.of(Path(judge).parent)
+def classes() -> Classes:
+    """Those of the shipped judge."""
+    return Classes(sprites(None))
 
 
 def judge_of(folder: str | Path) -> Path:

@@ -100,11 +100,11 @@ class LoadedParts:
 
     def adapt(self, adapters: Sequence[tuple[Adapter, float]]) -> None:
         """Generate with these adapters, each times its weight; the parts that change are loaded again."""
-        changed = {part for adapter, _ in (*self.adapters, *adapters) for part in adapter.parts}
         if tuple(adapters) == self.adapters:
             return
+        changed = {part for adapter, _ in (*self.adapters, *adapters) for part in adapter.parts}
         self.adapters = tuple(adapters)
-        if changed & {"base"}:
+        if "base" in changed:
             changed |= {"image", *CHANNELS}  # which are built on the base
         for part in changed:
             vars(self).pop(part, None)

@@ -1,14 +1,15 @@
 """Models and adapters on the Hugging Face hub: downloads and uploads.
 
-A download goes to the hub's cache: what is there is used without a network, what was interrupted resumes.
-Large files are checked once against the SHA-256 that the hub names for them.
+Downloads go to the hub's cache. Cached files need no network, and an interrupted download resumes. Large
+files are checked once against the SHA-256 that the hub names for them.
 """
 
-import hashlib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from cogvideo.files import file_digest
 
 HUB_ID = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"  # owner/name, and a branch, tag or commit if not the newest is meant
 MODEL_FILES = ("*.json", "*.safetensors", "text.model", "*.npy", "README.md", "*.webp")
@@ -51,11 +52,7 @@ def check_download(file: Path) -> None:
     now = f"{stat.st_size} {stat.st_mtime_ns}"
     if mark.exists() and mark.read_text() == now:
         return
-    with blob.open("rb") as stream:
-        sha = hashlib.sha256()
-        while block := stream.read(1 << 22):
-            sha.update(block)
-    if sha.hexdigest() != blob.name:
+    if file_digest(blob) != blob.name:
         raise HubError(f"the download of {file.name} is damaged; delete {blob} and try again")
     with suppress(OSError):  # of a cache that cannot be written
         mark.write_text(now)

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from cogvideo.model.config import ConfigError, read_table
+from cogvideo.model.config import read_table
 
 TABLE = "world.json"
 JUDGE = "judge.safetensors"
@@ -128,8 +128,6 @@ def open_world(folder: str | Path) -> OwnWorld:
         table = read_table(OwnTable, json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {TABLE}; cogvideo data world writes one") from None
-    except ConfigError as error:
-        raise ValueError(f"cannot read {file}: {error}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {file}: {error}") from error
 
