@@ -23,6 +23,7 @@ from tyro.conf import Fixed, Positional, Suppress, arg
 if TYPE_CHECKING:
     from cogvideo.generate.bulk import Settings
     from cogvideo.generate.pipeline import Pipeline
+    from cogvideo.generate.torchrun import Slices
 
 BATCH = 16  # videos per batch, saved before the next
 Short = Annotated[Path, arg(aliases=["-o"])]
@@ -49,9 +50,12 @@ def generate(
     keep: Path | None = None,
     workers: int = 0,
     ray: str | None = None,
+    slices: int = 1,
     quiet: bool = False,
 ) -> None:
     """Generate videos from a sentence.
+
+    Started by torchrun, each process generates some of the videos.
 
     Args:
         prompt: A sentence about the video, in English or Chinese.
@@ -76,10 +80,12 @@ def generate(
         keep: A folder for the tokens after every step; rerun with the same seed to resume an interrupted run.
         workers: Processes that generate batches of 16 videos each. Default: this one.
         ray: The address of a Ray cluster that generates, or local; its machines must see the model.
+        slices: Processes of torchrun that share every matrix of the model, and so its memory.
         quiet: Print nothing but errors.
     """
     from cogvideo.cluster import check_workers
     from cogvideo.generate.bulk import Settings, with_adapters
+    from cogvideo.generate.torchrun import join
     from cogvideo.video import check_folder
 
     check_workers(workers)
@@ -94,7 +100,12 @@ def generate(
     if elsewhere and (keep is not None or not out.suffix):
         raise ValueError("--workers and --ray write whole files; leave out --keep, and give --out a file")
 
-    pipe = _open_pipeline(model, device, dtype, reference_quirks, threads)
+    if slices > 1 and keep is not None:
+        raise ValueError("--slices compute in step and cannot resume alone; leave out --keep")
+    place, device = join(device, slices)
+    if place.count > 1 and seed is None:
+        raise ValueError("several processes need --seed: each must know the numbers of all videos")
+    pipe = _open_pipeline(model, device, dtype, reference_quirks, threads, place.slices)
     adapters = _read_adapters(lora)
     with_adapters(pipe, adapters)
     pipe.check_supported(keep=keep, num_videos_per_prompt=num_videos)
@@ -120,17 +131,20 @@ def generate(
         _generate_elsewhere(settings, asked, seeds, paths, workers, ray, quiet)
         return
 
-    for first in range(0, len(asked), BATCH):
+    batch = min(BATCH, -(-len(asked) // place.count))
+    for first in range(place.number * batch, len(asked), place.count * batch):
         clips = pipe(
-            asked[first : first + BATCH],
+            asked[first : first + batch],
             image=image,
             video=video,
             num_frames=num_frames,
             guidance_scale=guidance_scale,
             seed=None if seeds is None else seeds[first],
-            progress=not quiet,
+            progress=not quiet and place.number == 0 and place.writes,
             keep=keep,
         )
+        if not place.writes:
+            continue
         for i, clip in enumerate(clips, first):
             clip.save(paths[i])
             if not quiet:
@@ -185,7 +199,12 @@ def _output_files(out: Path, count: int) -> list[Path]:
 
 
 def _open_pipeline(
-    model: str, device: str, dtype: str | None, reference_quirks: bool, threads: int | None
+    model: str,
+    device: str,
+    dtype: str | None,
+    reference_quirks: bool,
+    threads: int | None,
+    slices: "Slices | None" = None,
 ) -> "Pipeline":
     """The model, on as many threads as there are idle cores."""
     import torch
@@ -195,7 +214,7 @@ def _open_pipeline(
 
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or min(torch.get_num_threads(), idle_cores()))
-    return load(model, device, dtype, reference_quirks)
+    return load(model, device, dtype, reference_quirks, slices=slices)
 
 
 def _read_adapters(asked: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
@@ -256,6 +275,8 @@ def train(
     device: str = "auto",
     processes: int | None = None,
     shard: bool = False,
+    mesh: str | None = None,
+    accumulate: int = 1,
     recompute: bool = False,
     compile: bool = False,
     workers: int | None = None,
@@ -286,6 +307,10 @@ def train(
         processes: Processes that share the work. Default: one an idle core on a CPU, else one.
         shard: Split the weights over the processes instead of keeping all in each. Default if they would not
             fit otherwise.
+        mesh: Processes as DATAxSHARDxTENSOR, as in 2x4x8: copies of the model, shards of its weights, slices
+            of its matrices; or SHARDxTENSOR, as in 4x8. Default: copies, or with --shard shards.
+        accumulate: Parts in which each process computes its clips of a step, one after another, to save
+            memory.
         recompute: Recompute the transformer's activations in the backward pass, to save memory.
         compile: Compile the transformer's blocks.
         workers: Processes that read or render clips in advance, for each training process. Default: 0 on a
@@ -301,6 +326,7 @@ def train(
     from cogvideo.model import presets
     from cogvideo.model.folder import ModelFolder, find_model
     from cogvideo.train import loop, recipes
+    from cogvideo.train.parallel import MeshShape
     from cogvideo.train.preview import probe
     from cogvideo.train.run import Options, Run
 
@@ -313,6 +339,8 @@ def train(
         device=device,
         processes=processes,
         shard=shard,
+        mesh=MeshShape.parse(mesh) if mesh else None,
+        accumulate=accumulate,
         recompute=recompute,
         compile=compile,
         workers=workers,
@@ -342,12 +370,14 @@ def estimate(
     data: str = "tinyworld",
     device: str = "auto",
     processes: int | None = None,
+    mesh: str | None = None,
     fields: Suppress[Fixed[dict[str, str] | None]] = None,
 ) -> None:
     """Estimate what generation costs, without loading anything: memory, steps, bytes to read, seconds.
 
     With --train RECIPE, hours of training on this machine, measured by a few steps of each phase; fields of
-    phases are set as for `cogvideo train`.
+    phases are set as for `cogvideo train`. With --mesh, the bytes of each process of such a mesh instead,
+    laid out without memory.
 
     Args:
         model: A shipped model, a model folder, a hub id, or a row of the table in cogvideo/model/presets.py.
@@ -357,7 +387,10 @@ def estimate(
         data: What it would be trained on, as for cogvideo train.
         device: Where to train: cpu, cuda, mps; auto is cuda if there is one, else cpu.
         processes: Processes that train together. Default: as `cogvideo train` chooses.
+        mesh: Processes that a training would use, as DATAxSHARDxTENSOR or SHARDxTENSOR.
     """
+    if mesh is not None:
+        return _estimate_mesh(train, mesh, fields or {})
     if train is not None:
         return _estimate_training(train, data, device, processes, fields or {})
     if fields:
@@ -375,6 +408,20 @@ def estimate(
     kind = dtype or spec.dtypes[0]
     spec.check_dtype(kind)
     print(Estimate(spec, stages(chosen), kind, num_videos).table(Speed.measure(kind)))
+
+
+def _estimate_mesh(recipe: str | None, mesh: str, fields: dict[str, str]) -> None:
+    from cogvideo.model import presets
+    from cogvideo.train import footprint, recipes
+    from cogvideo.train.parallel import MeshShape
+
+    if recipe is None:
+        raise ValueError("--mesh is for --train RECIPE")
+    shape = MeshShape.parse(mesh)
+    chosen = recipes.find(recipe).changed(fields)
+    spec = presets.find(chosen.preset)
+    rows = [footprint.lay_out(spec, phase, shape) for phase in chosen.phases]
+    print(footprint.table(rows, shape))
 
 
 def _estimate_training(

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,10 +26,15 @@ from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import Codebook
-from cogvideo.train import checkpoint, inputs, loop, objectives, parallel, recipes
+from cogvideo.train import footprint, inputs, loop, objectives, parallel, recipes
+from cogvideo.train.checkpoint import Checkpoint
+from cogvideo.train.parallel import MeshShape
 from cogvideo.train.run import Options, Run
 
 STEPS = 6
+WHOLE = None
+SHARDS = MeshShape(shard=2)
+SLICES = MeshShape(tensor=2)
 
 
 def together(ranks: int, work, *arguments) -> None:
@@ -35,7 +42,8 @@ def together(ranks: int, work, *arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_join, (ranks, port, work, arguments), ranks)
+    multiprocessing.set_forkserver_preload(["cogvideo.train.loop", "cogvideo.data.tinyworld"])
+    mp.start_processes(_join, (ranks, port, work, arguments), ranks, start_method="forkserver")
 
 
 def _join(rank: int, ranks: int, port: int, work, arguments: tuple) -> None:
@@ -59,7 +67,7 @@ def run(out: Path, phase: recipes.Phase, preset: str = "nano", **options) -> Non
     objectives.UNQUANTISED = 2  # the tokenizer's codebook is filled after two steps
     recipe = dataclasses.replace(recipes.find("tiny"), preset=preset, phases=(phase,))
     world = Noise() if phase.name == "tokenizer" else TinyWorld(sprites(8), seed=1)
-    options = {"save_every": 3, "probe_every": 3, "probe": keep_state, "quiet": True, **options}
+    options = {"save_every": 3, "probe_every": 3, "probe": check_parts, "quiet": True, **options}
     loop.train(Run(recipe, out, world, presets.find(preset), [phase], Options(**options)))
 
 
@@ -83,12 +91,26 @@ class Noise:
         return np.random.default_rng(self.index).integers(0, 256, (len(times), size, size, 3), dtype=np.uint8)
 
 
-def keep_state(folder, parts, phase, batch, out: Path) -> None:
-    """A probe that keeps the checkpoint of its step, and finds parts that work by themselves."""
+def run_until(step: int, out: Path, phase: recipes.Phase, **options) -> None:
+    """A run that is killed after it has saved a step."""
+    save = Checkpoint.save
+
+    def save_and_end(checkpoint: Checkpoint, at: int) -> None:
+        save(checkpoint, at)
+        if at == step:
+            checkpoint.close()
+            checkpoint.distributed.wait()
+            os._exit(0)
+
+    Checkpoint.save = save_and_end
+    run(out, phase, **options)
+
+
+def check_parts(folder, parts, phase, batch, out: Path) -> None:
+    """A probe that finds parts that work by themselves."""
     assert not any(isinstance(p, DTensor) for part in parts.values() for p in part.parameters())
     codes = inputs.encode_clips(parts["vqvae"], batch.frames[0])
     assert codes.shape[:2] == batch.frames[0].shape[:2]
-    shutil.copy(out.parent.parent / "state.pt", out.parent / f"{out.stem}.pt")
 
 
 def begin(out: Path, nano: Path) -> Path:
@@ -160,8 +182,38 @@ def test_processes_may_have_windows_and_whole_frames_in_other_shares(nano, tmp_p
     assert logs[0].keys() == logs[1].keys() >= {"crops", "frame0"}
     assert logs[0]["frame0"] == pytest.approx(logs[1]["frame0"], abs=1e-5)
     with pytest.raises(ValueError, match="choose another --image.batch"):
-        parallel.share(phase, 2, shard=True)
-    assert parallel.share(nano_phase("image", batch=8), 2, shard=True) == 4
+        parallel.share(phase, 2, equally=True)
+    assert parallel.share(nano_phase("image", batch=8), 2, equally=True) == 4
+
+
+@pytest.mark.parametrize("mesh", [None, SHARDS])
+def test_clips_may_come_one_share_after_another(nano, tmp_path, mesh):
+    phase = nano_phase("image", drop=0.5, batch=4, crop_share=0.0)
+    one, parts = begin(tmp_path / "1", nano), begin(tmp_path / "parts", nano)
+    run(one, phase, log_every=1)
+    together(2, partial(run, mesh=mesh, accumulate=2, log_every=1), parts, phase)
+    assert difference(one, parts, phase) < 1e-5
+    logs = [[json.loads(line) for line in (out / "image" / "log.jsonl").open()] for out in (one, parts)]
+    for row, other in zip(*logs, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    with pytest.raises(ValueError, match="--accumulate must be 1 for tokenizer"):
+        run(tmp_path / "tokenizer", nano_phase("tokenizer", steps=300), accumulate=2)
+
+
+def test_a_mesh_that_does_not_fit_is_refused(nano, tmp_path):
+    for text in ("", "8", "2x", "0x2", "1x1x1x1", "2X2", "-1x2", "a"):
+        with pytest.raises(ValueError, match="--mesh must be DATAxSHARDxTENSOR"):
+            MeshShape.parse(text)
+    assert MeshShape.parse("4x8") == MeshShape(1, 4, 8) and str(MeshShape(2, 4, 8)) == "2x4x8"
+    with pytest.raises(ValueError, match="2x1x2 is 4 processes; --processes says 2"):
+        Options(mesh=MeshShape(2, 1, 2), processes=2)
+    phase = nano_phase("image")
+    with pytest.raises(ValueError, match="is 3 processes, and there are 1"):
+        run(tmp_path / "run", phase, mesh=MeshShape(tensor=3))
+    with pytest.raises(ValueError, match="heads cannot be shared by 3 slices"):
+        run(begin(tmp_path / "3", nano), nano_phase("image", batch=3), mesh=MeshShape(tensor=3), processes=3)
+    with pytest.raises(ValueError, match="choose --image.optimizer adamw"):
+        run(tmp_path / "run", nano_phase("image", optimizer="muon"), mesh=SLICES, processes=2)
 
 
 def test_a_run_starts_its_processes_itself(nano, tmp_path):
@@ -245,26 +297,110 @@ def test_muon_goes_the_same_way_with_two_processes(nano, tmp_path, shard):
 
 
 @pytest.mark.parametrize(
-    "first, second, optimizer, shard, tolerance",
+    "first, second, optimizer, tolerance",
     [
-        (1, 2, "adamw", False, 1e-5),
-        (2, 1, "adamw", True, 1e-5),
-        (2, 2, "muon", False, 0),
-        (2, 2, "muon", True, 0),
+        ((1, WHOLE), (2, WHOLE), "adamw", 1e-5),
+        ((1, WHOLE), (2, SLICES), "adamw", 1e-5),
+        ((2, SHARDS), (1, WHOLE), "adamw", 1e-5),
+        ((2, SHARDS), (2, SHARDS), "adamw", 0),
+        ((2, WHOLE), (2, WHOLE), "muon", 0),
+        ((2, SHARDS), (2, SHARDS), "muon", 0),
+        ((4, MeshShape(2, 1, 2)), (2, SHARDS), "adamw", 1e-5),
+        ((2, SHARDS), (4, MeshShape(1, 2, 2)), "adamw", 1e-5),
     ],
 )
-def test_a_run_goes_on_with_any_number_of_processes(
-    nano, tmp_path, first, second, optimizer, shard, tolerance
-):
+def test_a_run_goes_on_in_any_mesh(nano, tmp_path, first, second, optimizer, tolerance):
+    """Killed after half of its steps, resumed by other processes, it ends at the same model folder."""
     phase = nano_phase("stage1", optimizer=optimizer)
     whole, changed = begin(tmp_path / "whole", nano), begin(tmp_path / "changed", nano)
-    for ranks, out in ((first, whole), (second, changed)):
-        if out is changed:
-            (changed / "stage1").mkdir()
-            shutil.copy(whole / "stage1" / "strips" / "0000003.pt", changed / "stage1" / "state.pt")
-        run(out, phase) if ranks == 1 else together(ranks, partial(run, shard=shard), out, phase)
+    together(first[0], partial(run, mesh=first[1]), whole, phase)
+    together(first[0], partial(run_until, mesh=first[1]), 3, changed, phase)
+    assert ModelFolder(changed / "model").config.trained == {}
+    together(second[0], partial(run, mesh=second[1]), changed, phase)
     assert difference(whole, changed, phase) <= tolerance
-    assert not (changed / "stage1" / "strips" / "0000003.png").exists()
+    left = {path.name for path in (changed / "stage1").iterdir()}
+    assert left & {"state.pt", "shards"} == {"state.pt" if second[1] is None else "shards"}
+
+
+@pytest.mark.parametrize("shape", ["1x1x2", "1x2x2", "2x1x2", "2x2x1"])
+@pytest.mark.parametrize("name", ["image", "stage1"])
+def test_every_mesh_takes_the_steps_of_one_process(nano, tmp_path, name, shape):
+    mesh = MeshShape.parse(shape)
+    phase = nano_phase(name, drop=0.5, batch=4, crop_share=0.0)
+    one, many = begin(tmp_path / "1", nano), begin(tmp_path / "many", nano)
+    for out in (one, many):  # begin with new weights
+        ModelFolder(out / "model").file(phase.trains[0]).unlink()
+    run(one, phase, log_every=1)
+    together(mesh.ranks, partial(run, mesh=mesh, log_every=1), many, phase)
+    assert difference(one, many, phase) < 1e-5
+    logs = [[json.loads(line) for line in (out / name / "log.jsonl").open()] for out in (one, many)]
+    for row, other in zip(*logs, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert row["norm"] == pytest.approx(other["norm"], rel=1e-4)
+
+
+ELASTIC = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_parallel import Checkpoint, MeshShape, nano_phase, run
+
+save = Checkpoint.save
+
+def save_and_die(checkpoint, step):
+    save(checkpoint, step)
+    if step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        checkpoint.close()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Checkpoint.save = save_and_die
+with open({out!r} + "/attempts", "a") as attempts:
+    attempts.write(os.environ["TORCHELASTIC_RESTART_COUNT"])
+run(Path({out!r}), nano_phase("stage1"), mesh=MeshShape(shard=2))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_torchrun_starts_a_killed_process_again(nano, tmp_path):
+    phase = nano_phase("stage1")
+    whole, killed = begin(tmp_path / "whole", nano), begin(tmp_path / "killed", nano)
+    together(2, partial(run, mesh=SHARDS), whole, phase)
+    script = tmp_path / "train.py"
+    script.write_text(ELASTIC.format(tests=str(Path(__file__).parent), out=str(killed)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "--max-restarts", "1", script], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted((killed / "attempts").read_text()) == ["0", "0", "1", "1"]
+    assert difference(whole, killed, phase) == 0
+
+
+def test_a_mesh_is_laid_out_without_memory():
+    """Bytes of a process, by arithmetic where it is simple: everything in shards, no slices."""
+    spec, phase = presets.find("nano"), nano_phase("stage1")
+    count = {part: sum(shape.numel() for shape in spec.shapes(part).values()) for part in ("base", "stage1")}
+    alone = footprint.lay_out(spec, phase, MeshShape())
+    assert alone.gradients == 4 * count["stage1"] and alone.optimizer == 8 * count["stage1"]
+    assert alone.gathered == 0
+    two = footprint.lay_out(spec, phase, MeshShape(shard=2))
+    assert two.gradients == pytest.approx(alone.gradients / 2, rel=0.01)
+    assert two.weights == pytest.approx(alone.weights / 2, rel=0.01)
+    assert 0 < two.gathered < alone.weights
+    slices = footprint.lay_out(spec, phase, MeshShape(tensor=2))
+    assert alone.weights / 2 < slices.weights < alone.weights
+    with pytest.raises(ValueError, match="choose --image.optimizer adamw"):
+        footprint.lay_out(spec, nano_phase("image", optimizer="muon"), MeshShape(tensor=2))
+
+
+def test_the_original_fits_into_64_devices():
+    recipe = recipes.find("cogvideo-9b")
+    spec = presets.find(recipe.preset)
+    for phase in recipe.phases:
+        phase.check(spec)
+        row = footprint.lay_out(spec, phase, MeshShape.parse("8x8"))
+        assert row.total < 4e9
 
 
 def test_shards_have_the_gradients_of_whole_parts(nano):
@@ -274,7 +410,7 @@ def test_shards_have_the_gradients_of_whole_parts(nano):
 def _compare_gradients(nano: Path) -> None:
     """Of stage 1 with all parts learning; with and without recomputing; each process holds half."""
     folder, phase = ModelFolder(nano), nano_phase("stage1")
-    distributed = parallel.start("cpu", shard=True)
+    distributed = parallel.start("cpu", shape=SHARDS)
     batch = next(batches(TinyWorld(sprites(8), seed=1), phase.clips, 1, seed=0))
     found = []
     for one in (
@@ -295,11 +431,12 @@ def _compare_gradients(nano: Path) -> None:
             weight = parts["base"].blocks[0].up.weight
             assert isinstance(weight, DTensor) and weight.to_local().shape[0] == weight.shape[0] // 2
             assert all(isinstance(p, DTensor) for p in model.parameters())
-        gradients = {}
+        gradients: dict[str, list] = {}
         for name, p in model.named_parameters():
             if p.grad is not None:
-                gradients[name.replace("_checkpoint_wrapped_module.", "")] = parallel.whole(p.grad)
-        found.append(gradients)
+                name = re.sub(r"_checkpoint_wrapped_module\.|(?<=qkv\.)[qkv]\.", "", name)
+                gradients.setdefault(name, []).append(parallel.whole(p.grad))
+        found.append({name: torch.cat(values) for name, values in gradients.items()})
     plain, sharded, recomputed = found
     assert plain.keys() == sharded.keys(), plain.keys() ^ sharded.keys()
     assert len(plain) > 40
@@ -374,16 +511,21 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def test_a_checkpoint_without_shards_is_a_plain_file(tmp_path):
-    """What a single process wrote before there were several still resumes."""
+    """Also one that a version before 0.2 wrote, with numbered parameters."""
     part, distributed = nn.Linear(3, 2), parallel.Distributed(torch.device("cpu"))
     optimizer = torch.optim.AdamW(part.parameters())
     part(torch.ones(3)).sum().backward()
     optimizer.step()
-    checkpoint.save(tmp_path / "state.pt", 5, {"part": part}, [optimizer], distributed)
+    Checkpoint(tmp_path, {"part": part}, [optimizer], distributed).save(5)
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert all(type(t) is torch.Tensor for t in saved["parts"]["part"].values())
-    fresh = nn.Linear(3, 2)
-    other = torch.optim.AdamW(fresh.parameters())
-    assert checkpoint.resume(tmp_path / "state.pt", {"part": fresh}, [other], distributed) == 5
-    assert torch.equal(fresh.weight, part.weight)
-    assert torch.equal(other.state[fresh.weight]["exp_avg"], optimizer.state[part.weight]["exp_avg"])
+    assert all(type(t) is torch.Tensor for t in saved["tensors"].values())
+    before = {"step": 5, "parts": {"part": part.state_dict()}, "optimizers": [optimizer.state_dict()]}
+    (tmp_path / "before").mkdir()
+    torch.save(before, tmp_path / "before" / "state.pt")
+    for folder in (tmp_path, tmp_path / "before"):
+        fresh = nn.Linear(3, 2)
+        other = torch.optim.AdamW(fresh.parameters())
+        assert Checkpoint(folder, {"part": fresh}, [other], distributed).resume() == 5
+        assert torch.equal(fresh.weight, part.weight)
+        for key, value in optimizer.state[part.weight].items():
+            assert torch.equal(other.state[fresh.weight][key], value)

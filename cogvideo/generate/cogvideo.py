@@ -30,6 +30,7 @@ from cogvideo.generate.pipeline import ImageInput, Pipeline, Prompt, VideoInput
 from cogvideo.generate.prompts import Prompts
 from cogvideo.generate.regression import RegressionPipeline
 from cogvideo.generate.sampling import Sampling, new_seeds, sample, stages, uniforms
+from cogvideo.generate.torchrun import Slices
 from cogvideo.hardware import free_memory, has_fast_bfloat16
 from cogvideo.layout import SECONDS, Layout, rounds
 from cogvideo.model.config import STAGES
@@ -56,6 +57,7 @@ def load(
     dtype: str | None = None,
     reference_quirks: bool = False,
     revision: str | None = None,
+    slices: Slices | None = None,
 ) -> Pipeline:
     """Open a model of any family: a shipped name, a folder, or a hub id.
 
@@ -63,10 +65,13 @@ def load(
     reference_quirks: also repeat what the original's inference does otherwise than its training
     (docs/original-weights.md).
     revision: of a hub id: a branch, tag or commit; the same as MODEL@REVISION.
+    slices: this process has one of several slices of the matrices (`torchrun.join`).
     """
     folder = ModelFolder(find_model(model if revision is None else f"{model}@{revision}"))
     if isinstance(folder.spec(), CogVideoSpec):
-        return CogVideo(folder, device, dtype, reference_quirks)
+        return CogVideo(folder, device, dtype, reference_quirks, slices)
+    if slices is not None:
+        raise ValueError("--slices are for models of the family cogvideo")
     if reference_quirks:
         raise ValueError("reference_quirks are the original's; leave it out for a regression model")
     return RegressionPipeline(folder, device, dtype)
@@ -93,6 +98,7 @@ class CogVideo(Pipeline):
         device: torch.device | str = "cpu",
         dtype: str | None = None,
         reference_quirks: bool = False,
+        slices: Slices | None = None,
     ):
         spec = folder.spec()
         if not isinstance(spec, CogVideoSpec):
@@ -101,7 +107,7 @@ class CogVideo(Pipeline):
         self.spec: CogVideoSpec = spec
         self.reference_quirks = reference_quirks
         self.config = folder.config
-        self.parts = LoadedParts(folder, self.device, self.dtype)
+        self.parts = LoadedParts(folder, self.device, self.dtype, slices)
         self.text = folder.text()
         self.prompts = Prompts(self.text, self.config.words, self.config.languages)
         self.templates = dict.fromkeys(STAGES, TEMPLATE) | self.config.prompts

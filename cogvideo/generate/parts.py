@@ -14,6 +14,7 @@ from torch import nn
 
 from cogvideo.generate.cost import CHANNELS, memory
 from cogvideo.generate.int8 import join, pack
+from cogvideo.generate.torchrun import Slices, cut
 from cogvideo.hardware import free_memory
 from cogvideo.model.decoder import VideoDecoder
 from cogvideo.model.folder import ModelFolder
@@ -29,16 +30,20 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class LoadedParts:
-    """Parts by name, on one device. `dtype` is what the transformers compute with; int8 is for CPUs."""
+    """Parts by name, on one device. `dtype` is what the transformers compute with; int8 is for CPUs. With
+    `slices` this process has one of several slices of the transformers."""
 
     adapters: tuple[tuple[Adapter, float], ...] = ()  # each with its weight
 
-    def __init__(self, folder: ModelFolder, device: torch.device, dtype: str):
+    def __init__(self, folder: ModelFolder, device: torch.device, dtype: str, slices: Slices | None = None):
+        if dtype == "int8" and slices is not None:
+            raise ValueError("int8 matrices are not cut into slices; choose --dtype bfloat16 or float32")
         if dtype == "int8" and device.type != "cpu":
             raise ValueError(f"int8 is for CPUs; choose bfloat16 or float32 on {device.type}")
         self.folder = folder
         self.device = device
         self.dtype = dtype
+        self.slices = slices
         self.spec = folder.spec()
 
     @cached_property
@@ -111,13 +116,20 @@ class LoadedParts:
 
     def _load(self, kind: type[M], name: str) -> M:
         adapters = weighted(self.adapters, name)
-        if self.device.type != "cpu":
+        on_cpu = self.device.type == "cpu"
+        if not on_cpu and self.slices is None:
             part = self.folder.load_as(kind, name, self.device, getattr(torch, self.dtype))
             merge(part, adapters)
             return part
-        part = self.folder.load_as(kind, name, self.device, None)
-        pack(part, self.dtype, adapters)  # layer by layer, out of the mapped file
-        return part
+        part = self.folder.load_as(kind, name, "cpu", None)
+        if self.slices is not None:
+            merge(part, adapters)
+            adapters = {}
+            cut(part, self.slices)
+        if on_cpu:
+            pack(part, self.dtype, adapters)  # layer by layer, out of the mapped file
+            return part
+        return part.to(self.device, getattr(torch, self.dtype))
 
 
 @torch.inference_mode()

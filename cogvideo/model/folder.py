@@ -296,7 +296,7 @@ class ModelFolder:
 
     def write(self, part: str, pieces: dict[str, Piece]) -> int:
         """Write a part, building one tensor at a time. Return the bytes of all tensors."""
-        order = sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name))  # keeps them aligned
+        order = self.order(pieces)
         table = {}
         end = 0
         for name in order:
@@ -315,6 +315,11 @@ class ModelFolder:
                 flat = pieces[name].build().detach().contiguous().flatten()
                 stream.write(flat.view(torch.uint8).numpy().data)
         return end
+
+    @staticmethod
+    def order(pieces: Mapping[str, Piece]) -> list[str]:
+        """The order in which a part is written, which keeps its tensors aligned."""
+        return sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name))
 
     def differing(self, part: str, pieces: dict[str, Piece]) -> Iterator[str]:
         """Names of the tensors that differ from those of the part on disk."""

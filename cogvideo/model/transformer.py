@@ -336,10 +336,11 @@ class DualChannelTransformer(nn.Module):
         """An empty cache for `batch` rows of this layout."""
         c = self.config
         like = self.base.norm.weight
-        sizes = (c.layers, batch, c.heads, c.width // c.heads)
+        heads = self.base.blocks[0].attention.heads  # of the config, or where they are shared, those here
+        sizes = (c.layers, batch, heads, c.width // c.heads)
         channels = {name: ChannelCache(layout, name, self.window, sizes, like) for name in self.channels}
         longest = max(channel.longest for channel in channels.values())
-        bias = like.new_zeros(batch * c.heads, 1, longest)
+        bias = like.new_zeros(batch * heads, 1, longest)
         rotary = self._rotary_table(layout, like.device)
         if rotary is not None:
             rotary = rotary[:, layout.text_len :]

@@ -10,6 +10,8 @@ losses         cross-entropy of codes, and the hierarchical loss of frames
 discriminator  the adversary of a video decoder
 optim          optimizers and learning rates
 parallel       several processes or devices, applied from outside
+slices         matrices cut over devices, and the table of how
+footprint      what a mesh holds in each process, without its memory
 inherit        the weights that a new run starts from
 checkpoint     save and resume
 report         log, loss curve

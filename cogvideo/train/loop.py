@@ -1,7 +1,7 @@
 """The training loop. `train` runs the phases of a `Run`; `run_phase` is one of them: set up, loop, store.
 
 An interrupted run resumes at its last save when the same command runs again. Of several processes
-(`parallel.py`) the first one writes files; calls that gather shards must run on every rank.
+(`parallel.py`) the first one writes files; calls that save or gather must run on every rank.
 """
 
 import json
@@ -26,7 +26,8 @@ from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import VQVAE
 from cogvideo.text import TextTokenizer
-from cogvideo.train import checkpoint, inherit, parallel
+from cogvideo.train import inherit, parallel
+from cogvideo.train.checkpoint import Checkpoint, export
 from cogvideo.train.inputs import Parts, encode_clips, part
 from cogvideo.train.optim import learning_rate, optimizers, set_learning_rate
 from cogvideo.train.phase import Phase
@@ -59,7 +60,7 @@ def train(run: Run) -> ModelFolder:
 def run_phases(run: Run, worker: parallel.Worker | None) -> None:
     """The share of one process in a run that has been checked."""
     options = run.options
-    distributed = parallel.start(options.device, options.recompute, options.compile, options.shard, worker)
+    distributed = parallel.start(options.device, options.recompute, options.compile, run.mesh, worker)
     try:
         if distributed.first:
             inherit.prepare(
@@ -97,8 +98,9 @@ class ActivePhase:
     model: parallel.TrainStep
     container: nn.ModuleDict  # of `learning`
     optims: list[torch.optim.Optimizer]
+    checkpoint: Checkpoint
     first: int  # step
-    loader: Iterator[Batch]
+    loaders: list[Iterator[Batch]]  # one for each share of this process
     report: Report
     skipped: dict[str, str]  # videos, and why
 
@@ -124,13 +126,14 @@ def begin(run: Run, phase: Phase, text: TextTokenizer, distributed: parallel.Dis
     parts |= learning
 
     model = parallel.TrainStep(parts, partial(phase.objective.build_loss, parts, text, phase))
-    parallel.to_devices(model, distributed, phase.precision)
+    parallel.to_devices(model, distributed, phase.precision, whole_matrices=phase.optimizer == "muon")
     container = nn.ModuleDict(learning)
     optims = optimizers(container, phase.optimizer, phase.weight_decay, phase.betas)
     parallel.share_muon(optims, distributed)
-    first = checkpoint.resume(run.state(phase), learning, optims, distributed)
+    checkpoint = Checkpoint(out, learning, optims, distributed)
+    first = checkpoint.resume()
 
-    loader = open_data(run, phase, parts, distributed, first)
+    loaders = open_data(run, phase, parts, distributed, first)
     report = open_report(run, phase, parts, distributed)
     if distributed.first:
         report.forget(first)
@@ -144,8 +147,9 @@ def begin(run: Run, phase: Phase, text: TextTokenizer, distributed: parallel.Dis
         model=model,
         container=container,
         optims=optims,
+        checkpoint=checkpoint,
         first=first,
-        loader=loader,
+        loaders=loaders,
         report=report,
         skipped={**run.source.skipped},
     )
@@ -163,21 +167,26 @@ def adapt(run: Run, parts: Parts, learning: Parts, seed: int) -> None:
 
 def open_data(
     run: Run, phase: Phase, parts: Parts, distributed: parallel.Distributed, first: int
-) -> Iterator[Batch]:
-    """This process's batches of a phase, starting at step `first`."""
-    local = parallel.share(phase, distributed.ranks, distributed.mesh is not None)
-    options: dict[str, Any] = {
-        "seed": run.seed(phase),
-        "step": first,
-        "rank": distributed.rank,
-        "ranks": distributed.ranks,
-        "workers": run.options.workers or 0,
-        "drop": phase.drop,
-    }
-    if phase.reuse == 1:
-        return batches(run.source, phase.clips, local, **options)
+) -> list[Iterator[Batch]]:
+    """This process's batches of a phase, starting at step `first`: one iterator for each share that it takes
+    of a step, as if it were as many processes."""
+    local = parallel.share(phase, run.takers, distributed.mesh is not None)
     encode = partial(encode_here, parts, distributed, phase.precision)
-    return recurring(run.source, phase.clips, local, Reuse(phase.reuse), encode, **options)
+    loaders = []
+    for share in range(run.options.accumulate):
+        options: dict[str, Any] = {
+            "seed": run.seed(phase),
+            "step": first,
+            "rank": distributed.data_rank * run.options.accumulate + share,
+            "ranks": run.takers,
+            "workers": run.options.workers or 0,
+            "drop": phase.drop,
+        }
+        if phase.reuse == 1:
+            loaders.append(batches(run.source, phase.clips, local, **options))
+        else:
+            loaders.append(recurring(run.source, phase.clips, local, Reuse(phase.reuse), encode, **options))
+    return loaders
 
 
 def open_report(run: Run, phase: Phase, parts: Parts, distributed: parallel.Distributed) -> Report:
@@ -200,25 +209,19 @@ def loop_over_steps(active: ActivePhase) -> None:
     phase = active.phase
     distributed = active.distributed
     options = active.run.options
-    seed = active.run.seed(phase)
     weights = active.weights
     overflows = 0  # in a row
 
     for step in range(active.first, phase.steps):
-        batch = next(active.loader)
-        active.skipped |= batch.skipped
-        batch = replace(batch, frames=tuple(f.to(distributed.device) for f in batch.frames))
-        if batch.codes is not None:
-            batch = replace(batch, codes=batch.codes.to(distributed.device))
-        torch.manual_seed(hash((seed, step, distributed.rank)) % 2**31)  # for dropout
         lr = learning_rate(step, phase.steps, phase.lr, phase.warmup, phase.decay, phase.schedule)
         set_learning_rate(active.optims, lr)
-
-        with distributed.arithmetic(phase.precision):
-            loss, numbers = active.model(batch, step)
-            loss.backward()
+        rows = []
+        for share, loader in enumerate(active.loaders):
+            batch = next(loader)
+            active.skipped |= batch.skipped
+            rows.append(add_gradients(active, step, share, batch))
         distributed.average_gradients(weights)
-        norm = parallel.whole(nn.utils.clip_grad_norm_(weights, phase.clip))
+        norm = parallel.clip_gradients(weights, phase.clip)
 
         if torch.isfinite(norm):
             overflows = 0
@@ -229,7 +232,7 @@ def loop_over_steps(active: ActivePhase) -> None:
             check_overflows(phase, overflows)
         active.container.zero_grad(set_to_none=True)
 
-        numbers = distributed.mean({"loss": float(loss.detach()), **numbers})
+        numbers = distributed.mean(*rows)
         if distributed.first:
             active.report.step(step, lr, {**numbers, "norm": float(norm)})
         done = step + 1 == phase.steps
@@ -237,6 +240,23 @@ def loop_over_steps(active: ActivePhase) -> None:
             save(active, step + 1)
         if options.probe is not None and (done or (step + 1) % options.probe_every == 0):
             preview(active, step + 1, batch)
+    active.checkpoint.close()
+
+
+def add_gradients(active: ActivePhase, step: int, share: int, batch: Batch) -> dict[str, float]:
+    """Add the gradients of a share of a step to those of the shares before; return its loss and numbers."""
+    distributed = active.distributed
+    count = len(active.loaders)
+    batch = replace(batch, frames=tuple(f.to(distributed.device) for f in batch.frames))
+    if batch.codes is not None:
+        batch = replace(batch, codes=batch.codes.to(distributed.device))
+    taker = distributed.data_rank * count + share
+    torch.manual_seed(hash((active.run.seed(active.phase), step, taker)) % 2**31)  # for dropout
+    parallel.send_gradients(active.model, last=share + 1 == count)
+    with distributed.arithmetic(active.phase.precision):
+        loss, numbers = active.model(batch, step)
+        (loss / count).backward()
+    return {"loss": float(loss.detach()), **numbers}
 
 
 def check_overflows(phase: Phase, overflows: int) -> None:
@@ -250,7 +270,7 @@ def check_overflows(phase: Phase, overflows: int) -> None:
 
 def save(active: ActivePhase, step: int) -> None:
     """Write what the phase can resume from, and draw its loss curve; all processes call this."""
-    checkpoint.save(active.run.state(active.phase), step, active.learning, active.optims, active.distributed)
+    active.checkpoint.save(step)
     active.skipped = active.distributed.union(active.skipped)
     if active.distributed.first:
         active.report.skip(active.skipped)
@@ -258,18 +278,19 @@ def save(active: ActivePhase, step: int) -> None:
 
 
 def preview(active: ActivePhase, step: int, batch: Batch) -> None:
-    """Hand the model's parts to the probe, which writes an image of them; all processes call this."""
+    """Hand the model's parts to the probe, which writes an image of them. In a mesh there is none: no process
+    has a whole model."""
+    probe = active.run.options.probe
+    if probe is None or active.distributed.mesh is not None or not active.distributed.first:
+        return
     active.container.eval()
     known = {*active.phase.uses, *active.phase.trains}  # without what the model folder does not keep
     parts = {name: module for name, module in active.parts.items() if name in known}
-    whole = checkpoint.unshard(parts, active.distributed, active.run.spec)
-    probe = active.run.options.probe
     if active.run.options.lora:  # always the same, so that sheets can be compared
         batch = replace(batch, captions=list(read_captions(active.run.source, COMPARED, seed=0)))
-    if active.distributed.first and probe is not None:
-        strips = active.out / "strips"
-        strips.mkdir(exist_ok=True)
-        probe(active.run.folder, whole, active.phase, batch, strips / f"{step:07d}.png")
+    strips = active.out / "strips"
+    strips.mkdir(exist_ok=True)
+    probe(active.run.folder, parts, active.phase, batch, strips / f"{step:07d}.png")
     active.container.train()
 
 
@@ -281,8 +302,8 @@ def finish(active: ActivePhase) -> None:
     if active.run.options.lora:
         save_adapter(active, trained)
     else:
-        for name, module in checkpoint.unshard(trained, active.distributed, active.run.spec).items():
-            folder.save(name, module)
+        for name, module in trained.items():
+            export(folder, name, module, active.distributed)
     if active.distributed.first:
         active.report.end()
         config = folder.config

@@ -60,6 +60,8 @@ class Objective(ABC):
     recurs: ClassVar[bool] = False  # whether clips may recur as codes (`Phase.reuse`)
     has_crops: ClassVar[bool] = False  # whether it can train on crops (`Phase.crop_share`)
     has_adversary: ClassVar[bool] = False  # whether it can train against a discriminator (`Phase.adversary`)
+    adapts: ClassVar[bool] = False  # whether low-rank adapters can be trained by it
+    accumulates: ClassVar[bool] = True  # whether the clips of a step may come one share after another
 
     def check(self, phase: "Phase", spec: Spec) -> None:
         """Raise ValueError if this objective cannot use the steps, the clips or the fields of a phase."""
@@ -89,8 +91,6 @@ class Objective(ABC):
     def preview(self, folder: ModelFolder, parts: Parts, phase: "Phase", batch: Batch) -> Frames:
         """An image of the model's progress on a batch: uint8 [H, W, 3]."""
 
-    adapts: ClassVar[bool] = False  # whether low-rank adapters can be trained by it
-
     def clip_flops(self, phase: "Phase", parts: Parts) -> float | None:
         """Floating-point operations for one clip, forward and backward; None if they are not known."""
         return None
@@ -103,6 +103,8 @@ def device_of(module: nn.Module) -> torch.device:
 @dataclass(frozen=True)
 class TokenizerObjective(Objective):
     """Frames to codes and back."""
+
+    accumulates = False  # the codebook follows all vectors of a step
 
     def check(self, phase: "Phase", spec: Spec) -> None:
         super().check(phase, spec)

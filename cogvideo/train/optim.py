@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cogvideo.hardware import has_fast_bfloat16
 
@@ -70,13 +71,25 @@ def optimizers(
             hidden.append(p)
         else:
             decayed.append(p)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for group in by_mesh(decayed):
+        groups.append({"params": group, "weight_decay": weight_decay})
+    for group in by_mesh(plain):
+        groups.append({"params": group, "weight_decay": 0.0})
     fused = all(p.is_cuda for p in decayed + plain)
-    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=1.0, betas=betas, fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=1.0, betas=betas, fused=fused)
     if not hidden:
         return [adamw]
     muon = Muon(hidden, lr=1.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]
+
+
+def by_mesh(weights: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Weights that are cut over the same mesh, together: torch updates no others in one call."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for p in weights:
+        groups.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+    return list(groups.values())
 
 
 class Muon(_TorchMuon):  # type: ignore[misc]

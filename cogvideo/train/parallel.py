@@ -5,23 +5,26 @@ machines. Together N processes take the steps that one process would take:
 - Each process takes an N-th of a batch, in order; losses and gradients are averaged over the processes.
 - Every process holds all weights. One flat all-reduce averages the gradients (`average_gradients`); each
   process orthogonalises an N-th of Muon's matrices and sends the result to the others (`split_muon`).
-- Where that does not fit, weights, gradients and optimizer states are cut into N shards (FSDP2,
-  `fully_shard`). A block, or a matrix of a temporal channel, is gathered when it is needed and freed again.
-  The rest (embeddings, positions, norms, gates) stays gathered for the whole step: `TrainStep` is the module
-  around everything, so that models may use their tables as they like.
+- Where that does not fit, the processes form a mesh (`MeshShape`): weights, gradients and optimizer states
+  are cut into shards (FSDP2, `fully_shard`), matrices into slices (`slices.py`), and copies of all that share
+  the batches. A block, or a matrix of a temporal channel, is gathered from its shards when it is needed and
+  freed again. The rest (embeddings, positions, norms, gates) stays gathered for the whole step: `TrainStep`
+  is the module around everything, so that models may use their tables as they like.
 - The tokenizer's codebook is updated by the vectors of all processes.
 """
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,7 +32,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,21 +43,52 @@ from cogvideo.model.vqvae import Codebook
 from cogvideo.train.inputs import Parts
 from cogvideo.train.losses import Result
 from cogvideo.train.objectives import LossFunction
+from cogvideo.train.optim import by_mesh
 from cogvideo.train.phase import Phase
+from cogvideo.train.slices import slice_matrices, split_projections
 
 BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
-def share(phase: Phase, ranks: int, shard: bool = False) -> int:
-    """Return the clips of a batch for each of `ranks` processes; ValueError if it cannot be shared. With
-    shards every process must gather the model equally often, for crops and for whole frames."""
-    if phase.batch % ranks:
+class MeshShape(NamedTuple):
+    """Processes as a box of data x shard x tensor: copies of the model, each with clips of its own; shards of
+    its weights, each with clips of its own; and slices of its matrices, which see the same clips. Processes
+    that are neighbours by number are slices of the same shard."""
+
+    data: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.shard * self.tensor
+
+    @classmethod
+    def parse(cls, text: str) -> "MeshShape":
+        """Read DATAxSHARDxTENSOR, or SHARDxTENSOR of one copy."""
+        if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){1,2}", text):
+            raise ValueError(
+                f"--mesh must be DATAxSHARDxTENSOR, as in 2x4x8, or SHARDxTENSOR of one copy, as in 4x8; "
+                f"got {text!r}"
+            )
+        sizes = [int(size) for size in text.split("x")]
+        return cls(*sizes) if len(sizes) == 3 else cls(1, *sizes)
+
+
+def share(phase: Phase, takers: int, equally: bool = False) -> int:
+    """Return the clips of a batch for each of `takers`: the processes with clips of their own, as often as
+    each takes clips in a step. ValueError if the batch cannot be shared. `equally`: where weights are cut
+    into shards, every process must gather the model equally often, for crops and for whole frames."""
+    if phase.batch % takers:
         raise ValueError(
-            f"a batch of {phase.batch} clips cannot be shared by {ranks} processes; choose a multiple of "
-            f"{ranks} for --{phase.name}.batch"
+            f"a batch of {phase.batch} clips cannot be shared by {takers}; choose a multiple of "
+            f"{takers} for --{phase.name}.batch, or other --processes, --mesh or --accumulate"
         )
-    local = phase.batch // ranks
-    if shard and ranks > 1 and local > 1 and local * phase.crop_share % 1:
+    local = phase.batch // takers
+    if equally and takers > 1 and local > 1 and local * phase.crop_share % 1:
         raise ValueError(
             f"{phase.name}.crop_share is {phase.crop_share}, but where weights are cut into shards a whole "
             f"number of the {local} clips of each process must be crops; choose another "
@@ -66,10 +100,10 @@ def share(phase: Phase, ranks: int, shard: bool = False) -> int:
 @dataclass(frozen=True)
 class Distributed:
     """The processes that train together, as one of them sees them: its device, its rank, and how weights are
-    cut into shards. Alone it has rank 0 of 1."""
+    cut. Alone it has rank 0 of 1."""
 
     device: torch.device
-    mesh: DeviceMesh | None = None  # weights are cut into shards over it; without one, each process has all
+    mesh: DeviceMesh | None = None  # data x shard x tensor; without one, each process has all weights
     rank: int = 0
     ranks: int = 1
     recompute: bool = False  # activations of the blocks in the backward pass, instead of keeping them
@@ -80,16 +114,31 @@ class Distributed:
         """The one process that writes files and reports."""
         return self.rank == 0
 
-    def mean(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Each number averaged over the processes that have it; all of them call this."""
-        if self.ranks == 1:
-            return numbers
-        gathered: list[Any] = [None] * self.ranks
-        dist.all_gather_object(gathered, numbers)
+    @property
+    def slices(self) -> int:
+        """Processes that compute the same clips together."""
+        return 1 if self.mesh is None else self.mesh["tensor"].size()
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this process among those with clips of their own."""
+        return self.rank // self.slices
+
+    @property
+    def data_ranks(self) -> int:
+        return self.ranks // self.slices
+
+    def mean(self, *rows: dict[str, float]) -> dict[str, float]:
+        """Each number averaged over the rows of all processes that have it; all of them call this."""
+        gathered: list[Any] = [rows]
+        if self.ranks > 1:
+            gathered = [None] * self.ranks
+            dist.all_gather_object(gathered, rows)
         values: dict[str, list[float]] = {}
-        for row in gathered:
-            for name, value in row.items():
-                values.setdefault(name, []).append(value)
+        for given in gathered:
+            for row in given:
+                for name, value in row.items():
+                    values.setdefault(name, []).append(value)
         return {name: sum(row) / len(row) for name, row in values.items()}
 
     def total(self, number: float) -> float:
@@ -124,7 +173,7 @@ class Distributed:
 
     def average_gradients(self, weights: list[nn.Parameter]) -> None:
         """Average the gradients of whole weights over the processes, all in one message."""
-        if self.ranks == 1 or self.mesh is not None:  # shards average theirs in the backward pass
+        if self.ranks == 1 or self.mesh is not None:  # a mesh averages them in the backward pass
             return
         learnt = [p for p in weights if p.grad is not None]
         flat = torch.cat([p.grad.flatten() for p in learnt if p.grad is not None])
@@ -152,11 +201,11 @@ def start(
     device: torch.device | str,
     recompute: bool = False,
     compile: bool = False,
-    shard: bool = False,
+    shape: MeshShape | None = None,
     worker: Worker | None = None,
 ) -> Distributed:
     """Join the other processes, each with a device of its own: those that torchrun started, or `launch`;
-    alone when there are none. `shard` cuts the weights into shards, one a process."""
+    alone when there are none. They form a mesh of this shape; without one, each has all weights."""
     device = find_device(device)
     if worker is None and "RANK" not in os.environ:
         return Distributed(device, recompute=recompute, compile=compile)
@@ -165,17 +214,32 @@ def start(
     if device.type == "cuda":
         device = torch.device("cuda", worker.rank if worker else int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if worker is None:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, **_meeting())
     else:
         where = f"file://{worker.rendezvous}"
         dist.init_process_group(backend, init_method=where, rank=worker.rank, world_size=worker.ranks)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    mesh = None
-    if shard and ranks > 1:
-        mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("shards",))
+    mesh = None if shape is None or ranks == 1 else open_mesh(device.type, shape)
     return Distributed(device, mesh, rank, ranks, recompute, compile)
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the processes that torchrun started on one machine find each other. It keeps one store for all of
+    its attempts (torch 2.13), in which those it starts again would find the addresses of the dead."""
+    here = os.environ
+    on_one_machine = here.get("LOCAL_WORLD_SIZE") == here["WORLD_SIZE"]
+    if here.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not on_one_machine:
+        return {}
+    ranks = int(here["WORLD_SIZE"])
+    store = dist.TCPStore(here["MASTER_ADDR"], int(here["MASTER_PORT"]), ranks, is_master=False)
+    attempt = dist.PrefixStore(f"attempt {here['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": attempt, "rank": int(here["RANK"]), "world_size": ranks}
+
+
+def open_mesh(device: str, shape: MeshShape) -> DeviceMesh:
+    return init_device_mesh(device, tuple(shape), mesh_dim_names=shape._fields)
 
 
 def stop(distributed: Distributed) -> None:
@@ -266,12 +330,21 @@ class TrainStep(nn.Module):
         return self.loss(batch, step)
 
 
-def to_devices(step: TrainStep, distributed: Distributed, precision: str) -> None:
-    """Move all parts of a step to the device of this process, or into shards over all processes.
+def to_devices(
+    step: TrainStep, distributed: Distributed, precision: str, whole_matrices: bool = False
+) -> None:
+    """Move all parts of a step to the device of this process, or cut them over the mesh.
 
     Recomputing goes inside compiling, compiling inside sharding. With bfloat16 on cuda the shards travel as
-    bfloat16 and gradients are summed in float32; autocast decides which operation computes in which.
+    bfloat16 and gradients are summed in float32; autocast decides which operation computes in which. In a
+    mesh the projections of attentions are three matrices, also where they are not cut, so that its
+    checkpoints open in every other; `whole_matrices` keeps them for Muon, which updates them as one.
     """
+    if distributed.slices > 1:
+        assert distributed.mesh is not None
+        slice_matrices(step, distributed.mesh["tensor"])
+    elif distributed.mesh is not None and not whole_matrices:
+        split_projections(step)
     if distributed.recompute:
         _recompute_blocks(step)
     blocks = [module for module in step.modules() if isinstance(module, _wrapped(distributed))]
@@ -289,11 +362,40 @@ def to_devices(step: TrainStep, distributed: Distributed, precision: str) -> Non
     precision = chosen_precision(precision, distributed.device)
     half = torch.bfloat16 if distributed.device.type == "cuda" and precision == "bfloat16" else None
     policy = MixedPrecisionPolicy(half, half and torch.float32, cast_forward_inputs=False)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # none is changed
+    copies = distributed.mesh["data"].size() > 1
+    mesh = distributed.mesh["data", "shard"] if copies else distributed.mesh["shard"]
     within = {module for block in blocks for module in block.modules()}
     matrices = [m for m in step.modules() if isinstance(m, nn.Linear) and m not in within]
     for module in blocks + matrices:
-        fully_shard(module, mesh=distributed.mesh, mp_policy=policy)
-    fully_shard(step, mesh=distributed.mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(step, mesh=mesh, mp_policy=policy)
+
+
+def send_gradients(step: TrainStep, last: bool) -> None:
+    """Whether the backward pass that follows sends gradients to the other processes of a mesh: the last one
+    of a step does."""
+    if isinstance(step, FSDPModule):
+        step.set_requires_gradient_sync(last)
+
+
+def clip_gradients(weights: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradients down to a norm of `limit` in all, if it is larger; return the norm before. Slices
+    and shards lie in different meshes, whose norms are summed up one by one."""
+    learnt = [p for p in weights if p.grad is not None]
+    if not any(isinstance(p, DTensor) for p in learnt):
+        total: Tensor = nn.utils.clip_grad_norm_(learnt, limit)
+        return total
+    norms = []
+    for group in by_mesh(learnt):
+        norms.append(whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for p in learnt:
+        grad = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        assert grad is not None
+        grad.mul_(scale)
+    return norm
 
 
 def _recompute_blocks(module: nn.Module) -> None:
@@ -325,7 +427,7 @@ class CodebookPeers:
         rows = rows.contiguous()
         gathered = [torch.empty_like(rows) for _ in range(self.distributed.ranks)]
         dist.all_gather(gathered, rows)
-        return torch.cat(gathered)
+        return torch.cat(gathered[:: self.distributed.slices])  # each clip's vectors once
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:

@@ -3,7 +3,7 @@
 A run is a folder:
     model/          the model folder so far: each phase reads what it needs there and writes what it trained
     lora/           the adapter so far, in a run that trains one
-    <phase>/        state.pt to resume from, log.jsonl, loss.png, strips/
+    <phase>/        state.pt or shards/ to resume from, log.jsonl, loss.png, strips/
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cogvideo.model.config import TrainedPhase
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import VQVAE
-from cogvideo.train import checkpoint, inherit, parallel
+from cogvideo.train import checkpoint, inherit, parallel, slices
 from cogvideo.train.inputs import Parts
 from cogvideo.train.phase import Phase
 from cogvideo.train.recipes import Recipe
@@ -45,7 +45,9 @@ class Options:
 
     device: torch.device | str = "cpu"
     processes: int | None = 1  # which share each batch; torchrun's number counts where it started them
-    shard: bool = False  # cut the weights into shards, one a process
+    shard: bool = False  # cut the weights into shards, one a process: a mesh of 1 x processes x 1
+    mesh: parallel.MeshShape | None = None  # how the processes divide the work
+    accumulate: int = 1  # times that each process takes its clips of a step, one share after another
     recompute: bool = False  # activations in the backward pass: less memory, more time
     compile: bool = False  # the blocks of the transformer: a slow start
     workers: int | None = 0  # processes that read clips ahead, for each process
@@ -60,14 +62,18 @@ class Options:
     init_embedding: str | None = None  # a file with GPT-2's embedding, for a new run to begin with
 
     def __post_init__(self) -> None:
-        for name in ("processes", "threads", "save_every", "log_every", "probe_every"):
+        for name in ("processes", "threads", "accumulate", "save_every", "log_every", "probe_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
         if not 0 <= self.lora <= MOST_RANK:
             raise ValueError(f"--lora must be from 1 to {MOST_RANK}; got {self.lora}")
-        if self.lora and self.shard:
-            raise ValueError("--lora and --shard do not go together; adapters need little memory")
+        if self.lora and (self.shard or self.mesh):
+            raise ValueError("--lora goes with neither --shard nor --mesh; adapters need little memory")
+        if self.mesh is not None and self.processes not in (None, 1, self.mesh.ranks):
+            raise ValueError(
+                f"--mesh {self.mesh} is {self.mesh.ranks} processes; --processes says {self.processes}"
+            )
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"--workers must be 0 or more, got {self.workers}")
 
@@ -76,6 +82,8 @@ class Options:
         environment sets their number."""
         device = find_device(self.device)
         processes = self.processes or parallel.fitting_processes([*phases], device)
+        if self.mesh is not None:
+            processes = self.mesh.ranks
         threads = self.threads
         if threads is None and "OMP_NUM_THREADS" not in os.environ:
             threads = max(1, idle_cores() // processes)
@@ -110,6 +118,19 @@ class Run:
         """Processes that share each batch."""
         return int(os.environ["WORLD_SIZE"]) if self.by_torchrun else self.options.processes or 1
 
+    @property
+    def mesh(self) -> parallel.MeshShape | None:
+        """How the processes divide the work; None: each has all weights."""
+        if self.options.mesh is None and self.options.shard:
+            return parallel.MeshShape(shard=self.ranks)
+        return self.options.mesh
+
+    @property
+    def takers(self) -> int:
+        """Shares that the clips of a step are divided into."""
+        slices = self.mesh.tensor if self.mesh else 1
+        return self.ranks // slices * self.options.accumulate
+
     def seed(self, phase: Phase) -> int:
         return self.recipe.seed + 1000 * self._names.index(phase.name)
 
@@ -122,27 +143,27 @@ class Run:
             return {}
         return self.folder.config.trained or {}
 
-    def previous_state(self, phase: Phase) -> Path | None:
-        """The state of the last phase before this one that trains the same part."""
+    def previous(self, phase: Phase) -> Path | None:
+        """The folder of the last phase before this one that trains the same part, and was saved."""
         earlier = self.recipe.phases[: self._names.index(phase.name)]
-        return next(self._states(earlier[::-1], phase), None)
+        return next(self._saved(earlier[::-1], phase), None)
 
-    def later_state(self, phase: Phase) -> Path | None:
-        """The state of the first phase after this one that trains the same part."""
-        return next(self._states(self.recipe.phases[self._names.index(phase.name) + 1 :], phase), None)
+    def later(self, phase: Phase) -> Path | None:
+        """The folder of the first phase after this one that trains the same part, and was saved."""
+        return next(self._saved(self.recipe.phases[self._names.index(phase.name) + 1 :], phase), None)
 
-    def state(self, phase: Phase) -> Path:
-        """Where a phase saves its steps."""
-        return self.out / phase.name / "state.pt"
+    def state(self, phase: Phase) -> Path | None:
+        """The last checkpoint of a phase."""
+        return checkpoint.find(self.out / phase.name)
 
     def new_part(self, phase: Phase, name: str) -> nn.Module:
         """A part that `phase` trains, before its first step: the previous phase's weights, else the
         folder's, else a copy of the part that the phase inherits, else new ones."""
-        previous = self.previous_state(phase)
+        previous = self.previous(phase)
         part: Any
         if previous is not None:
             part = inherit.new_part(self.spec, name, self.seed(phase))
-            part.load_state_dict(checkpoint.read(previous)["parts"][name])
+            checkpoint.read_part(previous, name, part)
         elif self.folder.has(name):
             part = self.folder.load(name)
         else:
@@ -165,11 +186,11 @@ class Run:
     def _names(self) -> list[str]:
         return [phase.name for phase in self.recipe.phases]
 
-    def _states(self, phases: Sequence[Phase], phase: Phase) -> Iterator[Path]:
-        """The states of those phases that train a part that `phase` trains."""
+    def _saved(self, phases: Sequence[Phase], phase: Phase) -> Iterator[Path]:
+        """The folders of those phases that train a part that `phase` trains, and were saved."""
         for other in phases:
-            if {*other.trains} & {*phase.trains} and self.state(other).exists():
-                yield self.state(other)
+            if {*other.trains} & {*phase.trains} and self.state(other) is not None:
+                yield self.out / other.name
 
     # -- checks before work
 
@@ -191,7 +212,10 @@ class Run:
         return run
 
     def check_devices(self) -> None:
-        """Raise ValueError unless there is a device for each process."""
+        """Raise ValueError unless there is a device for each process, and a process for each of the mesh."""
+        mesh = self.options.mesh
+        if mesh is not None and mesh.ranks != self.ranks:
+            raise ValueError(f"--mesh {mesh} is {mesh.ranks} processes, and there are {self.ranks}")
         if torch.device(self.options.device).type != "cuda" or self.by_torchrun:
             return
         count = torch.cuda.device_count()
@@ -209,13 +233,13 @@ class Run:
         remaining = []
         for phase in self.phases:
             row = finished.get(phase.name)
-            if row is not None and row.steps >= phase.steps and self.state(phase).exists():
+            if row is not None and row.steps >= phase.steps and self.state(phase) is not None:
                 continue
-            later = self.later_state(phase)
+            later = self.later(phase)
             if later is not None:
                 raise ValueError(
-                    f"cannot resume {phase.name}: {later.parent.name} was already trained from it; "
-                    f"delete {later.parent} to train it again after {phase.name}"
+                    f"cannot resume {phase.name}: {later.name} was already trained from it; "
+                    f"delete {later} to train it again after {phase.name}"
                 )
             remaining.append(phase)
         return replace(self, phases=remaining)
@@ -223,8 +247,23 @@ class Run:
     def check_phases(self) -> None:
         """Raise ValueError unless the processes can share each batch, and each phase suits the model."""
         for phase in self.phases:
-            parallel.share(phase, self.ranks)
+            parallel.share(phase, self.takers)
             phase.check(self.spec)
+            if self.options.accumulate > 1 and not phase.objective.accumulates:
+                raise ValueError(
+                    f"--accumulate must be 1 for {phase.name}, whose codebook follows all clips of a step"
+                )
+            if self.options.mesh is not None and self.options.mesh.tensor > 1:
+                self._check_slices(phase, self.options.mesh.tensor)
+
+    def _check_slices(self, phase: Phase, count: int) -> None:
+        if phase.optimizer == "muon":
+            raise ValueError(
+                f"muon updates whole matrices, which --mesh {self.options.mesh} cuts into slices; choose "
+                f"--{phase.name}.optimizer adamw"
+            )
+        for part in (*phase.uses, *phase.trains):
+            slices.check_slices(self.spec.outline(part), count)
 
     def check_adapters(self) -> None:
         """Raise ValueError unless each phase trains a part with adapters, of a model that is there."""
@@ -264,11 +303,11 @@ class Run:
         """Raise ValueError if a phase would start from one that was stopped before its end."""
         finished = {*self.finished, *(phase.name for phase in self.phases)}
         for phase in self.phases:
-            previous = self.previous_state(phase)
-            if previous is not None and previous.parent.name not in finished:
+            previous = self.previous(phase)
+            if previous is not None and previous.name not in finished:
                 raise ValueError(
-                    f"{phase.name} starts from {previous.parent.name}, which was stopped before its end; "
-                    f"finish that first, or delete {previous.parent}"
+                    f"{phase.name} starts from {previous.name}, which was stopped before its end; "
+                    f"finish that first, or delete {previous}"
                 )
 
     def with_shards(self) -> Run:
@@ -283,11 +322,13 @@ class Run:
             numbers = sum(shape.numel() for part in phase.trains for shape in self.spec.shapes(part).values())
             copies = self.ranks if device.type == "cpu" else 1  # which share the memory
             due = 4 * numbers * (4 if phase.optimizer == "adamw" else 3) * copies
-            if due > free:
+            mesh = self.options.mesh
+            cuts = mesh.shard * mesh.tensor if mesh else self.ranks
+            if due > free and mesh is None:
                 shard = self.ranks > 1
-            if due / self.ranks > free:
+            if due / cuts > free:
                 raise ValueError(
-                    f"{phase.name} needs {due / self.ranks / 1e9:.1f} GB for weights, gradients "
+                    f"{phase.name} needs {due / cuts / 1e9:.1f} GB for weights, gradients "
                     f"and optimizer states alone, and {free / 1e9:.1f} GB are free; choose a smaller "
                     f"preset, or more devices"
                 )
@@ -296,7 +337,7 @@ class Run:
     def check_sharing(self) -> None:
         """Raise ValueError unless, with shards, each process has a whole number of crops."""
         for phase in self.phases:
-            parallel.share(phase, self.ranks, self.options.shard)
+            parallel.share(phase, self.takers, self.mesh is not None)
 
     def check_init(self) -> None:
         """Raise ValueError if the initialisation is invalid or differs from the run's."""
