@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -233,8 +234,8 @@ def _meeting() -> dict[str, Any]:
     if here.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not on_one_machine:
         return {}
     ranks = int(here["WORLD_SIZE"])
-    store = dist.TCPStore(here["MASTER_ADDR"], int(here["MASTER_PORT"]), ranks, is_master=False)
-    attempt = dist.PrefixStore(f"attempt {here['TORCHELASTIC_RESTART_COUNT']}", store)
+    store = TCPStore(here["MASTER_ADDR"], int(here["MASTER_PORT"]), ranks, is_master=False)
+    attempt = PrefixStore(f"attempt {here['TORCHELASTIC_RESTART_COUNT']}", store)
     return {"store": attempt, "rank": int(here["RANK"]), "world_size": ranks}
 
 
