@@ -152,6 +152,14 @@ SHORTENED = {
     "torchrun --nproc-per-node 8 -m cogvideo train tiny --out runs/tiny": nano(
         (" 8 ", " 2 "), ("runs/tiny", "runs/two")
     ),
+    "cogvideo estimate --train cogvideo-9b --mesh 8x8": WHOLE,
+    "torchrun --nproc-per-node 4 --max-restarts 3 -m cogvideo train tiny --mesh 1x2x2 "
+    "--image.optimizer adamw --phases image --out runs/mesh": nano(
+        (" 4 ", " 2 "), ("1x2x2", "1x1x2"), more="--init tiny"
+    ),
+    "torchrun --nproc-per-node 2 -m cogvideo generate --prompts prompts.txt --seed 1 -o out.mp4": nano(),
+    'torchrun --nproc-per-node 2 -m cogvideo generate "a dog runs" --slices 2 --dtype float32 --seed 1 '
+    "-o dog.mp4": nano(),
     "cogvideo train tiny --out runs/tiny6w --phases image --processes 1 --threads 1 --save-every 25 "
     "--image.lr 7e-4": nano(("runs/tiny6w", "runs/tiny")),
     "python -m scripts.on_gpu MODEL OUT base:240 stage1:138 stage2:125 --total 512": nano(
