@@ -237,7 +237,7 @@ def test_what_cannot_be_adapted_is_refused(world, nano, nano_large, tmp_path, tr
         recipes.of_adapters(recipes.find("direct-tiny"))
     with pytest.raises(ValueError, match="--lora must be from 1 to 1024"):
         Options(lora=-1)
-    with pytest.raises(ValueError, match="do not go together"):
+    with pytest.raises(ValueError, match="goes with neither --shard nor --mesh"):
         Options(lora=2, shard=True)
     with pytest.raises(ValueError, match="changes nothing"):
         train(tmp_path / "c", world, nano, phase("image", lr=0.0))

@@ -163,7 +163,9 @@ class Run:
         part: Any
         if previous is not None:
             part = inherit.new_part(self.spec, name, self.seed(phase))
-            checkpoint.read_part(previous, name, part)
+            state = checkpoint.find(previous)
+            assert state is not None
+            checkpoint.read_part(state, name, part)
         elif self.folder.has(name):
             part = self.folder.load(name)
         else:
