@@ -302,7 +302,6 @@ def test_muon_goes_the_same_way_with_two_processes(nano, tmp_path, shard):
         ((1, WHOLE), (2, WHOLE), "adamw", 1e-5),
         ((1, WHOLE), (2, SLICES), "adamw", 1e-5),
         ((2, SHARDS), (1, WHOLE), "adamw", 1e-5),
-        ((2, SHARDS), (2, SHARDS), "adamw", 0),
         ((2, WHOLE), (2, WHOLE), "muon", 0),
         ((2, SHARDS), (2, SHARDS), "muon", 0),
         ((4, MeshShape(2, 1, 2)), (2, SHARDS), "adamw", 1e-5),
@@ -322,8 +321,16 @@ def test_a_run_goes_on_in_any_mesh(nano, tmp_path, first, second, optimizer, tol
     assert left & {"state.pt", "shards"} == {"state.pt" if second[1] is None else "shards"}
 
 
-@pytest.mark.parametrize("shape", ["1x1x2", "1x2x2", "2x1x2", "2x2x1"])
-@pytest.mark.parametrize("name", ["image", "stage1"])
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("image", "1x2x2"),
+        ("stage1", "1x1x2"),
+        ("stage1", "1x2x2"),
+        ("stage1", "2x1x2"),
+        ("stage1", "2x2x1"),
+    ],
+)
 def test_every_mesh_takes_the_steps_of_one_process(nano, tmp_path, name, shape):
     mesh = MeshShape.parse(shape)
     phase = nano_phase(name, drop=0.5, batch=4, crop_share=0.0)
