@@ -121,6 +121,8 @@ class Checkpoint:
             self._load_shards(place, flat)
         else:
             for name, value in flat.items():
+                if stored[name].shape != value.shape:
+                    raise ValueError(f"{place} is of a model of other sizes: {name}; delete it to begin again")
                 value.copy_(_like(stored[name], value))
         return int(stored["step"])
 
