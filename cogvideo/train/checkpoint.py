@@ -122,7 +122,9 @@ class Checkpoint:
         else:
             for name, value in flat.items():
                 if stored[name].shape != value.shape:
-                    raise ValueError(f"{place} is of a model of other sizes: {name}; delete it to begin again")
+                    raise ValueError(
+                        f"{place} is of a model of other sizes: {name}; delete it to begin again"
+                    )
                 value.copy_(_like(stored[name], value))
         return int(stored["step"])
 
