@@ -162,6 +162,10 @@ SHORTENED = {
     "-o dog.mp4": nano(),
     "cogvideo train tiny --out runs/tiny6w --phases image --processes 1 --threads 1 --save-every 25 "
     "--image.lr 7e-4": nano(("runs/tiny6w", "runs/tiny")),
+    "cogvideo train tiny --init tiny --data noto_world --phases image --image.steps 600 --image.batch 32 "
+    "--image.lr 4e-4 --processes 1 --threads 1 --save-every 20 --probe-every 100 --out runs/noto": nano(
+        ("noto_world", "my_world"), ("steps 600", "steps 2"), ("batch 32", "batch 2")
+    ),
     "python -m scripts.on_gpu MODEL OUT base:240 stage1:138 stage2:125 --total 512": nano(
         ("MODEL OUT", "runs/tiny/model runs/gpu"),
         ("240", "1"),
