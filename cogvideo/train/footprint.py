@@ -13,9 +13,15 @@ from torch.distributed.tensor import DTensor
 
 from cogvideo.model.families import Spec
 from cogvideo.train.objectives import LossFunction
-from cogvideo.train.parallel import Distributed, MeshShape, TrainStep, open_mesh, to_devices
+from cogvideo.train.parallel import (
+    Distributed,
+    MeshShape,
+    TrainStep,
+    check_slices_of,
+    open_mesh,
+    to_devices,
+)
 from cogvideo.train.phase import Phase
-from cogvideo.train.slices import check_slices
 
 NUMBER = 4  # bytes; weights, gradients and averages are float32
 
@@ -38,12 +44,10 @@ class Footprint:
 
 def lay_out(spec: Spec, phase: Phase, shape: MeshShape) -> Footprint:
     """The bytes of a phase in a mesh. ValueError if the matrices cannot be cut so."""
-    if shape.tensor > 1 and phase.optimizer == "muon":
-        raise ValueError(f"muon updates whole matrices; choose --{phase.name}.optimizer adamw")
+    check_slices_of(phase, spec, shape)
     parts = {}
     for name in dict.fromkeys((*phase.uses, *phase.trains)):
         parts[name] = spec.outline(name)
-        check_slices(parts[name], shape.tensor)
         parts[name].requires_grad_(name in phase.trains)
     step = TrainStep(parts, _never)
     averages = 2 if phase.optimizer == "adamw" else 1

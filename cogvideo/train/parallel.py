@@ -39,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogvideo.data.loader import Batch
 from cogvideo.hardware import chosen_precision, find_device, idle_cores
+from cogvideo.model.families import Spec
 from cogvideo.model.transformer import Block
 from cogvideo.model.vqvae import Codebook
 from cogvideo.train.inputs import Parts
@@ -46,7 +47,7 @@ from cogvideo.train.losses import Result
 from cogvideo.train.objectives import LossFunction
 from cogvideo.train.optim import by_mesh
 from cogvideo.train.phase import Phase
-from cogvideo.train.slices import slice_matrices, split_projections
+from cogvideo.train.slices import check_slices, slice_matrices, split_projections
 
 BLOCKS = (Block, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
@@ -96,6 +97,19 @@ def share(phase: Phase, takers: int, equally: bool = False) -> int:
             f"--{phase.name}.batch"
         )
     return local
+
+
+def check_slices_of(phase: Phase, spec: Spec, shape: MeshShape) -> None:
+    """Raise ValueError unless the matrices of a phase's parts can be cut into the slices of a mesh."""
+    if shape.tensor == 1:
+        return
+    if phase.optimizer == "muon":
+        raise ValueError(
+            f"muon updates whole matrices, which --mesh {shape} cuts into slices; choose "
+            f"--{phase.name}.optimizer adamw"
+        )
+    for part in (*phase.uses, *phase.trains):
+        check_slices(spec.outline(part), shape.tensor)
 
 
 @dataclass(frozen=True)

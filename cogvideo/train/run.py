@@ -26,7 +26,7 @@ from cogvideo.model.config import TrainedPhase
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import VQVAE
-from cogvideo.train import checkpoint, inherit, parallel, slices
+from cogvideo.train import checkpoint, inherit, parallel
 from cogvideo.train.inputs import Parts
 from cogvideo.train.phase import Phase
 from cogvideo.train.recipes import Recipe
@@ -255,17 +255,8 @@ class Run:
                 raise ValueError(
                     f"--accumulate must be 1 for {phase.name}, whose codebook follows all clips of a step"
                 )
-            if self.options.mesh is not None and self.options.mesh.tensor > 1:
-                self._check_slices(phase, self.options.mesh.tensor)
-
-    def _check_slices(self, phase: Phase, count: int) -> None:
-        if phase.optimizer == "muon":
-            raise ValueError(
-                f"muon updates whole matrices, which --mesh {self.options.mesh} cuts into slices; choose "
-                f"--{phase.name}.optimizer adamw"
-            )
-        for part in (*phase.uses, *phase.trains):
-            slices.check_slices(self.spec.outline(part), count)
+            if self.options.mesh is not None:
+                parallel.check_slices_of(phase, self.spec, self.options.mesh)
 
     def check_adapters(self) -> None:
         """Raise ValueError unless each phase trains a part with adapters, of a model that is there."""
