@@ -28,17 +28,20 @@ from cogvideo.layout import Layout
 from cogvideo.model import presets
 from cogvideo.model.transformer import Base, DualChannelTransformer, TemporalChannel, TransformerConfig
 
+DTYPES = ("float32", "bfloat16", "int8")
 SIZES = {"12 x 768": (12, 768, 12), "4 x 3072": (4, 3072, 48)}  # layers, width, heads
 
 
-def models(c: TransformerConfig, window: int) -> Iterator[tuple[str, DualChannelTransformer]]:
+def models(
+    c: TransformerConfig, window: int, dtypes: list[str]
+) -> Iterator[tuple[str, DualChannelTransformer]]:
     """The same random weights in each dtype."""
     generator = torch.Generator().manual_seed(0)
     base, temporal = Base(c), TemporalChannel(c, window)
     for part in (base, temporal):
         part.init_weights(generator)
         part.requires_grad_(False)
-    for dtype in ("float32", "bfloat16", "int8"):
+    for dtype in dtypes:
         packed = (pack(copy.deepcopy(part), dtype) for part in (base, temporal))
         model = DualChannelTransformer(*packed).eval()
         yield dtype, join(model) if dtype == "int8" else model
@@ -73,6 +76,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="layers x width")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--windows", type=int, default=8, help="windows of stage 2 generated together")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     full = presets.find("cogvideo-9b").model
@@ -84,7 +89,7 @@ def main() -> None:
         c = replace(full, layers=layers, width=width, heads=heads, dropout=0.0)
         keyframes = Layout.keyframes(c.text_len, c.grid, c.frames)
         between = Layout.interpolation(c.text_len, c.grid, c.frames)
-        for dtype, model in models(c, 0):
+        for dtype, model in models(c, 0, arguments.dtypes):
             for known in (1, 4):
                 memory = bandwidth()  # now: on a machine that others share it changes
                 first = islice(steps(model, keyframes, known, 2), 3, arguments.steps + 3)
@@ -93,10 +98,10 @@ def main() -> None:
                 what = f"stage 1, {known} frames of context"
                 row(size, what, dtype, taken, f"{share:.2f} | {memory / 1e9:.0f}")
         if size == "12 x 768":
-            for dtype, model in models(c, c.window):
-                all_steps = list(steps(model, between, 3, 8))
+            for dtype, model in models(c, c.window, arguments.dtypes):
+                all_steps = list(steps(model, between, 3, arguments.windows))
                 taken = [sum(ms for ms, _ in all_steps) / sum(tokens for _, tokens in all_steps)]
-                row(size, "stage 2, 8 windows", dtype, taken, " |")
+                row(size, f"stage 2, {arguments.windows} windows", dtype, taken, " |")
 
 
 def row(size: str, what: str, dtype: str, taken: list[float], share: str) -> None:

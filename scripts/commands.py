@@ -220,7 +220,9 @@ SHORTENED = {
     "python -m benchmarks.generate --model direct-tiny --runs 7 --threads 2": nano(("7", "1"), ("2", "1")),
     "python -m benchmarks.generate --model tiny --runs 5": nano(("5", "1")),
     "python -m benchmarks.generate --model tiny --runs 2 --together 16": nano(("--runs 2", "--runs 1")),
-    "python -m benchmarks.step --threads 2": nano(("2", "1"), more='--steps 2 --sizes "12 x 768"'),
+    "python -m benchmarks.step --threads 2": nano(
+        ("2", "1"), more='--steps 2 --sizes "12 x 768" --dtypes int8 --windows 1'
+    ),
     "python -m benchmarks.bfloat16": Shorter(more="--rounds 1"),
     "python -m benchmarks.gpu": nano(more="--device cpu --sizes nano --recipe none --runs 1"),
     "pytest -m gpu": Shorter(by="tests/test_gpu.py"),

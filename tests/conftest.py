@@ -16,6 +16,7 @@ from cogvideo.model.superres import SuperResChannel, SuperResConfig
 from cogvideo.model.transformer import Base, TemporalChannel
 from cogvideo.model.vqvae import VQVAE, HierarchicalVQVAE
 from cogvideo.text import split_words, train_text
+from cogvideo.train import recipes
 
 torch.set_num_threads(1)
 
@@ -32,6 +33,18 @@ def browser():
         made = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield made
         made.close()
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """The recipes, with two clips a step."""
+    find = recipes.find
+
+    def small(name: str) -> recipes.Recipe:
+        recipe = find(name)
+        return replace(recipe, phases=tuple(replace(phase, batch=2) for phase in recipe.phases))
+
+    monkeypatch.setattr("cogvideo.train.recipes.find", small)
 
 
 @pytest.fixture(scope="session")

@@ -372,7 +372,8 @@ def test_c3d_of_chainer_and_of_torch_are_the_same_network(world, tmp_path):
     assert torch.equal(*rows) and rows[0].shape == (1, 16) and rows[0].abs().sum() > 0
     shares = extractors.C3D(tmp_path / "c3d.npz").probabilities(rows[0])
     assert shares.shape == (1, 11) and shares.sum().item() == pytest.approx(1)
-    request = Request(*world, protocol, ("c3d",), {"c3d": tmp_path / "c3d.npz"}, few=True, controls=False)
+    few = (write_world(tmp_path / "a", 1, 4), write_world(tmp_path / "b", 2, 4))
+    request = Request(*few, protocol, ("c3d",), {"c3d": tmp_path / "c3d.npz"}, few=True, controls=False)
     score = evaluate(request).sets[-1]
     assert score.metric == "Inception Score (c3d)" and 1 <= score.value <= 11
     with pytest.raises(ValueError, match="c3d needs clips of 16 frames; the protocol has 9"):

@@ -271,7 +271,7 @@ def test_memory_decides_on_shards(monkeypatch):
 
 
 def test_two_processes_take_the_steps_of_one_in_the_regression_family(nano, tmp_path):
-    phase = nano_phase("low", "direct-tiny")
+    phase = nano_phase("low", "direct-tiny", steps=3)
     one, two = tmp_path / "1", tmp_path / "2"
     for out in (one, two):
         (out / "model").mkdir(parents=True)

@@ -76,10 +76,12 @@ def test_no_prompt_is_of_a_composition_that_is_trained():
 
 
 def test_a_training_that_was_killed_resumes_with_the_time_it_had(tmp_path, monkeypatch):
-    """Three steps in one go, and in two runs: the same weights."""
+    """Three steps of one clip in one go, and in two runs: the same weights."""
     clock = iter(float(second) for second in range(0, 1000, 10))
     monkeypatch.setattr("benchmarks.rivals.stepwise.time.process_time", lambda: next(clock))  # 10 s a step
     monkeypatch.setattr("benchmarks.rivals.stepwise.SAVE_SECONDS", 5.0)
+    monkeypatch.setattr(Raster, "batch", 1)
+    monkeypatch.setattr(Raster, "fresh", 1)
     size = Size(layers=1, width=64, sprites=4)
     whole = Raster(size, tmp_path / "whole")
     whole.train(0.5, None, 0)
@@ -117,8 +119,8 @@ def test_systems_of_equal_size_are_of_equal_size_but_for_the_channels(tmp_path):
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Trainings of a few steps."""
+def quick(monkeypatch, small_batches):
+    """Trainings of a few steps of two clips."""
     monkeypatch.setattr("benchmarks.rivals.phased.MEASURED_STEPS", 1)
     monkeypatch.setattr("cogvideo.train.inherit.CAPTIONS", 500)
 

@@ -26,7 +26,7 @@ def test_rendered_clips_score_what_the_page_says():
     assert 92 <= found["score"] <= 100 and found["place"] >= 98
 
 
-def test_a_run_goes_from_nothing_to_a_score(tmp_path, monkeypatch):
+def test_a_run_goes_from_nothing_to_a_score(tmp_path, monkeypatch, small_batches):
     monkeypatch.setattr("cogvideo.train.objectives.UNQUANTISED", 2)
     monkeypatch.setattr("benchmarks.rivals.phased.MEASURED_STEPS", 1)
     monkeypatch.setattr("cogvideo.train.inherit.CAPTIONS", 500)
