@@ -26,7 +26,7 @@ from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import Codebook
-from cogvideo.train import footprint, inputs, loop, objectives, parallel, recipes
+from cogvideo.train import footprint, inherit, inputs, loop, objectives, parallel, recipes
 from cogvideo.train.checkpoint import Checkpoint
 from cogvideo.train.parallel import MeshShape
 from cogvideo.train.run import Options, Run
@@ -64,6 +64,7 @@ def nano_phase(name: str, recipe: str = "tiny", **changes) -> recipes.Phase:
 
 
 def run(out: Path, phase: recipes.Phase, preset: str = "nano", **options) -> None:
+    inherit.CAPTIONS = 500
     objectives.UNQUANTISED = 2  # the tokenizer's codebook is filled after two steps
     recipe = dataclasses.replace(recipes.find("tiny"), preset=preset, phases=(phase,))
     world = Noise() if phase.name == "tokenizer" else TinyWorld(sprites(8), seed=1)
