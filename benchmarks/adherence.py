@@ -259,6 +259,7 @@ def main() -> None:
         choices=(9, 17, 33),
         help="9: only the rounds that make what the judge sees, 2 frames a second",
     )
+    parser.add_argument("--lora", help="a folder with an adapter, at weight 1")
     parser.add_argument("--dtype", help="numbers to compute with; default: as `cogvideo generate`")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--sprites", type=int, help="default: as many as the model was trained on")
@@ -282,7 +283,11 @@ def main() -> None:
     }
     if not args.reconstructions:
         pipe = CogVideo(folder, dtype=args.dtype)
-        claim(args.out, folder, seed=args.seed, batch=args.batch, frames=args.frames, dtype=pipe.dtype)
+        options = {"seed": args.seed, "batch": args.batch, "frames": args.frames, "dtype": pipe.dtype}
+        if args.lora is not None:
+            pipe.load_lora_weights(args.lora)
+            options["lora"] = args.lora
+        claim(args.out, folder, **options)
     judged = {}
     for name, (count, seed, held_out, language) in kinds.items():
         if count < 2:
