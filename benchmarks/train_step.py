@@ -37,7 +37,7 @@ from cogvideo.data.sources import open_source
 from cogvideo.hardware import gemm_rate
 from cogvideo.model import attention, presets
 from cogvideo.model.folder import ModelFolder
-from cogvideo.train import loop, pace, parallel, recipes
+from cogvideo.train import loop, pace, peers, recipes
 from cogvideo.train.run import Options, Run
 
 WAYS = ("before", "now")
@@ -82,7 +82,7 @@ def take_steps(
     steps: int,
     cores: int,
     reuse: int,
-    worker: parallel.Worker | None = None,
+    worker: peers.Worker | None = None,
     clock: Clock | None = None,
 ) -> None:
     """A short run of a phase, one way or the other, in the folder that `model` is in."""
@@ -105,7 +105,7 @@ def one_round(
     clock, first = Clock(), reuse + 1
     ranks = cores if way == "now" else 1
     work: Any = partial(take_steps, way, recipe, phase, model, first + steps, cores, reuse)
-    with parallel.launch(ranks, work) as worker:
+    with peers.launch(ranks, work) as worker:
         work(worker, clock=clock)
     spans = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(clock.times[first - 1 :], clock.times[first:])]
     print(json.dumps(spans))
@@ -185,7 +185,7 @@ def show_kernels(recipe: recipes.Recipe, names: list[str]) -> None:
             parts = {part: folder.load(part) for part in (*phase.uses, *phase.trains)}
             for part in phase.trains:
                 parts[part].requires_grad_(True).train()
-            machine = parallel.Distributed(torch.device("cpu"))
+            machine = peers.Distributed(torch.device("cpu"))
             step = phase.objective.build_loss(parts, folder.text(), phase)
             batch = next(loader.batches(source, phase.clips, max(1, phase.batch // 4), seed=0))
             for number in range(2):

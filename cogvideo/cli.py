@@ -326,7 +326,7 @@ def train(
     from cogvideo.model import presets
     from cogvideo.model.folder import ModelFolder, find_model
     from cogvideo.train import loop, recipes
-    from cogvideo.train.parallel import MeshShape
+    from cogvideo.train.mesh import MeshShape
     from cogvideo.train.preview import probe
     from cogvideo.train.run import Options, Run
 
@@ -413,7 +413,7 @@ def estimate(
 def _estimate_mesh(recipe: str | None, mesh: str, fields: dict[str, str]) -> None:
     from cogvideo.model import presets
     from cogvideo.train import footprint, recipes
-    from cogvideo.train.parallel import MeshShape
+    from cogvideo.train.mesh import MeshShape
 
     if recipe is None:
         raise ValueError("--mesh is for --train RECIPE")

@@ -7,7 +7,7 @@ from cogvideo.layout import Layout
 from cogvideo.model.attention import attend_groups, attend_text
 from cogvideo.model.groups import groups_of
 from cogvideo.model.matrix_attention import MatrixAttention, uses_matrices
-from cogvideo.train import parallel
+from cogvideo.train import peers
 
 B, H, D, T = 2, 3, 8, 6  # clips, heads, width of a head, text tokens
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_in_bfloat16_it_rounds_no_more_than_that(layout, channel, window, shifte
     right = results(attend_groups, layout, case, torch.float32)
     ours = results(attend_groups, layout, case, torch.bfloat16)
     monkeypatch.setattr("cogvideo.model.attention.uses_matrices", lambda x: False)
-    with parallel.Distributed(CPU).arithmetic("bfloat16"):
+    with peers.Distributed(CPU).arithmetic("bfloat16"):
         theirs = results(attend_groups, layout, case, torch.bfloat16)
     for exact, mine, other in zip(right, ours, theirs):
         assert 0 < (mine - exact).norm() < (other - exact).norm() < 0.01 * exact.norm()

@@ -26,9 +26,9 @@ from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.model import presets
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import Codebook
-from cogvideo.train import footprint, inherit, inputs, loop, objectives, parallel, recipes
+from cogvideo.train import footprint, inherit, inputs, loop, mesh, objectives, parallel, peers, recipes
 from cogvideo.train.checkpoint import Checkpoint
-from cogvideo.train.parallel import MeshShape
+from cogvideo.train.mesh import MeshShape
 from cogvideo.train.run import Options, Run
 
 STEPS = 6
@@ -183,8 +183,8 @@ def test_processes_may_have_windows_and_whole_frames_in_other_shares(nano, tmp_p
     assert logs[0].keys() == logs[1].keys() >= {"crops", "frame0"}
     assert logs[0]["frame0"] == pytest.approx(logs[1]["frame0"], abs=1e-5)
     with pytest.raises(ValueError, match="choose another --image.batch"):
-        parallel.share(phase, 2, equally=True)
-    assert parallel.share(nano_phase("image", batch=8), 2, equally=True) == 4
+        mesh.local_batch(phase, 2, equally=True)
+    assert mesh.local_batch(nano_phase("image", batch=8), 2, equally=True) == 4
 
 
 @pytest.mark.parametrize("mesh", [None, SHARDS])
@@ -231,7 +231,7 @@ def test_a_run_starts_its_processes_itself(nano, tmp_path):
 
 PARENT = """
 import sys, time
-from cogvideo.train.parallel import launch
+from cogvideo.train.peers import launch
 
 def work(member):
     print(__import__("os").getpid(), flush=True)
@@ -418,11 +418,11 @@ def test_shards_have_the_gradients_of_whole_parts(nano):
 def _compare_gradients(nano: Path) -> None:
     """Of stage 1 with all parts learning; with and without recomputing; each process holds half."""
     folder, phase = ModelFolder(nano), nano_phase("stage1")
-    distributed = parallel.start("cpu", shape=SHARDS)
+    distributed = peers.start("cpu", shape=SHARDS)
     batch = next(batches(TinyWorld(sprites(8), seed=1), phase.clips, 1, seed=0))
     found = []
     for one in (
-        parallel.Distributed(distributed.device),
+        peers.Distributed(distributed.device),
         distributed,
         dataclasses.replace(distributed, recompute=True),
     ):
@@ -451,7 +451,7 @@ def _compare_gradients(nano: Path) -> None:
     for key in plain:
         assert torch.allclose(plain[key], sharded[key], atol=1e-6), key
         assert torch.equal(sharded[key], recomputed[key]), key
-    parallel.stop(distributed)
+    peers.stop(distributed)
 
 
 def test_processes_share_one_codebook():
@@ -460,7 +460,7 @@ def test_processes_share_one_codebook():
 
 def _compare_codebooks() -> None:
     """Filled, followed and revived by the vectors of all processes as by those of one that sees them all."""
-    distributed = parallel.start("cpu")
+    distributed = peers.start("cpu")
     alone, shared = Codebook(16, 2, decay=0.5, dead=0.2), Codebook(16, 2, decay=0.5, dead=0.2)
     step = parallel.TrainStep({"book": nn.ModuleList([nn.Linear(2, 2), shared])}, lambda: None)
     parallel.to_devices(step, distributed, "float32")
@@ -480,7 +480,7 @@ def _compare_codebooks() -> None:
         for key, value in alone.state_dict().items():
             assert torch.equal(value, shared.state_dict()[key]), key
     assert revived > 0 and bool(shared.filled)
-    parallel.stop(distributed)
+    peers.stop(distributed)
 
 
 @pytest.mark.parametrize("name", ["image", "stage1"])
@@ -499,7 +499,7 @@ def test_recomputing_keeps_fewer_activations(nano):
         parts = {name: folder.load(name) for name in ("vqvae", "base", "stage1")}
         parts["stage1"].requires_grad_(True)
         model = parallel.TrainStep(parts, partial(phase.objective.build_loss, parts, folder.text(), phase))
-        parallel.to_devices(model, parallel.Distributed(torch.device("cpu"), recompute=recompute), "float32")
+        parallel.to_devices(model, peers.Distributed(torch.device("cpu"), recompute=recompute), "float32")
         sizes: dict[int, int] = {}
 
         def note(t: torch.Tensor, sizes=sizes) -> torch.Tensor:
@@ -514,13 +514,13 @@ def test_recomputing_keeps_fewer_activations(nano):
 
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="a multiple of 3 for --image.batch"):
-        parallel.share(nano_phase("image"), 3)
-    assert parallel.share(nano_phase("image", batch=12), 3) == 4
+        mesh.local_batch(nano_phase("image"), 3)
+    assert mesh.local_batch(nano_phase("image", batch=12), 3) == 4
 
 
 def test_a_checkpoint_without_shards_is_a_plain_file(tmp_path):
     """Also one that a version before 0.2 wrote, with numbered parameters."""
-    part, distributed = nn.Linear(3, 2), parallel.Distributed(torch.device("cpu"))
+    part, distributed = nn.Linear(3, 2), peers.Distributed(torch.device("cpu"))
     optimizer = torch.optim.AdamW(part.parameters())
     part(torch.ones(3)).sum().backward()
     optimizer.step()

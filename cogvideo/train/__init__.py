@@ -9,7 +9,10 @@ inputs         what a loss reads of a batch
 losses         cross-entropy of codes, and the hierarchical loss of frames
 discriminator  the adversary of a video decoder
 optim          optimizers and learning rates
-parallel       several processes or devices, applied from outside
+peers          the processes that train together: how they start and exchange values
+mesh           how they divide clips, weights and matrices
+parallel       a step on several devices, applied from outside
+muon           Muon on several processes
 slices         matrices cut over devices, and the table of how
 footprint      what a mesh holds in each process, without its memory
 inherit        the weights that a new run starts from

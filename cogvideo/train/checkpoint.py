@@ -28,8 +28,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cogvideo.files import atomic_path
 from cogvideo.model.folder import FORMER, ModelFolder, Piece
+from cogvideo.train.muon import gather_momentum
 from cogvideo.train.optim import set_learning_rate
-from cogvideo.train.parallel import Distributed, gather_momentum, whole
+from cogvideo.train.parallel import whole
+from cogvideo.train.peers import Distributed
 from cogvideo.train.slices import THIRDS, split_names
 
 Flat = dict[str, Tensor]  # by name: parts/PART/KEY, optimizer/PARAMETER/KEY

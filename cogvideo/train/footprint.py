@@ -12,15 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cogvideo.model.families import Spec
+from cogvideo.train.mesh import MeshShape, check_slices_of, open_mesh
 from cogvideo.train.objectives import LossFunction
-from cogvideo.train.parallel import (
-    Distributed,
-    MeshShape,
-    TrainStep,
-    check_slices_of,
-    open_mesh,
-    to_devices,
-)
+from cogvideo.train.parallel import TrainStep, to_devices
+from cogvideo.train.peers import Distributed
 from cogvideo.train.phase import Phase
 
 NUMBER = 4  # bytes; weights, gradients and averages are float32

@@ -1,7 +1,7 @@
 """The training loop. `train` runs the phases of a `Run`; `run_phase` is one of them: set up, loop, store.
 
 An interrupted run resumes at its last save when the same command runs again. Of several processes
-(`parallel.py`) the first one writes files; calls that save or gather must run on every rank.
+(`peers.py`) the first one writes files; calls that save or gather must run on every rank.
 """
 
 import json
@@ -26,9 +26,10 @@ from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import VQVAE
 from cogvideo.text import TextTokenizer
-from cogvideo.train import inherit, parallel
+from cogvideo.train import inherit, muon, parallel, peers
 from cogvideo.train.checkpoint import Checkpoint, export
 from cogvideo.train.inputs import Parts, encode_clips, part
+from cogvideo.train.mesh import local_batch
 from cogvideo.train.optim import learning_rate, optimizers, set_learning_rate
 from cogvideo.train.phase import Phase
 from cogvideo.train.report import Report, draw_curve
@@ -52,15 +53,15 @@ def train(run: Run) -> ModelFolder:
         torch.set_num_threads(run.options.threads)
     processes = 1 if run.by_torchrun or not run.phases else run.ranks
     active = partial(run_phases, run)
-    with parallel.launch(processes, active) as worker:
+    with peers.launch(processes, active) as worker:
         active(worker)
     return run.folder
 
 
-def run_phases(run: Run, worker: parallel.Worker | None) -> None:
+def run_phases(run: Run, worker: peers.Worker | None) -> None:
     """The share of one process in a run that has been checked."""
     options = run.options
-    distributed = parallel.start(options.device, options.recompute, options.compile, run.mesh, worker)
+    distributed = peers.start(options.device, options.recompute, options.compile, run.mesh, worker)
     try:
         if distributed.first:
             inherit.prepare(
@@ -75,10 +76,10 @@ def run_phases(run: Run, worker: parallel.Worker | None) -> None:
             if name in chosen:
                 run_phase(run, chosen[name], text, distributed)
     finally:
-        parallel.stop(distributed)
+        peers.stop(distributed)
 
 
-def run_phase(run: Run, phase: Phase, text: TextTokenizer, distributed: parallel.Distributed) -> None:
+def run_phase(run: Run, phase: Phase, text: TextTokenizer, distributed: peers.Distributed) -> None:
     """Train one phase to its last step, and write its parts into the model folder."""
     active = begin(run, phase, text, distributed)
     loop_over_steps(active)
@@ -91,7 +92,7 @@ class ActivePhase:
 
     run: Run
     phase: Phase
-    distributed: parallel.Distributed
+    distributed: peers.Distributed
     out: Path
     parts: dict[str, nn.Module]  # all that the objective uses
     learning: dict[str, nn.Module]  # those that learn
@@ -109,7 +110,7 @@ class ActivePhase:
         return [p for p in self.container.parameters() if p.requires_grad]
 
 
-def begin(run: Run, phase: Phase, text: TextTokenizer, distributed: parallel.Distributed) -> ActivePhase:
+def begin(run: Run, phase: Phase, text: TextTokenizer, distributed: peers.Distributed) -> ActivePhase:
     """Load and place the parts of a phase, resume its last save, open its data and its report."""
     out = run.out / phase.name
     out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,7 @@ def begin(run: Run, phase: Phase, text: TextTokenizer, distributed: parallel.Dis
     parallel.to_devices(model, distributed, phase.precision, whole_matrices=phase.optimizer == "muon")
     container = nn.ModuleDict(learning)
     optims = optimizers(container, phase.optimizer, phase.weight_decay, phase.betas)
-    parallel.share_muon(optims, distributed)
+    muon.share_muon(optims, distributed)
     checkpoint = Checkpoint(out, learning, optims, distributed)
     first = checkpoint.resume()
 
@@ -166,11 +167,11 @@ def adapt(run: Run, parts: Parts, learning: Parts, seed: int) -> None:
 
 
 def open_data(
-    run: Run, phase: Phase, parts: Parts, distributed: parallel.Distributed, first: int
+    run: Run, phase: Phase, parts: Parts, distributed: peers.Distributed, first: int
 ) -> list[Iterator[Batch]]:
     """This process's batches of a phase, starting at step `first`: one iterator for each share that it takes
     of a step, as if it were as many processes."""
-    local = parallel.share(phase, run.takers, distributed.mesh is not None)
+    local = local_batch(phase, run.takers, distributed.mesh is not None)
     encode = partial(encode_here, parts, distributed, phase.precision)
     loaders = []
     for share in range(run.options.accumulate):
@@ -189,7 +190,7 @@ def open_data(
     return loaders
 
 
-def open_report(run: Run, phase: Phase, parts: Parts, distributed: parallel.Distributed) -> Report:
+def open_report(run: Run, phase: Phase, parts: Parts, distributed: peers.Distributed) -> Report:
     device = distributed.device
     peak = distributed.total(gemm_rate(device, chosen_precision(phase.precision, device)))
     flops = phase.objective.clip_flops(phase, parts)
@@ -334,7 +335,7 @@ def save_adapter(active: ActivePhase, trained: dict[str, nn.Module]) -> None:
     adapter.save(run.adapter_file.parent)
 
 
-def encode_here(parts: Parts, distributed: parallel.Distributed, precision: str, clips: Tensor) -> Tensor:
+def encode_here(parts: Parts, distributed: peers.Distributed, precision: str, clips: Tensor) -> Tensor:
     """Clips [B, F, 3, R, R] to codes [B, F, N], in the arithmetic of a step."""
     with distributed.arithmetic(precision):
         return encode_clips(part(parts, "vqvae", VQVAE), clips.to(distributed.device))

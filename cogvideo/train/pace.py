@@ -18,7 +18,7 @@ from cogvideo.data.loader import batches
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import VQVAE
-from cogvideo.train import inherit, loop, parallel
+from cogvideo.train import inherit, loop, peers
 from cogvideo.train.inputs import encode_clips
 from cogvideo.train.phase import Phase
 from cogvideo.train.recipes import Recipe
@@ -81,7 +81,7 @@ def _measure_phase(run: Run, phase: Phase, steps: int) -> Pace:
     short = replace(phase, steps=steps + 1, reuse=1)
     work = partial(loop.run_phases, replace(run, recipe=replace(run.recipe, phases=(short,)), phases=[short]))
     processes = run.options.processes or 1
-    with parallel.launch(processes, work) as worker:
+    with peers.launch(processes, work) as worker:
         work(worker)
     rows = read_log(run.out / phase.name / "log.jsonl")[1:]
     middle = sorted(rows, key=lambda row: row["clips_per_second"])[len(rows) // 2]
@@ -112,7 +112,7 @@ def _seconds_a_clip(folder: ModelFolder, phase: Phase, source: Source, device: t
     """Seconds to read and encode one clip."""
     vqvae = folder.load_as(VQVAE, "vqvae").to(device)
     clips = batches(source, phase.clips, 4, seed=0)
-    distributed = parallel.Distributed(device)
+    distributed = peers.Distributed(device)
     times = []
     for _ in range(3):
         began = time.perf_counter()

@@ -26,8 +26,9 @@ from cogvideo.model.config import TrainedPhase
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelFolder
 from cogvideo.model.vqvae import VQVAE
-from cogvideo.train import checkpoint, inherit, parallel
+from cogvideo.train import checkpoint, inherit, peers
 from cogvideo.train.inputs import Parts
+from cogvideo.train.mesh import MeshShape, check_slices_of, local_batch
 from cogvideo.train.phase import Phase
 from cogvideo.train.recipes import Recipe
 
@@ -46,7 +47,7 @@ class Options:
     device: torch.device | str = "cpu"
     processes: int | None = 1  # which share each batch; torchrun's number counts where it started them
     shard: bool = False  # cut the weights into shards, one a process: a mesh of 1 x processes x 1
-    mesh: parallel.MeshShape | None = None  # how the processes divide the work
+    mesh: MeshShape | None = None  # how the processes divide the work
     accumulate: int = 1  # times that each process takes its clips of a step, one share after another
     recompute: bool = False  # activations in the backward pass: less memory, more time
     compile: bool = False  # the blocks of the transformer: a slow start
@@ -81,7 +82,7 @@ class Options:
         """Replace each None by the default for this machine and these phases. Threads stay None if the
         environment sets their number."""
         device = find_device(self.device)
-        processes = self.processes or parallel.fitting_processes([*phases], device)
+        processes = self.processes or peers.fitting_processes([*phases], device)
         if self.mesh is not None:
             processes = self.mesh.ranks
         threads = self.threads
@@ -119,10 +120,10 @@ class Run:
         return int(os.environ["WORLD_SIZE"]) if self.by_torchrun else self.options.processes or 1
 
     @property
-    def mesh(self) -> parallel.MeshShape | None:
+    def mesh(self) -> MeshShape | None:
         """How the processes divide the work; None: each has all weights."""
         if self.options.mesh is None and self.options.shard:
-            return parallel.MeshShape(shard=self.ranks)
+            return MeshShape(shard=self.ranks)
         return self.options.mesh
 
     @property
@@ -249,14 +250,14 @@ class Run:
     def check_phases(self) -> None:
         """Raise ValueError unless the processes can share each batch, and each phase suits the model."""
         for phase in self.phases:
-            parallel.share(phase, self.takers)
+            local_batch(phase, self.takers)
             phase.check(self.spec)
             if self.options.accumulate > 1 and not phase.objective.accumulates:
                 raise ValueError(
                     f"--accumulate must be 1 for {phase.name}, whose codebook follows all clips of a step"
                 )
             if self.options.mesh is not None:
-                parallel.check_slices_of(phase, self.spec, self.options.mesh)
+                check_slices_of(phase, self.spec, self.options.mesh)
 
     def check_adapters(self) -> None:
         """Raise ValueError unless each phase trains a part with adapters, of a model that is there."""
@@ -330,7 +331,7 @@ class Run:
     def check_sharing(self) -> None:
         """Raise ValueError unless, with shards, each process has a whole number of crops."""
         for phase in self.phases:
-            parallel.share(phase, self.takers, self.mesh is not None)
+            local_batch(phase, self.takers, self.mesh is not None)
 
     def check_init(self) -> None:
         """Raise ValueError if the initialisation is invalid or differs from the run's."""
