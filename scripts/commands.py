@@ -209,6 +209,9 @@ SHORTENED = {
     ),
     "python -m benchmarks.adherence --model tiny --reconstructions": nano(more="--count 2 --chinese 2"),
     "python -m benchmarks.adherence --model tiny --frames 9": nano(more="--count 2 --chinese 2"),
+    "python -m benchmarks.adherence --model tiny --frames 9 --count 96 --lora runs/unicorn/lora": nano(
+        ("--count 96", "--count 2"), more="--chinese 2 --out runs/adapted"
+    ),
     "python -m benchmarks.phrasings --model tiny --out runs/phrasings": nano(more="--sprites 2"),
     "python -m benchmarks.fidelity --model tiny": nano(more="--count 2 --refiner-count 1"),
     "python -m benchmarks.hierarchical --steps 600": nano(("600", "3"), more="--count 2"),
