@@ -6,11 +6,9 @@ Files are not trusted, and may be larger than memory:
 - Only a checkpoint's files are extracted from a zip, and none if it is a bomb or leads out of its folder.
 """
 
-import json
 import re
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cogvideo.convert.keys import States
+from cogvideo.files import check_file, read_json
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WANTED = re.compile(r"(.*/)?(latest|model_config\.json|mp_rank_\d+_model_states\.pt)")
@@ -96,6 +95,8 @@ def find_checkpoints(sources: Sequence[Path]) -> list[Path]:
     """The checkpoint folders and zips among `sources`, and in folders among them."""
     checkpoints: list[Path] = []
     for source in sources:
+        if not source.exists():
+            raise ValueError(f"there is no {source}; give a checkpoint's folder or zip")
         if source.is_file() or (source / "latest").exists():
             inside = [source]
         else:
@@ -111,11 +112,11 @@ def open_checkpoint(source: Path, temporary: Path) -> Iterator[Checkpoint]:
     """Yield a checkpoint: a folder, or a zip, which is unpacked to the folder `temporary` meanwhile."""
     folder = source if source.is_dir() else _unpack(source, temporary)
     try:
-        described = {**json.loads((folder / "model_config.json").read_bytes())}
+        described = read_json(folder / "model_config.json")
     except FileNotFoundError:
         described = {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{folder / 'model_config.json'} is damaged: {error}") from None
+    if not isinstance(described, dict):
+        raise ValueError(f"{folder / 'model_config.json'} is damaged: it must be a table")
     files = _rank_files(folder, described.get("model_parallel_size", 1))
     checkpoint = Checkpoint(source.name, described, [read_states(file) for file in files])
     yield checkpoint
@@ -126,9 +127,11 @@ def open_checkpoint(source: Path, temporary: Path) -> Iterator[Checkpoint]:
 
 def _rank_files(folder: Path, count: int) -> list[Path]:
     """The files of all model-parallel ranks of the iteration that `latest` names."""
-    latest = (folder / "latest").read_text(errors="replace").strip()
-    if latest != "release" and not latest.isdecimal():
-        raise ValueError(f"{folder / 'latest'} says {latest[:99]!r}, where a number or 'release' belongs")
+    check_file(folder / "latest")
+    with (folder / "latest").open(errors="replace") as file:
+        latest = file.read(99).strip()
+    if latest != "release" and not (latest.isascii() and latest.isdecimal()):
+        raise ValueError(f"{folder / 'latest'} says {latest!r}, where a number or 'release' belongs")
     files = sorted((folder / latest).glob("mp_rank_*_model_states.pt"))
     names = [file.name for file in files]
     expected = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(files))]
@@ -140,24 +143,37 @@ def _rank_files(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def _unpack(source: Path, target: Path) -> Path:
-    """Unpack a zip to the folder `target`; return the folder of its only checkpoint."""
+@contextmanager
+def _open_zip(source: Path) -> Iterator[zipfile.ZipFile]:
+    """Yield a zip. Raise ValueError, with the file, for whatever zipfile raises meanwhile."""
     try:
         with zipfile.ZipFile(source) as archive:
-            escaping = next(filter(ESCAPES.match, archive.namelist()), None)
-            if escaping:
-                raise ValueError(f"{source} is refused: {escaping!r} leads out of the folder")
-            entries = [entry for entry in archive.infolist() if WANTED.fullmatch(entry.filename)]
-            packed = source.stat().st_size
-            size = sum(entry.file_size for entry in entries)
-            free = shutil.disk_usage(target.parent).free
-            if size > 20 * packed + 1_000_000:  # weights hardly compress
-                raise ValueError(f"{source} is refused as a zip bomb: its {packed} bytes would become {size}")
-            if 2 * size > free:  # for the unpacked and for the converted files
-                raise ValueError(f"{source} needs {2 * size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
-            archive.extractall(target, entries)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
-        raise ValueError(f"{source} is damaged or not a zip: {error}") from None
+            yield archive
+    except (
+        Exception
+    ) as error:  # of its compressions: zlib.error, LZMAError, OSError of bzip2, MemoryError ...
+        if isinstance(error, OSError) and error.errno:
+            raise ValueError(f"cannot unpack {source}: {error.strerror}") from None
+        raise ValueError(f"{source} is damaged or not a zip: {error or type(error).__name__}") from None
+
+
+def _unpack(source: Path, target: Path) -> Path:
+    """Unpack a zip to the folder `target`; return the folder of its only checkpoint."""
+    with _open_zip(source) as archive:
+        names = archive.namelist()
+        entries = [entry for entry in archive.infolist() if WANTED.fullmatch(entry.filename)]
+    escaping = next(filter(ESCAPES.match, names), None)
+    if escaping:
+        raise ValueError(f"{source} is refused: {escaping!r} leads out of the folder")
+    packed = source.stat().st_size
+    size = sum(entry.file_size for entry in entries)
+    free = shutil.disk_usage(target.parent).free
+    if size > 20 * packed + 1_000_000:  # weights hardly compress
+        raise ValueError(f"{source} is refused as a zip bomb: its {packed} bytes would become {size}")
+    if 2 * size > free:  # for the unpacked and for the converted files
+        raise ValueError(f"{source} needs {2 * size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
+    with _open_zip(source) as archive:
+        archive.extractall(target, entries)
 
     roots = [file.parent for file in target.rglob("latest")]
     if len(roots) != 1:

@@ -25,9 +25,9 @@ from cogvideo.data.tinyworld.cast import FPS, LOOP
 from cogvideo.data.tinyworld.own import TABLE, Language, OwnPlace, OwnSprite, OwnTable, is_world, open_world
 from cogvideo.data.tinyworld.places import PLACES
 from cogvideo.data.tinyworld.words import article_of, known_verbs
-from cogvideo.files import atomic_path, write_json
-from cogvideo.model.config import ConfigError, read_table
-from cogvideo.video import Frames
+from cogvideo.files import atomic_path, read_text, write_json
+from cogvideo.model.config import read_table
+from cogvideo.video import Frames, open_image
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -189,11 +189,15 @@ def read_settings(art: Path) -> Settings:
     if not file.exists():
         return Settings()
     try:
-        return read_table(Settings, tomllib.loads(file.read_text(encoding="utf-8")))
-    except ConfigError as error:
+        text = read_text(file)
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from None
+    try:
+        return read_table(Settings, tomllib.loads(text))
+    except RecursionError:
+        raise ValueError(f"cannot read {file}: it is nested too deeply") from None
+    except ValueError as error:  # of TOML and of the table
         raise ValueError(f"cannot read {file}: {error}") from None
-    except (OSError, ValueError) as error:  # of TOML and UTF-8
-        raise ValueError(f"cannot read {file}: {error}") from error
 
 
 # -- files
@@ -220,7 +224,7 @@ def _read_files(
             if file.stat().st_size > MOST_BYTES:
                 raise ValueError(f"it has more than {MOST_BYTES // 2**20} MB")
             content = read(file)
-        except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except (ValueError, OSError) as error:
             skipped[name] = str(error)
             continue
         seen.add(file.stem)
@@ -231,7 +235,7 @@ def _read_files(
 
 def _read_loop(file: Path) -> np.ndarray:
     """A picture or animation as premultiplied RGBA, uint8 [24, 96, 96, 4]. ValueError if it is not usable."""
-    with Image.open(file) as image:
+    with open_image(file) as image:
         count = getattr(image, "n_frames", 1)
         if image.width * image.height * count > MOST_PIXELS:
             raise ValueError(f"{count} frames of {image.width} x {image.height} pixels are too many")
@@ -297,7 +301,7 @@ def _loop_frames(durations: np.ndarray) -> np.ndarray:
 
 
 def _read_background(file: Path) -> Image.Image:
-    with Image.open(file) as image:
+    with open_image(file) as image:
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         opaque = image.convert("RGB")
@@ -394,7 +398,7 @@ def _place(stem: str, entry: BackgroundEntry) -> OwnPlace:
 def _named(name: str, stem: str) -> str:
     """The name that captions use: the given one, else the words of the file's name."""
     name = name or " ".join(re.sub(r"[-_.\d]+", " ", stem).split())
-    if not name or "@" in name:
+    if not name or "@" in name or not name.isprintable():
         raise ValueError(f"{stem} has no name that captions can use; give one in {SETTINGS}")
     _check_words("name", name, 3)
     return name
