@@ -8,11 +8,14 @@ import os
 import re
 import shutil
 import stat
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# what tarfile raises for damaged headers, and for sizes that no memory holds
+TAR_ERRORS = (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, MemoryError)
 DIGITS = 300  # of a whole number; one with more is beyond a float
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 

@@ -209,10 +209,12 @@ def _open_video(data: Path | bytes, name: str) -> Iterator[tuple["InputContainer
     try:
         if isinstance(data, Path):
             check_file(data)
-        with av.open(file, "r") as container:
+        with av.open(file, "r", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"cannot read {name}: it has sound but no images")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"cannot read {name}: nothing here decodes it; give {_READS}")
             _check_size(stream.width, stream.height, name)
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # sizes may change within it
             yield container, stream

@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogvideo.convert.sat import find_checkpoints, open_checkpoint
+from cogvideo.convert.sat import find_checkpoints, open_checkpoint, read_states
+from cogvideo.data.coded import _read_index
 from cogvideo.data.sources import open_source
 from cogvideo.data.tinyworld.artwork import make_world, read_settings
 from cogvideo.eval.clips import find_items
 from cogvideo.eval.study import Ballot, Key, load
+from cogvideo.eval.study_report import tally
 from cogvideo.files import parse_json, read_text
+from cogvideo.model.folder import read_clusters
 from cogvideo.video import Clip, VideoFile, read_image
 
 
@@ -193,7 +196,56 @@ def test_a_size_that_no_memory_holds_is_a_damaged_header(tmp_path):
     fails(lambda: open_source(path), "cannot read the shard", "a.tar")
 
 
+def coded_folder(folder: Path, **stored: object) -> Path:
+    """A folder as cogvideo data tokenize writes it, of one video."""
+    folder.mkdir()
+    codes = io.BytesIO()
+    np.save(codes, np.zeros((9, 4), np.uint16))
+    data = codes.getvalue()
+    row = json.dumps({"name": "a", "captions": ["a dog"], "fps": 8.0} | stored).encode()
+    members = [(member("0.codes.npy", len(data)), data), (member("0.json", len(row)), row)]
+    tar_of(folder / "000000.tar", *members)
+    table = {"tokenizer": "x", "size": 16, "videos": 1, "source": "x"}
+    (folder / "tokens.json").write_text(json.dumps(table))
+    return folder
+
+
+def test_damaged_codes_are_named(tmp_path):
+    assert open_source(coded_folder(tmp_path / "good"))[0].seconds == 1
+    for number, (stored, message) in enumerate(
+        (
+            ({"fps": 0.0}, "fps must be from"),
+            ({"captions": []}, "captions are missing"),
+            ({"name": "x" * 2**21}, "too large"),
+        )
+    ):
+        folder = coded_folder(tmp_path / str(number), **stored)
+        fails(lambda folder=folder: open_source(folder), "000000.tar", message)
+    folder = tmp_path / "good"
+    data = (folder / "000000.tar").read_bytes()
+    (folder / "000000.tar").write_bytes(data.replace(b"'shape'", b"'sh\\ape"))
+    fails(lambda: open_source(folder)[0], "000000.tar")
+    (folder / "tokens.json").write_text("[" * 99_999)
+    fails(lambda: open_source(folder), "tokens.json", "nested too deeply")
+    (folder / "000000.tar").unlink()
+    os.mkfifo(folder / "000000.tar")
+    fails(lambda: _read_index(folder / "000000.tar"), "000000.tar", "a device or pipe")
+
+
 # -- pictures and videos
+
+
+def test_a_video_that_nothing_decodes_is_named(tmp_path):
+    path = film(tmp_path / "a.mp4")
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    fails(lambda: VideoFile.open(path), "a.mp4", "nothing here decodes it")
+
+
+def test_a_title_that_is_no_text_is_no_error(tmp_path):
+    path = tmp_path / "a.mp4"
+    Clip(np.zeros((9, 16, 16, 3), np.uint8), 8, "a good title").save(path)
+    path.write_bytes(path.read_bytes().replace(b"a good title", b"a g\xff\xfed title"))
+    assert VideoFile.open(path).title.startswith("a g")
 
 
 def test_a_video_of_one_frame_is_too_short_and_no_more(tmp_path):
@@ -249,6 +301,18 @@ def test_bad_artwork_is_left_out_with_the_reason(tmp_path):
     assert made.sprites == ["box"] and sorted(made.skipped) == ["bomb.png", "half.png"]
 
 
+def test_a_bad_sprite_of_a_world_is_named(tmp_path):
+    art = tmp_path / "art"
+    art.mkdir()
+    good = Image.new("RGBA", (64, 64))
+    good.paste((255, 0, 0, 255), (16, 16, 48, 48))
+    good.save(art / "box.png")
+    make_world(art, tmp_path / "world")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "world" / "sprites" / "box.png")
+    source = open_source(tmp_path / "world")
+    fails(lambda: source[0].frames([0.0], 16), "box.png", "89478485 pixels")
+
+
 def test_settings_nested_without_end_are_named(tmp_path):
     (tmp_path / "world.toml").write_text("places = " + "[" * 50_000)
     fails(lambda: read_settings(tmp_path), "world.toml", "nested too deeply")
@@ -277,6 +341,34 @@ def test_damaged_members_of_a_zip_are_named(tmp_path, method):
                 pass
 
         fails(read, "a.zip")
+
+
+def test_errors_of_a_zip_name_the_zip(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("b/latest", "x")
+
+    def read() -> None:
+        with open_checkpoint(path, tmp_path / "out"):
+            pass
+
+    fails(read, f"{path}: b/latest says 'x'")
+
+
+def test_pickles_of_another_protocol_are_refused_without_a_warning(tmp_path):
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"\x80\x04K\x01.")
+    fails(lambda: read_states(path), "a.pt")
+    path.unlink()
+    os.mkfifo(path)
+    fails(lambda: read_states(path), "a.pt", "a device or pipe")
+
+
+def test_clusters_with_half_a_header_are_named(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros(4, int))
+    path.write_bytes(path.read_bytes().replace(b"(4,), }", b"(4,    "))
+    fails(lambda: read_clusters(path, 4), "a.npy")
 
 
 def test_endless_files_of_a_checkpoint_are_named(tmp_path):
@@ -344,3 +436,10 @@ def test_a_damaged_study_is_named(tmp_path, file, text, message):
     (tmp_path / file).write_text(text)
     read = {"study.json": load, "key.json": Key.load}.get(file, Ballot)
     fails(lambda: read(tmp_path), file, message)
+
+
+def test_a_key_of_another_study_is_named(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps(STUDY))
+    (tmp_path / "votes.jsonl").write_text(json.dumps(VOTE))
+    (tmp_path / "key.json").write_text('{"systems": ["left"], "real": null, "clips": {}}')
+    fails(lambda: tally(tmp_path), "key.json", "which of left made the clip 0000000000000000")

@@ -8,6 +8,7 @@ Files are not trusted, and may be larger than memory:
 
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,9 +52,11 @@ def read_states(file: Path) -> States:
     """The tensors under `module` of a pickled file. Raise ValueError if it is damaged or contains code."""
     if not file.exists():
         raise ValueError(f"{file} is missing")
+    check_file(file)
     try:  # files that torch wrote before 2020 are not zips, and cannot be mapped
         entries = zipfile.ZipFile(file).infolist() if zipfile.is_zipfile(file) else []
-        with torch.serialization.safe_globals(IGNORED):  # type: ignore[arg-type]
+        with warnings.catch_warnings(), torch.serialization.safe_globals(IGNORED):  # type: ignore[arg-type]
+            warnings.simplefilter("ignore")
             loaded = torch.load(file, map_location="cpu", mmap=bool(entries), weights_only=True)
     except Exception as error:  # torch's messages are long and explain how to allow everything
         why = re.search(r"(?i)unsupported .*?(?=\. |\.?\n|$)", str(error)) or re.match(r"[^.\n]*", str(error))
@@ -110,7 +113,18 @@ def find_checkpoints(sources: Sequence[Path]) -> list[Path]:
 @contextmanager
 def open_checkpoint(source: Path, temporary: Path) -> Iterator[Checkpoint]:
     """Yield a checkpoint: a folder, or a zip, which is unpacked to the folder `temporary` meanwhile."""
-    folder = source if source.is_dir() else _unpack(source, temporary)
+    try:
+        folder = source if source.is_dir() else _unpack(source, temporary)
+        checkpoint = _read_checkpoint(source.name, folder)
+    except ValueError as error:  # of an unpacked file, which is in the zip for whoever reads it
+        raise ValueError(str(error).replace(f"{temporary}/", f"{source}: ")) from None
+    yield checkpoint
+    checkpoint.ranks.clear()  # the space of a mapped file would not be freed
+    if folder is not source:
+        shutil.rmtree(temporary)
+
+
+def _read_checkpoint(name: str, folder: Path) -> Checkpoint:
     try:
         described = read_json(folder / "model_config.json")
     except FileNotFoundError:
@@ -118,11 +132,7 @@ def open_checkpoint(source: Path, temporary: Path) -> Iterator[Checkpoint]:
     if not isinstance(described, dict):
         raise ValueError(f"{folder / 'model_config.json'} is damaged: it must be a table")
     files = _rank_files(folder, described.get("model_parallel_size", 1))
-    checkpoint = Checkpoint(source.name, described, [read_states(file) for file in files])
-    yield checkpoint
-    checkpoint.ranks.clear()  # the space of a mapped file would not be freed
-    if folder is not source:
-        shutil.rmtree(temporary)
+    return Checkpoint(name, described, [read_states(file) for file in files])
 
 
 def _rank_files(folder: Path, count: int) -> list[Path]:

@@ -22,7 +22,7 @@ from cogvideo.data.cut import Source
 from cogvideo.data.tinyworld.gallery import scenes
 from cogvideo.data.tinyworld.own import is_world, open_world
 from cogvideo.data.videos import Entry, Videos
-from cogvideo.files import check_file, parse_json, read_json, read_text
+from cogvideo.files import TAR_ERRORS, check_file, parse_json, read_json, read_text
 from cogvideo.video import VIDEOS
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
@@ -37,17 +37,6 @@ YOUCOOK = "youcook*trainval*.json"  # the file with its captions
 SUBSETS = ("training", "validation")  # of YouCook2; its test videos have no captions
 MOST_SHARDS = 100_000  # of a pattern
 MOST_CAPTIONS = 2**20  # bytes of a file with the captions of a video
-
-# what tarfile raises for damaged headers, and for sizes that no memory holds
-TAR_ERRORS = (
-    tarfile.TarError,
-    OSError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-)
 
 Segment = tuple[Path, float, float | None]  # a video, and the seconds where a part of it begins and ends
 Skipped = dict[str, str]  # name of an entry -> why it is not usable

@@ -38,6 +38,7 @@ MODES = ("pairs", "ratings", "best")
 # The qualities of ratings, and the highest score of each.
 QUALITIES = {"texture": 5, "motion": 5, "relevance": 5, "total": 10}
 TRAP = "trap"  # the system of destroyed clips
+INTACT = "intact"  # and of the clips that are shown with them
 RATER = re.compile(r"[0-9a-f]{32}")
 CLIP = re.compile(r"[0-9a-f]{16}")  # the random name of a clip
 T = TypeVar("T")
@@ -141,6 +142,16 @@ class Key:
             raise ValueError(f"{folder} is no study: key.json is missing") from None
         except ValueError as error:
             raise ValueError(f"{file} is damaged: {error}") from None
+
+    def check(self, study: Study) -> None:
+        """Raise ValueError unless it says where each clip of the study comes from."""
+        origins = {*self.systems, TRAP, INTACT}
+        for trial in study.trials:
+            for clip in trial.clips:
+                if self.clips.get(clip, ("", 0))[0] not in origins:
+                    raise ValueError(
+                        f"it does not say which of {', '.join(self.systems)} made the clip {clip}"
+                    )
 
 
 # -- preparing
@@ -256,7 +267,7 @@ def _write_traps(
         first = frames[0].astype(int)
         still = (first + rng.normal(0, 60, first.shape)).clip(0, 255).astype(np.uint8)
         noisy = np.repeat(still[None], len(frames), axis=0)  # still: flashing noise can trigger seizures
-        intact = _write_clip(frames, plan, folder, key, "intact", prompt)
+        intact = _write_clip(frames, plan, folder, key, INTACT, prompt)
         traps.append((prompt, intact, _write_clip(noisy, plan, folder, key, TRAP, prompt)))
     return traps
 
