@@ -313,6 +313,14 @@ def test_a_bad_sprite_of_a_world_is_named(tmp_path):
     fails(lambda: source[0].frames([0.0], 16), "box.png", "89478485 pixels")
 
 
+def test_a_name_without_end_is_shown_in_part(tmp_path):
+    picture = Image.new("RGBA", (64, 64))
+    picture.paste((255, 0, 0, 255), (16, 16, 48, 48))
+    picture.save(tmp_path / "box.png")
+    (tmp_path / "world.toml").write_text(f'[sprites.box]\nzh = "{"x" * 9999}"\n')
+    fails(lambda: make_world(tmp_path, tmp_path / "out"), f"{tmp_path}: the Chinese name 'xxx", "has 9999")
+
+
 def test_settings_nested_without_end_are_named(tmp_path):
     (tmp_path / "world.toml").write_text("places = " + "[" * 50_000)
     fails(lambda: read_settings(tmp_path), "world.toml", "nested too deeply")

@@ -78,7 +78,7 @@ def _text(file: Path, codes: int) -> TextTokenizer:
             piece = b"\x0a" + bytes([len(special)]) + special.encode() + b"\x15\0\0\0\0"
             model += b"\x0a" + bytes([len(piece)]) + piece
         text = TextTokenizer(model, codes)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{file} is missing, damaged or not icetk's: {error}") from None
     if text.pieces.id_to_piece(text.pad - codes) != PAD:
         raise ValueError(f"{file} is not icetk's: it has no {PAD}")

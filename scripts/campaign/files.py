@@ -98,6 +98,7 @@ def run_case(kind: Kind, files: Files, root: Path) -> tuple[list[str], str]:
             "in: ",
             "in is ",
             "in cannot ",
+            "/world-",
         }
         if kind.named and not any(name in str(caught) for name in names):
             flags.append("unnamed")

@@ -11,6 +11,7 @@ cannot be used is left out and named with the reason.
 
 import hashlib
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -149,7 +150,10 @@ def make_world(art: Path, out: Path) -> Made:
         raise ValueError(f"{art} has no picture that can be used ({', '.join(PICTURES)}){reasons}")
     _check_stems(settings, art, sprites, backgrounds, skipped)
 
-    table = _table(settings, sprites, backgrounds, digest.hexdigest())
+    try:
+        table = _table(settings, sprites, backgrounds, digest.hexdigest())
+    except ValueError as error:
+        raise ValueError(f"{art}: {error}") from None
     made = Made(
         [row.name for row in table.sprites],
         [row.name for row in table.backgrounds],
@@ -409,7 +413,7 @@ def _check_words(kind: str, text: str, most: int, by: Callable[[str], int] | Non
     count = by(text) if by is not None else len(text.split())
     if count > most:
         unit = "characters" if by is not None else "words"
-        raise ValueError(f"the {kind} {text!r} has {count} {unit}; captions have room for {most}")
+        raise ValueError(f"the {kind} {reprlib.repr(text)} has {count} {unit}; captions have room for {most}")
 
 
 def _check_names(names_by_file: dict[str, tuple[str, ...]]) -> None:
