@@ -249,14 +249,13 @@ def _check_prompts(pipe: "Pipeline", lines: list[str], file: Path | None, quiet:
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     """The one prompt, or those of a file, one on each line."""
+    from cogvideo.files import read_text
+
     if (prompt is None) == (file is None):
         raise ValueError("give either a prompt or --prompts FILE")
     if file is None:
         return [prompt or ""]
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"cannot read {file}: it is not text in UTF-8") from None
+    lines = [line for line in read_text(file).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{file} holds no prompt; write one on each line")
     return lines

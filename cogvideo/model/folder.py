@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cogvideo.files import atomic_path, write_json
+from cogvideo.files import atomic_path, check_file, write_json
 from cogvideo.model.config import STAGES, ConfigError, SamplingConfig, TrainedPhase, read_table
 from cogvideo.model.families import FAMILIES, Spec, read_spec
 from cogvideo.model.hub import MODEL_FILES, download, is_hub_id
@@ -418,10 +418,11 @@ def find_model(name: str | Path) -> Path:
 
 def read_clusters(file: Path, codes: int) -> npt.NDArray[np.int64]:
     """The cluster of each code, int64 [V]; ValueError if the .npy file does not hold that."""
+    check_file(file)
     try:
         labels: npt.NDArray[np.int64] = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+    except Exception as error:  # of a header in Python: TokenError, MemoryError ...
+        raise ValueError(f"{file} is damaged: {error or type(error).__name__}") from None
     if labels.shape != (codes,) or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise ValueError(f"{file} does not give a cluster to each of {codes} codes")
     return labels.astype(np.int64)
