@@ -39,23 +39,25 @@ def read_text(path: Path) -> str:
         raise ValueError(f"cannot read {path}: it is not text in UTF-8") from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, any_number: bool = False) -> Any:
     """What a file of JSON holds. Raise ValueError, with the file, if it is damaged; FileNotFoundError if
-    there is none."""
+    there is none. `any_number`: as for `parse_json`."""
     text = read_text(path)
     try:
-        return parse_json(text)
+        return parse_json(text, any_number)
     except ValueError as error:
         raise ValueError(f"cannot read {path}: {error}") from None
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, any_number: bool = False) -> Any:
     """What a text of JSON means. Raise ValueError for all that is not JSON in UTF-8: NaN, halves of
-    characters, numbers beyond a float, endless nesting."""
+    characters, numbers beyond a float, endless nesting. `any_number`: leave it to the caller to refuse NaN,
+    by the key that it stands at."""
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_refuse_constant, parse_int=_parse_int)
+        constant = float if any_number else _refuse_constant
+        value = json.loads(text, parse_constant=constant, parse_int=_parse_int)
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
@@ -77,6 +79,11 @@ def _parse_int(digits: str) -> int:
     if len(digits) > DIGITS:
         raise ValueError(f"a number has {len(digits)} digits; {DIGITS} are possible")
     return int(digits)
+
+
+def expand_user(path: str | Path) -> Path:
+    """A path whose ~ is the home of a user; that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager
@@ -138,7 +145,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Files of the same name in `path` are replaced, the others stay. On failure the temporary folder is
     removed; one left by a killed process is removed by the next call.
     """
-    path = path.expanduser().resolve()
+    path = expand_user(path).resolve()
     work = path.with_name(f".{path.name}.part")
     shutil.rmtree(work, ignore_errors=True)
     try:

@@ -85,7 +85,7 @@ def test_generate_many_from_a_file(nano, tmp_path):
         (["generate", "a dog", "--seed", "1.5"], "Error parsing --seed"),
         (["train", "tiny", "--imagee.steps", "3"], "its phases are crops, tokenizer, image"),
         (["train", "tiny", "--phases", "decoder", "--out", "new"], "needs the part vqvae"),
-        (["train", "tiny", "--save-every", "0"], "--save-every must be 1 or more"),
+        (["train", "tiny", "--save-every", "0"], "--save-every must be from 1 to"),
         (["train", "nonesuch"], "choose one of tiny"),
         (["train", "tiny", "--phases", "stage7"], "tokenizer, image"),
         (["train", "tiny", "--stage1.colour", "3"], "choose one of"),

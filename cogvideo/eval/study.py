@@ -31,6 +31,7 @@ import numpy as np
 from cogvideo.eval.clips import Item, find_items
 from cogvideo.eval.protocol import Protocol
 from cogvideo.files import atomic_folder, parse_json, read_json, read_text, write_json
+from cogvideo.limits import MOST_SEED, check_range
 from cogvideo.model.config import Range, Total, read_table
 from cogvideo.video import Clip, Frames
 
@@ -52,6 +53,10 @@ class Rules:
     trap_total: int = 5
     least_seconds: float = 1.0  # raters whose median vote took less
     least_agreement: float = 0.0  # raters who repeat fewer of their answers; 0: nobody
+
+    def __post_init__(self) -> None:
+        check_range("least_seconds", self.least_seconds, 0)
+        check_range("least_agreement", self.least_agreement, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -174,10 +179,11 @@ class Plan:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
-        if self.per_rater < 1 or not 0 <= self.repeats <= self.per_rater:
+        check_range("seed", self.seed, 0, MOST_SEED)
+        check_range("per_rater", self.per_rater)
+        if not 0 <= self.repeats <= self.per_rater:
             raise ValueError(
-                "per_rater must be 1 or more and repeats at most that; got "
-                f"{self.per_rater} and {self.repeats}"
+                f"repeats must be from 0 to the {self.per_rater} trials of a rater; got {self.repeats}"
             )
         if not self.systems or (self.mode != "ratings" and len(self.systems) < 2):
             raise ValueError(f"{self.mode} needs two systems or more; got {len(self.systems)}")

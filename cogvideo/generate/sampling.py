@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
+from cogvideo.limits import MOST_SEED
 from cogvideo.model.config import STAGES, SamplingConfig
-
-MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def uniforms(seeds: Sequence[int], count: int, stream: int) -> Tensor:
 def new_seeds(seed: int | None, count: int) -> list[int]:
     """`count` seeds from `seed` on, or from a random one."""
     if seed is None:
-        seed = secrets.randbelow(MAX_SEED - count)
-    if not 0 <= seed <= MAX_SEED - count + 1:
-        raise ValueError(f"seed {seed} is out of range; choose one from 0 to {MAX_SEED - count + 1}")
+        seed = secrets.randbelow(MOST_SEED - count)
+    if not 0 <= seed <= MOST_SEED - count + 1:
+        raise ValueError(f"seed {seed} is out of range; choose one from 0 to {MOST_SEED - count + 1}")
     return list(range(seed, seed + count))

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from cogvideo.files import read_json
+from cogvideo.files import expand_user, read_json
 from cogvideo.model.config import ConfigError, read_table
 
 TABLE = "world.json"
@@ -122,7 +122,7 @@ def world_of(key: str) -> OwnWorld | None:
 @lru_cache(16)
 def open_world(folder: str | Path) -> OwnWorld:
     """Read a folder that `cogvideo data world` wrote. ValueError, with file and key, if it is another."""
-    folder = Path(folder).expanduser().absolute()
+    folder = expand_user(folder).absolute()
     file = folder / TABLE
     try:
         table = read_table(OwnTable, read_json(file))
