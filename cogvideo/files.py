@@ -57,7 +57,9 @@ def parse_json(text: str | bytes, any_number: bool = False) -> Any:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
         constant = float if any_number else _refuse_constant
-        value = json.loads(text, parse_constant=constant, parse_int=_parse_int)
+        value = json.loads(
+            text, parse_constant=constant, parse_int=_parse_int, object_pairs_hook=_table_of_pairs
+        )
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError:
@@ -73,6 +75,15 @@ def parse_json(text: str | bytes, any_number: bool = False) -> Any:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
+
+
+def _table_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:60]!r} is there twice")
+    return table
 
 
 def _parse_int(digits: str) -> int:

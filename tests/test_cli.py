@@ -80,7 +80,7 @@ def test_generate_many_from_a_file(nano, tmp_path):
         (["generate", "a dog", "--image", "none.png"], "none.png"),
         (["generate", "a dog", "--device", "quantum"], "choose one of cpu"),
         (["generate", "a dog", "--keep", "k"], "--keep needs --seed"),
-        (["generate", "a dog", "--guidance-scale", "nan"], "guidance_scale must be 1 or more"),
+        (["generate", "a dog", "--guidance-scale", "nan"], "guidance_scale must be from 1 to 1000"),
         (["generate", "a dog", "--imag.steps", "3"], "Unrecognized options: --imag.steps"),
         (["generate", "a dog", "--seed", "1.5"], "Error parsing --seed"),
         (["train", "tiny", "--imagee.steps", "3"], "its phases are crops, tokenizer, image"),

@@ -47,5 +47,5 @@ def test_seeds():
 
 
 def test_impossible_options_are_refused():
-    with pytest.raises(ValueError, match="guidance_scale must be 1 or more"):
+    with pytest.raises(ValueError, match="guidance_scale must be from 1 to 1000"):
         Sampling(guidance_scale=0.5)

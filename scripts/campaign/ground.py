@@ -6,12 +6,16 @@ The table of models and the recipes are those of `scripts.stand_ins`: nano model
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cogvideo.model import folder as model_folder
 from cogvideo.model import presets
 from cogvideo.train import inherit, objectives, recipes
+from cogvideo.video import Clip
 from scripts import stand_ins
 from scripts.campaign.case import Case
 from scripts.campaign.corpus import KINDS
@@ -42,8 +46,9 @@ def build_ground(ground: Path) -> Path:
         KINDS[kind].write(work / kind)
     videos = ground / "videos"
     videos.mkdir()
+    clip = Clip.load(work / "table" / "texts" / "a.mp4")
     for i in range(4):
-        shutil.copy(work / "table" / "texts" / "a.mp4", videos / f"{i}.mp4")
+        replace(clip, frames=np.roll(clip.frames, 5 * i, 1)).save(videos / f"{i}.mp4")
         (videos / f"{i}.txt").write_text("a dog runs\n")
     shutil.copytree(videos, ground / "others")
     (work / "study" / "pairs").rename(ground / "study")
@@ -63,7 +68,10 @@ def lay_ground(ground: Path, root: Path, case: Case) -> None:
     cwd = root / "cwd"
     (cwd / "out").symlink_to(root / "out")
     for path in ground.iterdir():
-        (cwd / path.name).symlink_to(path)
+        if path.name == "videos":  # where users may write to as well
+            shutil.copytree(path, cwd / path.name)
+        else:
+            (cwd / path.name).symlink_to(path)
     shutil.copytree(ground / "study", root / "out" / "study")
     for name, data in case.files.items():
         file = cwd / name
@@ -81,6 +89,7 @@ def stop_before_work(ground: Path) -> None:
     from cogvideo import cluster
     from cogvideo.data.tinyworld import gallery
     from cogvideo.eval import judge_training
+    from cogvideo.generate import estimate
     from cogvideo.serve import server, worker
     from cogvideo.train import loop, pace, peers
 
@@ -89,6 +98,7 @@ def stop_before_work(ground: Path) -> None:
         (uvicorn, "run"),
         (cluster, "ProcessPoolExecutor"),
         (cluster, "_on_ray"),
+        (estimate.Speed, "measure"),
         (gallery, "write_held_out"),
         (judge_training, "train_world_judge"),
         (server.Crew, "__enter__"),
