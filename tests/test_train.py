@@ -4,6 +4,8 @@ if uninterrupted."""
 import contextlib
 import dataclasses
 import json
+import logging
+import os
 import shutil
 from functools import partial
 
@@ -70,6 +72,16 @@ def test_all_phases_make_a_model_that_generates(trained):
     config = ModelFolder(trained / "model").config
     assert list(config.trained) == PHASES
     assert "dog" in config.words
+
+
+@pytest.mark.skipif(
+    "COGVIDEO_SLOW" not in os.environ, reason="compiles for half a minute; set COGVIDEO_SLOW=1"
+)
+def test_warnings_of_the_compiler_are_not_shown(tmp_path, world, recwarn):
+    """It warns of a cache that it sees through. Warnings of the other kind are errors of the log."""
+    run(tmp_path, world, nano_phase("tokenizer"), nano_phase("image"), compile=True)
+    assert not [str(warning.message) for warning in recwarn if "Dynamo" in str(warning.message)]
+    assert logging.getLogger("torch._dynamo").getEffectiveLevel() == logging.ERROR
 
 
 def test_every_phase_reports(trained):
