@@ -258,7 +258,9 @@ def option_case(ground: Path, random: Random) -> Case:
 
 def _shown(value: str) -> list[str]:
     """How an error may show a value."""
-    return [shown[:30] for shown in (value, str(Path(value)), ascii(value)[1:-1]) if shown]
+    shown = [value, str(Path(value)), ascii(value)[1:-1]]
+    shown += [str(Path(value).parent)] if "/" in value[1:] else []
+    return [text[:30] for text in shown if text]
 
 
 def positional_case(ground: Path, random: Random) -> Case:
