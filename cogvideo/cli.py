@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cogvideo.generate.torchrun import Slices
 
 BATCH = 16  # videos per batch, saved before the next
+LONGEST_ERROR = 900  # characters; of a longer one the middle is left out
 Short = Annotated[Path, arg(aliases=["-o"])]
 
 
@@ -83,15 +84,15 @@ def generate(
         slices: Processes of torchrun that share every matrix of the model, and so its memory.
         quiet: Print nothing but errors.
     """
-    from cogvideo.cluster import check_workers
     from cogvideo.generate.bulk import Settings, with_adapters
     from cogvideo.generate.torchrun import join
+    from cogvideo.limits import MOST_VIDEOS, check_range, check_threads, check_workers
     from cogvideo.video import check_folder
 
     check_workers(workers)
-    if num_videos < 1:
-        raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
+    check_threads(threads)
     lines = _read_prompts(prompt, prompts)
+    check_range("--num-videos", num_videos, 1, MOST_VIDEOS // len(lines))
     asked = [line for line in lines for _ in range(num_videos)]
     paths = _output_files(out, len(asked))
     if keep is not None:
@@ -249,14 +250,13 @@ def _check_prompts(pipe: "Pipeline", lines: list[str], file: Path | None, quiet:
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[str]:
     """The one prompt, or those of a file, one on each line."""
+    from cogvideo.files import read_text
+
     if (prompt is None) == (file is None):
         raise ValueError("give either a prompt or --prompts FILE")
     if file is None:
         return [prompt or ""]
-    try:
-        lines = [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"cannot read {file}: it is not text in UTF-8") from None
+    lines = [line for line in read_text(file).splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{file} holds no prompt; write one on each line")
     return lines
@@ -323,15 +323,17 @@ def train(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve each other
 
     from cogvideo.data.sources import open_source
+    from cogvideo.limits import check_range
     from cogvideo.model import presets
     from cogvideo.model.folder import ModelFolder, find_model
     from cogvideo.train import loop, recipes
     from cogvideo.train.mesh import MeshShape
     from cogvideo.train.preview import probe
-    from cogvideo.train.run import Options, Run
+    from cogvideo.train.run import MOST_RANK, Options, Run
 
     base = recipes.find(recipe)
     if lora is not None:
+        check_range("--lora", lora, 1, MOST_RANK)
         base = recipes.of_adapters(base)
     chosen = base.changed(fields or {})
     some = chosen.some(phases)
@@ -397,13 +399,13 @@ def estimate(
         raise ValueError(f"--{next(iter(fields))} is a field of a phase, for --train RECIPE")
     from cogvideo.generate.estimate import Estimate, Speed
     from cogvideo.generate.sampling import stages
+    from cogvideo.limits import MOST_VIDEOS, check_range
     from cogvideo.model import presets
     from cogvideo.model.folder import ModelFolder, find_model, shipped
 
+    check_range("--num-videos", num_videos, 1, MOST_VIDEOS)
     folder = None if model in presets.PRESETS and model not in shipped() else ModelFolder(find_model(model))
     spec = folder.spec() if folder else presets.find(model)
-    if num_videos < 1:
-        raise ValueError(f"--num-videos must be 1 or more, got {num_videos}")
     chosen = folder.config.sampling if folder else presets.SAMPLING.get(model, {})
     kind = dtype or spec.dtypes[0]
     spec.check_dtype(kind)
@@ -612,6 +614,7 @@ def evaluate(
     from cogvideo.eval.evaluate import evaluate as compare
     from cogvideo.eval.features import default_cache
     from cogvideo.eval.report import save, table
+    from cogvideo.files import expand_user
     from cogvideo.progress import open_progress
     from cogvideo.video import check_folder
 
@@ -634,7 +637,7 @@ def evaluate(
         name, separator, file = pair.partition("=")
         if not separator:
             raise ValueError(f"--weights needs NAME=FILE; got {pair}")
-        files[name] = Path(file).expanduser()
+        files[name] = expand_user(file)
     request = Request(
         generated=generated,
         reference=reference,
@@ -713,9 +716,9 @@ def judge_serve(study: Positional[Path], /, host: str = "127.0.0.1", port: int =
         port: The port.
     """
     from cogvideo.eval.study_server import serve
+    from cogvideo.limits import check_range
 
-    if not 1 <= port <= 65535:
-        raise ValueError(f"--port must be from 1 to 65535; got {port}")
+    check_range("--port", port, 1, 65535)
     serve(study, host, port)
 
 
@@ -828,20 +831,21 @@ def data_tokenize(
     """
     import torch
 
-    from cogvideo.cluster import check_workers
     from cogvideo.data.coded import digest, encode_frames, write_shards
     from cogvideo.data.sources import open_source
     from cogvideo.data.videos import Videos
     from cogvideo.hardware import find_device
+    from cogvideo.limits import check_threads, check_workers
     from cogvideo.model.folder import ModelFolder, find_model
     from cogvideo.model.vqvae import VQVAE
     from cogvideo.progress import open_progress
     from cogvideo.video import check_folder
 
+    check_workers(workers)
+    check_threads(threads)
     source = open_source(where, subset=subset)
     if not isinstance(source, Videos):
         raise ValueError(f"{where} is no folder, table or shard of videos; there is nothing to encode")
-    check_workers(workers)
     folder = ModelFolder(find_model(model))
     check_folder(out)
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
@@ -881,12 +885,12 @@ def data_world(
     from cogvideo.data.tinyworld.artwork import make_world
     from cogvideo.data.tinyworld.gallery import sheet, write_held_out
     from cogvideo.data.tinyworld.own import JUDGE, open_world
+    from cogvideo.limits import check_range
     from cogvideo.progress import open_progress
     from cogvideo.video import check_folder
 
-    for name, value in (("held-out", held_out), ("judge-steps", judge_steps)):
-        if not 0 <= value <= 100_000:
-            raise ValueError(f"--{name} must be from 0 to 100000; got {value}")
+    check_range("--held-out", held_out, 0, 100_000)
+    check_range("--judge-steps", judge_steps, 0, 100_000)
     check_folder(out)
     made = make_world(art, out)
     world = open_world(out)
@@ -967,14 +971,16 @@ def serve(
         first_frame_seconds: How long the first frame may take where jobs are generated together.
     """
     _need_serve()
+    from cogvideo.limits import check_range, check_workers
     from cogvideo.serve import doors as doors_
     from cogvideo.serve.server import Address
     from cogvideo.serve.server import serve as run
 
-    if not 1 <= port <= 65535:
-        raise ValueError(f"--port must be from 1 to 65535; got {port}")
-    if workers < 0:
-        raise ValueError(f"--workers must be 0 or more; got {workers}")
+    check_range("--port", port, 1, 65535)
+    check_workers(workers)
+    check_range("--max-queue", max_queue)
+    check_range("--max-upload", max_upload)
+    _check_worker(keep_days, quota, device, threads, memory, first_frame_seconds)
     keys = doors_.read_keys(api_keys, os.environ.get(doors_.KEYS_VARIABLE, ""))
     doors_.check_address(host, keys, no_auth)
     options = ["--models", *models, "--device", device, "--first-frame-seconds", str(first_frame_seconds)]
@@ -1030,6 +1036,7 @@ def worker(
     from cogvideo.serve.server import Address
     from cogvideo.serve.worker import Settings, serve_jobs
 
+    _check_worker(keep_days, quota, device, threads, memory, first_frame_seconds)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     torch.set_num_threads(threads or _threads_of_each(1))
     address = Address.of(data, database, results)
@@ -1042,6 +1049,26 @@ def worker(
     )
     store = JobStore(address.database, keep_seconds=86400 * keep_days)
     serve_jobs(store, Results(address.results), settings)
+
+
+def _check_worker(
+    keep_days: float,
+    quota: Gigabytes | None,
+    device: str,
+    threads: int | None,
+    memory: Gigabytes | None,
+    first_frame_seconds: float,
+) -> None:
+    """Raise ValueError for options that no worker could work with."""
+    from cogvideo.hardware import find_device
+    from cogvideo.limits import check_range, check_threads
+
+    check_range("--keep-days", keep_days, 0)
+    check_range("--quota", quota, 0)
+    check_range("--memory", memory, 0)
+    check_range("--first-frame-seconds", first_frame_seconds, 0)
+    check_threads(threads)
+    find_device(device)
 
 
 def _threads_of_each(workers: int) -> int:
@@ -1138,5 +1165,10 @@ def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]
 
 
 def _complain(error: Exception) -> int:
-    print(f"cogvideo: {' '.join(str(error).split())}", file=sys.stderr)
+    """Print an error as one line, without what would command a terminal."""
+    line = " ".join(str(error).split())
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    if len(line) > LONGEST_ERROR:
+        line = f"{line[: LONGEST_ERROR // 2]} ... {line[-LONGEST_ERROR // 3 :]}"
+    print(f"cogvideo: {line}", file=sys.stderr)
     return 2

@@ -5,6 +5,8 @@ lost machine changes a result. What a lost machine had begun is computed again e
 """
 
 import os
+import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -14,14 +16,24 @@ from typing import Any, TypeVar
 V = TypeVar("V")
 R = TypeVar("R")
 
-MOST_WORKERS = 256
 BLOCKS = 1000  # of a cluster's work, at most: what a lost machine loses
 
 
-def check_workers(workers: int) -> None:
-    """Raise ValueError unless so many processes can be meant."""
-    if not 0 <= workers <= MOST_WORKERS:
-        raise ValueError(f"workers must be from 0 to {MOST_WORKERS}; got {workers}")
+def place_of_torchrun() -> tuple[int, int] | None:
+    """The number of this process and how many there are, if torchrun started it. ValueError if the variables
+    that tell are not as torchrun sets them."""
+    if "RANK" not in os.environ:
+        return None
+    place = []
+    for name in ("RANK", "WORLD_SIZE"):
+        value = os.environ.get(name, "")
+        if not re.fullmatch("[0-9]{1,6}", value):
+            raise ValueError(f"{name} is set to {value!r}; unset RANK, or start the processes by torchrun")
+        place.append(int(value))
+    rank, count = place
+    if rank >= count:
+        raise ValueError(f"RANK {rank} must be less than WORLD_SIZE {count}; torchrun sets both")
+    return rank, count
 
 
 def spread(
@@ -51,12 +63,28 @@ def _on_ray(function: Callable[[V], R], values: Sequence[V], address: str) -> It
     except ImportError:
         raise ValueError('a cluster needs Ray: pip install "cogvideo[cluster]"') from None
     if not ray.is_initialized():
-        ray.init(address=None if address == "local" else address, log_to_driver=False)
+        _join(address)
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     blocks = max(1, min(len(values), BLOCKS))
     dataset = ray.data.from_items([{"value": value} for value in values], override_num_blocks=blocks)
     for row in dataset.map(partial(_call, function)).iter_rows():
         yield row["result"]
+
+
+def _join(address: str) -> None:
+    """Connect to the Ray cluster at `address`, or start one; ValueError if there is none."""
+    import ray
+
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if address not in ("local", "auto"):  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=None if address == "local" else address, log_to_driver=False)
+    except Exception as error:  # of the network, and what Ray raises
+        why = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"no Ray cluster at {address!r}: {why}; give HOST:PORT, ray://HOST:PORT, auto or local"
+        ) from None
 
 
 def _call(function: Callable[[Any], Any], row: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,100 @@
-"""Write files and folders completely or not at all: under a temporary name, renamed at the end."""
+"""Read files of users with errors that name them; write files and folders completely or not at all, under a
+temporary name that is renamed at the end."""
 
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import stat
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+# what tarfile raises for damaged headers, and for sizes that no memory holds
+TAR_ERRORS = (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, MemoryError)
+DIGITS = 300  # of a whole number; one with more is beyond a float
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def check_file(path: Path) -> None:
+    """Raise ValueError for a folder, and for a device or pipe, which may never end. FileNotFoundError if
+    there is nothing."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device or pipe"
+        raise ValueError(f"cannot read {path}: it is {kind}; give a file")
+
+
+def read_text(path: Path) -> str:
+    """A text in UTF-8. Raise ValueError, with the file, if it is something else; FileNotFoundError if there
+    is none."""
+    check_file(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"cannot read {path}: it is not text in UTF-8") from None
+
+
+def read_json(path: Path, any_number: bool = False) -> Any:
+    """What a file of JSON holds. Raise ValueError, with the file, if it is damaged; FileNotFoundError if
+    there is none. `any_number`: as for `parse_json`."""
+    text = read_text(path)
+    try:
+        return parse_json(text, any_number)
+    except ValueError as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
+def parse_json(text: str | bytes, any_number: bool = False) -> Any:
+    """What a text of JSON means. Raise ValueError for all that is not JSON in UTF-8: NaN, halves of
+    characters, numbers beyond a float, endless nesting. `any_number`: leave it to the caller to refuse NaN,
+    by the key that it stands at."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        constant = float if any_number else _refuse_constant
+        value = json.loads(
+            text, parse_constant=constant, parse_int=_parse_int, object_pairs_hook=_table_of_pairs
+        )
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
+    except UnicodeEncodeError:
+        raise ValueError("it is not JSON (a string has half of a character)") from None
+    except RecursionError:
+        raise ValueError("it is not JSON (it is nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"it is not JSON ({error})") from None
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _table_of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice[:60]!r} is there twice")
+    return table
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits; {DIGITS} are possible")
+    return int(digits)
+
+
+def expand_user(path: str | Path) -> Path:
+    """A path whose ~ is the home of a user; that of an unknown user stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 @contextmanager
@@ -69,7 +156,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Files of the same name in `path` are replaced, the others stay. On failure the temporary folder is
     removed; one left by a killed process is removed by the next call.
     """
-    path = path.expanduser().resolve()
+    path = expand_user(path).resolve()
     work = path.with_name(f".{path.name}.part")
     shutil.rmtree(work, ignore_errors=True)
     try:

@@ -4,8 +4,10 @@ Notable:
 - Only this file knows codecs: PyAV (imported when first needed, because it starts slowly) and Pillow.
 - A file is written completely or not at all: under a temporary name, which is then renamed.
 - Time starts at the first frame and a video ends at its last one: 33 frames at 8 fps are 4 seconds.
+- Files are not trusted: their sizes are checked before they are decoded, and every error names the file.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 
-from cogvideo.files import atomic_path
+from cogvideo.files import atomic_path, check_file
 
 if TYPE_CHECKING:
     import av
@@ -36,6 +38,12 @@ VIDEOS = (".mp4", ".webm", ".mov", ".mkv", ".avi", ".gif")  # what `VideoFile` r
 AREA = 32
 BICUBIC = 4
 CHROMA = 8192 | 16384
+MOST_PIXELS = 89_478_485  # of an image or a frame: the limit of Pillow
+MOST_PIXELS_OF_A_CLIP = 2**30  # of all frames together, where all are in memory
+MOST_ASPECT = 100
+MOST_SECONDS = 400_000  # of a video, more than four days
+LEAST_FPS = 1e-3
+MOST_FPS = 1e6
 _IMAGES = (".png", ".jpg", ".jpeg")
 _READS = f"a video ({', '.join(VIDEOS)}), a .webp or a folder of .png or .jpg frames"
 _WRITES = ".mp4, .gif, .webp, .png (all frames side by side) or no extension (a new folder of frames)"
@@ -82,17 +90,14 @@ class Clip:
         suffix = path.suffix.lower()
         if path.is_dir():
             files = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGES)
-            images = [_read_rgb(file) for file in files]
-            if len({image.size for image in images}) == 1:
-                return cls(np.stack([np.asarray(image) for image in images]), fps)
-            if images:
-                raise ValueError(f"cannot read {path}: its frames are not of one size")
+            if files:
+                return cls(_stack((np.asarray(_read_rgb(file)) for file in files), path), fps)
         elif suffix in (".gif", ".webp"):
             return _load_animation(path)
         elif suffix in VIDEOS:
             with _open_video(path, str(path)) as (container, stream):
-                frames = np.stack([_decode(frame) for frame in container.decode(stream)])
-                return cls(frames, _fps(stream), container.metadata.get("title", ""))
+                frames = _stack(map(_decode, container.decode(stream)), path)
+                return cls(frames, _fps(stream, str(path)), container.metadata.get("title", ""))
         raise ValueError(f"cannot read {path}; give {_READS}")
 
 
@@ -148,6 +153,7 @@ class VideoFile:
             name = name or str(data)
         name = name or "a video"
         with _open_video(data, name) as (container, stream):
+            fps = _fps(stream, name)
             start = next(container.decode(stream)).time or 0.0
             for time in (container.duration or 0, 0):  # the last packets know the time of the last frame
                 container.seek(time + (container.start_time or 0))
@@ -155,7 +161,9 @@ class VideoFile:
                 if stamps:
                     assert stream.time_base is not None
                     seconds = float(max(stamps) * stream.time_base) - start
-                    return cls(name, data, start, seconds, _fps(stream))
+                    if not 0 <= seconds <= MOST_SECONDS:
+                        raise ValueError(f"cannot read {name}: it would last {seconds:g} seconds")
+                    return cls(name, data, start, seconds, fps)
         raise ValueError(f"cannot read {name}: its frames have no times")
 
     @property
@@ -194,22 +202,56 @@ class VideoFile:
 
 @contextmanager
 def _open_video(data: Path | bytes, name: str) -> Iterator[tuple["InputContainer", "VideoStream"]]:
-    """Yield container and video stream. Errors of PyAV become a ValueError."""
+    """Yield container and video stream. What PyAV raises becomes a ValueError."""
     import av
 
     file = BytesIO(data) if isinstance(data, bytes) else str(data)
     try:
-        with av.open(file, "r") as container:
+        if isinstance(data, Path):
+            check_file(data)
+        with av.open(file, "r", metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"cannot read {name}: it has sound but no images")
-            yield container, container.streams.video[0]
-    except (av.FFmpegError, OSError, StopIteration) as error:
-        why = getattr(error, "strerror", None) or "it has no frames"
+            stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(f"cannot read {name}: nothing here decodes it; give {_READS}")
+            _check_size(stream.width, stream.height, name)
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}  # sizes may change within it
+            yield container, stream
+    except (av.FFmpegError, OSError, StopIteration, ArithmeticError, MemoryError) as error:
+        why = getattr(error, "strerror", None) or "it is damaged"
+        if isinstance(error, StopIteration):
+            why = "it has no frames"
         raise ValueError(f"cannot read {name}: {why}; give {_READS}") from error
 
 
-def _fps(stream: "VideoStream") -> float:
-    return float(stream.average_rate or stream.guessed_rate or 1)
+def _check_size(width: int, height: int, name: object) -> None:
+    """Raise ValueError for frames that fill the memory, as they are or resized to a side."""
+    if width * height > MOST_PIXELS or max(width, height) > MOST_ASPECT * max(1, min(width, height)):
+        raise ValueError(f"cannot read {name}: its frames of {width}x{height} pixels are too large or narrow")
+
+
+def _fps(stream: "VideoStream", name: str) -> float:
+    fps = float(stream.average_rate or stream.guessed_rate or 1)
+    if not LEAST_FPS <= fps <= MOST_FPS:
+        raise ValueError(f"cannot read {name}: it would have {fps:g} frames a second")
+    return fps
+
+
+def _stack(images: Iterable[Frames], path: Path) -> Frames:
+    """Frames of one size as [F, H, W, 3]; ValueError if they are none, differ, or fill the memory."""
+    frames: list[Frames] = []
+    pixels = 0
+    for image in images:
+        pixels += image.shape[0] * image.shape[1]
+        if pixels > MOST_PIXELS_OF_A_CLIP:
+            raise ValueError(f"cannot read {path}: its frames are too many or too large for memory")
+        if frames and image.shape != frames[0].shape:
+            raise ValueError(f"cannot read {path}: its frames are not of one size")
+        frames.append(image)
+    if not frames:
+        raise ValueError(f"cannot read {path}: it has no frames")
+    return np.stack(frames)
 
 
 def _spans(frames: Iterable["av.VideoFrame"]) -> Iterator[tuple["av.VideoFrame", float]]:
@@ -254,20 +296,34 @@ def _converter(thread: int, *sizes: int | str) -> "VideoReformatter":
     return VideoReformatter()
 
 
-def _open_image(path: Path) -> Image.Image:
-    try:  # from memory: from a path, Pillow 13 reads the rows of a rotated, uncompressed TIFF in wrong order
-        image = Image.open(BytesIO(path.read_bytes()))
-        image.load()
-        return image
-    except UnidentifiedImageError:
-        raise ValueError(f"cannot read the image {path}: Pillow does not know its format") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from error
+@contextmanager
+def open_image(path: Path) -> Iterator[Image.Image]:
+    """Yield an image or animation. Raise ValueError, with the file, for whatever Pillow raises meanwhile."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            check_file(path)
+            # from memory: from a path, Pillow 13 reads rows of a rotated, uncompressed TIFF in wrong order
+            with Image.open(BytesIO(path.read_bytes())) as image:
+                yield image
+        except UnidentifiedImageError:
+            raise ValueError(f"cannot read the image {path}: Pillow does not know its format") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise ValueError(f"cannot read the image {path}: it has more than {MOST_PIXELS} pixels") from None
+        except Exception as error:  # of many formats: struct.error, zlib.error, KeyError ...
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            why = why.removeprefix(f"cannot read {path}: ")
+            raise ValueError(f"cannot read the image {path}: {why}") from error
 
 
 def _read_rgb(path: Path) -> Image.Image:
     """An image of any mode as RGB."""
-    stored = _open_image(path)
+    with open_image(path) as stored:
+        return _as_rgb(stored)
+
+
+def _as_rgb(stored: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(stored)
     if image.mode[0] in "IF":
         wide = image.mode[0] == "I" and stored.format in ("PNG", "PPM")  # Pillow may read their 16 bits as 32
@@ -318,17 +374,24 @@ def crop_centre(image: Image.Image, side: int) -> Image.Image:
 
 def _load_animation(path: Path) -> Clip:
     """A gif or webp. Their writers merge equal frames into a longer one: these are repeated again."""
-    images = []
-    durations = []  # milliseconds
-    with _open_image(path) as animation:
+    durations: list[float] = []  # milliseconds
+
+    def images(animation: Image.Image) -> Iterator[Frames]:
         for frame in ImageSequence.Iterator(animation):
-            images.append(np.asarray(frame.convert("RGB")))
-            durations.append(frame.info.get("duration") or 100)
+            pixels = np.asarray(frame.convert("RGB"))  # of a webp, this finds out the duration
+            durations.append(max(1.0, float(frame.info.get("duration") or 100)))
+            yield pixels
+
+    with open_image(path) as animation:
+        _check_size(*animation.size, path)
+        frames = _stack(images(animation), path)
     spans = np.stack(durations)
     single = spans[spans < 1.5 * spans.min()].mean()  # the duration of a single frame, but for rounding
     counts = np.maximum(np.round(spans / single), 1).astype(int)
+    if counts.sum() * frames[0].size > 3 * MOST_PIXELS_OF_A_CLIP:
+        raise ValueError(f"cannot read {path}: its frames last too long for memory")
     fps = float(1000 * counts.sum() / spans.sum())
-    return Clip(np.repeat(np.stack(images), counts, axis=0), fps)
+    return Clip(np.repeat(frames, counts, axis=0), fps)
 
 
 def _save_video(clip: Clip, path: Path) -> None:

@@ -222,8 +222,11 @@ def test_a_folder_of_checkpoints_shares_one_base(tmp_path):
     for file in folder.path.glob("*.safetensors"):
         assert file.read_bytes() == (tmp_path / "slowly" / file.name).read_bytes()
     assert ModelFolder(tmp_path / "slowly").spec() == folder.spec()
+    told.clear()
+    convert.convert_sat([source], tmp_path / "slowly", say=told.append)
+    assert told == ["a: stage1 is there already; to convert it anew, choose another folder"]
     with pytest.raises(ValueError, match="which the folder has from a"):
-        convert.convert_sat([source], tmp_path / "slowly", say=quiet)
+        convert.convert_sat([source.rename(tmp_path / "c")], tmp_path / "slowly", say=quiet)
 
 
 def shift_norm(states: dict) -> None:
@@ -437,7 +440,7 @@ HARMS = [
     (lambda f: (f / "latest").unlink(), "no file named latest"),
     (lambda f: (f / "latest").write_text("../../etc"), "where a number or 'release' belongs"),
     (lambda f: (f / "model_config.json").unlink(), "without model_config.json"),
-    (lambda f: (f / "model_config.json").write_text("{"), "model_config.json is damaged"),
+    (lambda f: (f / "model_config.json").write_text("{"), "model_config.json: it is not JSON"),
     (lambda f: (f / "model_config.json").write_text("[1]"), "model_config.json is damaged"),
     (lambda f: (f / "7" / FILE).unlink(), "the files are: none"),
     (reconfigure(model_parallel_size=2), "should be 2 rank"),

@@ -163,7 +163,7 @@ def test_a_run_asks_for_what_the_original_asked(nano, monkeypatch):
         if len(asked):
             assert torch.equal(known.flatten(1), given[:, -frames:][:, : known[0].numel()])
         asked.append((sampling, last, layout.reference))
-        yield FillState(layout.unlay(made[:, -frames:].unflatten(1, (-1, 400))), 1, 1)
+        yield FillState(layout.unlay(made[:, -frames:].unflatten(1, (-1, 400))), 1, 1, torch.zeros(()))
 
     monkeypatch.setattr(pipeline, "fill", fill)
     monkeypatch.setattr(pipe.text, "encode", lambda text: encoded.append(text) or encode(text))

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cogvideo.generate.sampling import MAX_SEED, Sampling, guide, new_seeds, sample, uniforms
+from cogvideo.generate.sampling import Sampling, guide, new_seeds, sample, uniforms
+from cogvideo.limits import MOST_SEED
 
 
 @pytest.mark.parametrize("top_k, temperature", [(0, 1.0), (3, 1.0), (3, 0.5), (0, 2.0)])
@@ -40,11 +41,11 @@ def test_guide_moves_away_from_the_plain_logits():
 def test_seeds():
     assert new_seeds(7, 3) == [7, 8, 9]
     assert len(set(new_seeds(None, 5))) == 5
-    for seed in (-1, MAX_SEED + 1):
+    for seed in (-1, MOST_SEED + 1):
         with pytest.raises(ValueError, match="out of range"):
             new_seeds(seed, 1)
 
 
 def test_impossible_options_are_refused():
-    with pytest.raises(ValueError, match="guidance_scale must be 1 or more"):
+    with pytest.raises(ValueError, match="guidance_scale must be from 1 to 1000"):
         Sampling(guidance_scale=0.5)

@@ -121,7 +121,7 @@ def add(store, catalogue, prompt=WORDS, **more):
         ({"prompt": WORDS, "seed": 1.5}, "seed", "whole number"),
         ({"prompt": WORDS, "seed": True}, "seed", "a number"),
         ({"prompt": WORDS, "n": 17}, "n", "from 1 to 16"),
-        ({"prompt": WORDS, "guidance_scale": 0.5}, "guidance_scale", "1 or more"),
+        ({"prompt": WORDS, "guidance_scale": 0.5}, "guidance_scale", "from 1 to 1000"),
         ({"prompt": WORDS, "guidance_scale": "nan"}, "guidance_scale", "finite"),
         ({"prompt": WORDS, "style": "noir"}, "style", "unknown field"),
     ],
@@ -153,7 +153,7 @@ def test_a_deterministic_model_refuses_what_it_cannot_do():
     ("arguments", "says"),
     [
         (["--port", "0"], "--port must be from 1 to 65535"),
-        (["--workers", "-1"], "--workers must be 0 or more"),
+        (["--workers", "-1"], "--workers must be from 0 to 256"),
         (["--host", "0.0.0.0"], "--api-keys"),
         (["--models", "tiny", "/elsewhere/tiny"], "same name"),
         (["--models", "nowhere"], "nowhere"),

@@ -119,8 +119,8 @@ def test_every_system_stands_on_either_side_alike(systems, tmp_path):
     [
         ({"mode": "ranks"}, "mode must be one of pairs, ratings, best; got 'ranks'"),
         ({"real": "gamma"}, "real must be one of the systems alpha-model, beta-model, rendered; got gamma"),
-        ({"per_rater": 0}, "per_rater must be 1 or more"),
-        ({"repeats": 9}, "repeats at most that; got 8 and 9"),
+        ({"per_rater": 0}, "per_rater must be from 1 to"),
+        ({"repeats": 9}, "repeats must be from 0 to the 8 trials of a rater; got 9"),
     ],
 )
 def test_bad_plans_are_refused(systems, tmp_path, change, message):

@@ -138,6 +138,9 @@ def _convert_checkpoint(
     """Write the parts of one checkpoint."""
     name, described, ranks = checkpoint
     part, table, layout = MODELS[_identify(name, described, model)]
+    if output.sources.get(part) == name:
+        say(f"{name}: {part} is there already; to convert it anew, choose another folder")
+        return
     if part in output.sources:
         raise ValueError(f"{name} is {part}, which the folder has from {output.sources[part]}")
     try:

@@ -1,9 +1,8 @@
 """Read GPT-2's word embedding, with which a regression model may start."""
 
-from pathlib import Path
-
 from torch import Tensor
 
+from cogvideo.files import expand_user
 from cogvideo.model.folder import ModelError, read_tensor
 from cogvideo.model.hub import download, is_hub_id
 
@@ -11,7 +10,7 @@ from cogvideo.model.hub import download, is_hub_id
 def read_embedding(where: str) -> Tensor:
     """Return GPT-2's embedding [ids, width] from a safetensors file, a folder with one, or a hub id. Raise
     ModelError if there is none."""
-    path = Path(where).expanduser()
+    path = expand_user(where)
     if is_hub_id(where):
         path = download(where, ["model.safetensors"])
     if path.is_dir():

@@ -37,14 +37,15 @@ def convert_icetk(source: Path, out: Path, say: Say = print) -> None:
     clusters"). Raise ValueError if a file is missing, damaged, or does not suit the parts of `out`.
     """
     with open_output(out) as output:
+        if "vqvae" in output.sources:
+            say(f"{out} has the files of icetk already; to convert them anew, choose another folder")
+            return
         states = read_states(source / "ice_image.pt")
         spec = output.spec
         model = spec.model
         vqvae = _vqvae_config(states, spec)
         text = _text(source / "ice_text.model", vqvae.codes)
         ids = vqvae.codes + len(text)
-        if "vqvae" in output.sources:
-            raise ValueError(f"{out} has the files of icetk already")
         if "base" not in output.sources:
             model = replace(model, codes=vqvae.codes, vocab=max(model.vocab, ids))
         if model.codes != vqvae.codes or model.vocab < ids:
@@ -77,7 +78,7 @@ def _text(file: Path, codes: int) -> TextTokenizer:
             piece = b"\x0a" + bytes([len(special)]) + special.encode() + b"\x15\0\0\0\0"
             model += b"\x0a" + bytes([len(piece)]) + piece
         text = TextTokenizer(model, codes)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{file} is missing, damaged or not icetk's: {error}") from None
     if text.pieces.id_to_piece(text.pad - codes) != PAD:
         raise ValueError(f"{file} is not icetk's: it has no {PAD}")

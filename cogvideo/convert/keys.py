@@ -56,7 +56,7 @@ def convert(
             shards: list[Tensor] = []
             for states in ranks:
                 shards += [states[key] for key in source_names]
-            converted[part][target] = _piece(shards, split, expected[target], source)
+            converted[part][target] = _piece(shards, split, expected[target], f"{name}: {source}")
     return converted
 
 

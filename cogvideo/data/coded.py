@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,8 @@ import torch
 
 from cogvideo.cluster import spread
 from cogvideo.data.videos import CaptionedVideo, Videos, choose_caption
-from cogvideo.files import atomic_path, write_json
-from cogvideo.model.config import ConfigError, read_table
+from cogvideo.files import TAR_ERRORS, atomic_path, check_file, parse_json, read_json, write_json
+from cogvideo.model.config import ConfigError, Range, read_table
 from cogvideo.model.vqvae import VQVAE, to_images
 from cogvideo.progress import Progress
 from cogvideo.video import Frames, TooFewFrames
@@ -34,6 +35,7 @@ TABLE = "tokens.json"
 RATES = (8.0, 4.0, 2.0, 1.0)  # the first at which a video has a frame for every time
 VIDEOS_A_SHARD = 64
 TOGETHER = 32  # frames encoded at a time
+MOST_BYTES = 2**20  # of KEY.json
 SKIPPED = "skipped"  # member of a shard: the videos of its numbers that cannot be used
 
 Codes = npt.NDArray[np.uint16]  # [F, N]
@@ -57,7 +59,11 @@ class Stored:
 
     name: str
     captions: tuple[str, ...]
-    fps: float
+    fps: Annotated[float, Range(1e-3, 1e6)]
+
+    def __post_init__(self) -> None:
+        if not self.captions:
+            raise ValueError("captions are missing")
 
 
 def digest(vqvae: VQVAE) -> str:
@@ -90,7 +96,7 @@ def write_shards(
     begun = out / "begun.json"
     now = {"tokenizer": tokenizer, "size": size, "source": described}
     if begun.exists():
-        if json.loads(begun.read_text(encoding="utf-8")) != now:
+        if read_json(begun) != now:
             raise ValueError(f"{out} holds codes of other videos or another tokenizer; choose another -o")
     elif any(out.iterdir()):
         raise ValueError(f"{out} holds something else already; choose another -o")
@@ -208,18 +214,20 @@ def _read_index(shard: Path) -> list[_Row]:
     rows = []
     places: dict[str, tuple[int, int]] = {}
     try:
+        check_file(shard)
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 key, _, kind = member.name.partition(".")
                 if kind == "codes.npy":
                     places[key] = (member.offset_data, member.size)
                 elif kind == "json":
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    stored = read_table(Stored, json.loads(file.read()))
+                    file = tar.extractfile(member) if member.size <= MOST_BYTES else None
+                    if file is None:
+                        raise ValueError(f"{member.name!r} is too large, or no file")
+                    stored = read_table(Stored, parse_json(file.read()))
                     rows.append(_Row(shard, *places[key], stored))
-    except (tarfile.TarError, OSError, KeyError, AssertionError, ConfigError, ValueError) as error:
-        raise ValueError(f"cannot read the shard {shard}: {error}") from None
+    except TAR_ERRORS as error:
+        raise ValueError(f"cannot read the shard {shard}: {error or 'a header is damaged'}") from None
     return rows
 
 
@@ -283,8 +291,8 @@ class CodedVideos:
             with row.shard.open("rb") as file:
                 file.seek(row.first)
                 codes = np.load(io.BytesIO(file.read(row.size)), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"cannot read {row.shard}: {error}") from None
+        except Exception as error:  # of a header in Python: TokenError, MemoryError ...
+            raise ValueError(f"cannot read {row.shard}: {error or type(error).__name__}") from None
         if codes.dtype != np.uint16 or codes.ndim != 2 or not len(codes):
             raise ValueError(f"{row.shard}: {row.stored.name} has no codes [F, N] of 16 bits")
         return CodedClip(codes, row.stored.fps, row.stored.captions)
@@ -298,8 +306,8 @@ def open_coded(folder: Path) -> CodedVideos:
     """The videos of a folder that `cogvideo data tokenize` wrote. ValueError if it is damaged."""
     file = folder / TABLE
     try:
-        table = read_table(Table, json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        table = read_table(Table, read_json(file))
+    except ConfigError as error:
         raise ValueError(f"cannot read {file}: {error}") from None
     rows = [row for shard in sorted(folder.glob("*.tar")) for row in _read_index(shard)]
     if len(rows) != table.videos:

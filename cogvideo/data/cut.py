@@ -85,6 +85,12 @@ class ClipSpec:
     crop: int = 0  # pixels a side of a square cropped from every frame, over the object if it is known
     cover: int = 0  # cells a side of the map that says where the object is
 
+    @property
+    def bytes(self) -> int:
+        """Of the frames of a clip, at least."""
+        sides = [self.crop] if self.crop else self.sizes
+        return (self.keep or self.frames) * sum(3 * side**2 for side in sides)
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -6,12 +6,12 @@ skipped and reported in `skipped`; it is an error if nothing is left, or if a li
 
 import csv
 import glob
-import json
 import math
 import os
 import re
+import reprlib
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from cogvideo.data.cut import Source
 from cogvideo.data.tinyworld.gallery import scenes
 from cogvideo.data.tinyworld.own import is_world, open_world
 from cogvideo.data.videos import Entry, Videos
+from cogvideo.files import TAR_ERRORS, check_file, parse_json, read_json, read_text
 from cogvideo.video import VIDEOS
 
 TABLES = ("captions.csv", "captions.jsonl", "metadata.csv", "metadata.jsonl")
@@ -34,6 +35,8 @@ CHOICES = (
 )
 YOUCOOK = "youcook*trainval*.json"  # the file with its captions
 SUBSETS = ("training", "validation")  # of YouCook2; its test videos have no captions
+MOST_SHARDS = 100_000  # of a pattern
+MOST_CAPTIONS = 2**20  # bytes of a file with the captions of a video
 
 Segment = tuple[Path, float, float | None]  # a video, and the seconds where a part of it begins and ends
 Skipped = dict[str, str]  # name of an entry -> why it is not usable
@@ -104,7 +107,7 @@ def _read_folder(folder: Path, skipped: Skipped) -> list[Entry]:
     entries = []
     for path in paths:
         text = path.with_suffix(".txt")
-        captions = _lines(text.read_bytes(), text) if text.exists() else ()
+        captions = _texts(read_text(text).splitlines()) if text.exists() else ()
         if captions:
             entries.append(Entry(path, captions))
         else:
@@ -115,21 +118,24 @@ def _read_folder(folder: Path, skipped: Skipped) -> list[Entry]:
 def videos_below(folder: Path, suffixes: tuple[str, ...] = VIDEOS) -> list[Path]:
     """The videos in a folder and its subfolders, sorted by name."""
     files = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
-    return sorted(file for file in files if not file.name.startswith("."))
+    return sorted(file for file in files if not file.name.startswith(".") and os.path.isfile(file))
 
 
 def _read_table(path: Path, skipped: Skipped) -> list[Entry]:
     """The videos of a .csv or .jsonl; rows with the same segment of a video are its captions."""
     captions: dict[Segment, tuple[str, ...]] = {}
     try:
+        check_file(path)
         with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = (json.loads(line) for line in file if line.strip())
+            lines = (parse_json(line) for line in file if line.strip())
             rows = csv.DictReader(file, skipinitialspace=True) if path.suffix == ".csv" else lines
             for number, row in enumerate(rows, 1):
                 segment, texts = _read_row(row, path.parent, number)
                 captions[segment] = captions.get(segment, ()) + texts
     except FileNotFoundError:
         raise ValueError(f"there is no {path}; {CHOICES}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"cannot read {path}: it is not text in UTF-8; each row needs {COLUMNS}") from None
     except (ValueError, csv.Error) as error:
         raise ValueError(f"cannot read {path}: {error}; each row needs {COLUMNS}") from error
 
@@ -140,17 +146,22 @@ def _read_table(path: Path, skipped: Skipped) -> list[Entry]:
 def _read_row(row: Any, folder: Path, number: int) -> tuple[Segment, tuple[str, ...]]:
     """The segment of a video, and its captions."""
     try:
+        if not isinstance(row, dict):
+            raise ValueError(f"it must be a table; got {reprlib.repr(row)}")
         if None in row:
             raise ValueError("it has more fields than there are columns; quote captions that contain commas")
-        video = Path(os.path.normpath(folder / _column(row, "path", "file_name")))
+        name = _column(row, "path", "file_name")
+        if not isinstance(name, str):
+            raise ValueError(f"path or file_name must be a text; got {reprlib.repr(name)}")
         start = _seconds(row, "start")
         end = _seconds(row, "end")
+        video = Path(os.path.normpath(folder / name))
         return (video, start or 0.0, end), _texts(_column(row, "caption", "text"))
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"row {number}: {error}") from None
 
 
-def _column(row: Any, *names: str) -> Any:
+def _column(row: dict[str, Any], *names: str) -> Any:
     """The first value that is not empty of the columns with these names; ValueError if there are none."""
     present = [name for name in names if name in row]
     if not present:
@@ -158,9 +169,14 @@ def _column(row: Any, *names: str) -> Any:
     return next((row[name] for name in present if row[name]), "")
 
 
-def _seconds(row: Any, name: str) -> float | None:
+def _seconds(row: dict[str, Any], name: str) -> float | None:
     value = row.get(name)
-    return None if value in (None, "") else float(value)
+    if value is None or value == "":
+        return None
+    try:
+        return float("" if isinstance(value, bool) else value)
+    except (ValueError, TypeError):
+        raise ValueError(f"{name} must be a number of seconds; got {reprlib.repr(value)}") from None
 
 
 def _usable(entries: Iterable[Entry], skipped: Skipped) -> list[Entry]:
@@ -169,7 +185,7 @@ def _usable(entries: Iterable[Entry], skipped: Skipped) -> list[Entry]:
     exists: dict[Path, bool] = {}
     for entry in entries:
         if entry.path not in exists:
-            exists[entry.path] = entry.path.is_file()
+            exists[entry.path] = os.path.isfile(entry.path)
         if not exists[entry.path]:
             skipped[str(entry.path)] = "the file does not exist"
         elif not entry.captions:
@@ -181,18 +197,10 @@ def _usable(entries: Iterable[Entry], skipped: Skipped) -> list[Entry]:
     return usable
 
 
-def _lines(text: bytes, where: object) -> tuple[str, ...]:
-    """One caption per line."""
-    try:
-        return _texts(text.decode("utf-8-sig").splitlines())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {where}: it is not text in UTF-8") from error
-
-
 def _texts(value: str | list[str] | None) -> tuple[str, ...]:
     texts = value if isinstance(value, list) else [value or ""]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"a caption is a text or a list of texts, not {value!r}")
+        raise ValueError(f"a caption is a text or a list of texts, not {reprlib.repr(value)}")
     return tuple(text.strip() for text in texts if text.strip())
 
 
@@ -209,11 +217,9 @@ def _read_youcook(path: Path, subset: str, skipped: Skipped) -> list[Entry]:
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset {subset!r}; choose one of {', '.join(SUBSETS)}")
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"there are no annotations at {path}") from None
-    except ValueError as error:
-        raise ValueError(f"cannot read {path}: it is not JSON ({error})") from None
 
     try:
         segments = _read_database(table, subset)
@@ -251,7 +257,7 @@ def _read_database(table: Any, subset: str) -> dict[str, list[tuple[float, float
             inside = f"{where}annotations[{number}]."
             segment = _value(inside, row, "segment", list)
             if len(segment) != 2 or not all(isinstance(second, (int, float)) for second in segment):
-                raise ValueError(f"{inside}segment is {segment}, not [start, end]")
+                raise ValueError(f"{inside}segment is {reprlib.repr(segment)}, not [start, end]")
             captions = _texts(_value(inside, row, "sentence", str))
             segments[name].append((float(segment[0]), float(segment[1]), captions))
     return segments
@@ -270,17 +276,20 @@ def _value(where: str, table: Any, key: str, kind: type[T]) -> T:
 
 
 def _expand(pattern: str) -> list[Path]:
-    """The paths of a pattern with {000..099}, {a,b}, * and ?."""
-    choices = []
+    """The paths of a pattern with {000..099}, {a,b}, * and ?. ValueError if there are too many."""
+    spans: list[tuple[Sequence[int | str], str]] = []  # what a part may be, and its format
     for i, part in enumerate(re.split(r"\{([^{}]*)\}", pattern)):  # every second part was in braces
-        span = re.fullmatch(r"(\d+)\.\.(\d+)", part)
+        span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", part, re.ASCII)
         if i % 2 and span:
-            low, high = span.groups()
-            choices.append([f"{k:0{len(low)}d}" for k in range(int(low), int(high) + 1)])
-        elif i % 2:
-            choices.append(part.split(","))
+            spans.append((range(int(span[1]), int(span[2]) + 1), f"0{len(span[1])}d"))
         else:
-            choices.append([part])
+            spans.append((part.split(",") if i % 2 else [part], ""))
+    count = math.prod(len(values) for values, _ in spans)
+    if count > MOST_SHARDS:
+        raise ValueError(f"{pattern} names {count} shards; at most {MOST_SHARDS} are possible")
+    choices = []
+    for values, form in spans:
+        choices.append([format(value, form) for value in values])
 
     paths = []
     for parts in product(*choices):
@@ -295,8 +304,11 @@ def _read_shards(paths: list[Path], skipped: Skipped) -> list[Entry]:
     for path in paths:
         try:
             videos, captions = _read_shard(path)
-        except (tarfile.TarError, OSError) as error:
-            raise ValueError(f"cannot read the shard {path}: {error}; shards are plain .tar files") from error
+        except FileNotFoundError:
+            raise ValueError(f"cannot read the shard {path}: there is no such file") from None
+        except TAR_ERRORS as error:
+            why = str(error) or "a header is damaged"
+            raise ValueError(f"cannot read the shard {path}: {why}; shards are plain .tar files") from error
         for key, member in videos.items():
             entry = Entry(path, captions.get(key, ()), member.name, member.offset_data, member.size)
             if entry.captions:
@@ -314,27 +326,33 @@ def _read_shard(path: Path) -> tuple[dict[str, tarfile.TarInfo], dict[str, tuple
     """
     videos: dict[str, tarfile.TarInfo] = {}
     captions: dict[str, tuple[str, ...]] = {}
+    check_file(path)
     with tarfile.open(path, "r:") as tar:
         for member in tar:
-            file = tar.extractfile(member) if member.isfile() else None
             name = re.fullmatch(r"((?:.*/)?[^./]+)\.([^/]*)", member.name)
-            if file is None or name is None:
+            if name is None or not member.isfile():
                 continue
             key = name[1]
             suffix = "." + name[2].lower().split(".")[-1]
-            if suffix in VIDEOS:
+            if suffix in VIDEOS and not member.issparse():  # whose bytes would not lie in one piece
                 videos[key] = member
             elif suffix in (".txt", ".json"):
-                texts = _captions(suffix, file.read(), f"{path}: {member.name}")
-                captions[key] = captions.get(key, ()) + texts
+                captions[key] = captions.get(key, ()) + _read_captions(tar, member, suffix)
     return videos, captions
 
 
-def _captions(suffix: str, data: bytes, where: str) -> tuple[str, ...]:
-    if suffix == ".txt":
-        return _lines(data, where)
+def _read_captions(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str) -> tuple[str, ...]:
+    """The captions that a member of a shard holds; ValueError names it."""
     try:
-        row = json.loads(data)
+        if member.size > MOST_CAPTIONS:
+            raise ValueError(f"it has {member.size} bytes; captions have at most {MOST_CAPTIONS}")
+        file = tar.extractfile(member)
+        data = b"" if file is None else file.read()
+        if suffix == ".txt":
+            return _texts(data.decode("utf-8-sig").splitlines())
+        row = parse_json(data)
         return _texts(row.get("caption") or row.get("text")) if isinstance(row, dict) else ()
+    except UnicodeDecodeError:
+        raise ValueError(f"{member.name!r}: it is not text in UTF-8") from None
     except ValueError as error:
-        raise ValueError(f"cannot read {where}: {error}") from error
+        raise ValueError(f"{member.name!r}: {error}") from None

@@ -101,7 +101,7 @@ class Videos:
             self.opened[key] = replace(video, data=b"")  # fps and length, which take time to find out
         video = replace(self.opened[key], data=data)
 
-        if entry.start >= video.seconds:
+        if entry.start and entry.start >= video.seconds:
             raise ValueError(f"{entry.name} begins after the video's end, at {video.seconds:g} s")
         return CaptionedVideo(video, entry.captions, entry.start, entry.end)
 

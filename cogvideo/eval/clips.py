@@ -6,6 +6,7 @@ of one.
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from PIL import Image
 from cogvideo.data.sources import TABLES, open_source, videos_below
 from cogvideo.data.videos import Entry, Videos
 from cogvideo.eval.protocol import Protocol
+from cogvideo.files import read_text
 from cogvideo.video import VIDEOS, Clip, Frames, TooFewFrames, crop_centre
 
 ANIMATIONS = (".webp",)  # read as a whole
@@ -142,18 +144,18 @@ def _read_folder(folder: Path) -> list[Entry]:
     entries = []
     for file in videos_below(folder, (*VIDEOS, *ANIMATIONS)):
         text = file.with_suffix(".txt")
-        caption = text.read_text(encoding="utf-8-sig").strip() if text.exists() else ""
+        caption = read_text(text).strip() if text.exists() else ""
         entries.append(Entry(file, (caption,) if caption else ()))
     return entries
 
 
 def _read_list(file: Path) -> list[Entry]:
     entries = []
-    for line in file.read_text(encoding="utf-8-sig").splitlines():
+    for line in read_text(file).splitlines():
         if not line.strip():
             continue
         path = file.parent / line.strip()
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ValueError(f"{file} names {path}, which does not exist")
         entries.append(Entry(path, ()))
     return entries

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideo.cluster import check_workers
 from cogvideo.data.tinyworld.own import is_world
 from cogvideo.eval import metrics, tinyworld
 from cogvideo.eval.clips import Item, choose, find_items, pair
 from cogvideo.eval.extractors import Clip, Extractor, TinyWorldJudge, find_extractor
 from cogvideo.eval.features import CONTROLS, MEASURES, Job, Row, run
 from cogvideo.eval.protocol import Protocol
+from cogvideo.limits import check_workers
 from cogvideo.model.features import ImageFeatures, perceptual_distance
 from cogvideo.model.vqvae import to_images
 from cogvideo.progress import Progress

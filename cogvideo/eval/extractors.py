@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cogvideo.data.tinyworld.own import is_world
 from cogvideo.eval import tinyworld
 from cogvideo.eval.protocol import Protocol
-from cogvideo.files import file_digest
+from cogvideo.files import expand_user, file_digest
 from cogvideo.model.features import ImageFeatures
 from cogvideo.model.folder import read_state
 from cogvideo.model.vqvae import to_images
@@ -30,7 +30,7 @@ from cogvideo.video import Frames
 
 def weights_folder() -> Path:
     """Where weights of the user are looked for."""
-    return Path(os.environ.get("COGVIDEO_EVAL", "~/.cache/cogvideo/eval")).expanduser()
+    return expand_user(os.environ.get("COGVIDEO_EVAL", "~/.cache/cogvideo/eval"))
 
 
 @dataclass(frozen=True)

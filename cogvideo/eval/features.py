@@ -22,7 +22,7 @@ from cogvideo.eval import metrics
 from cogvideo.eval.clips import Item
 from cogvideo.eval.extractors import Extractor, find_extractor
 from cogvideo.eval.protocol import Protocol
-from cogvideo.files import atomic_path
+from cogvideo.files import atomic_path, expand_user
 from cogvideo.model.vqvae import to_images
 from cogvideo.video import Frames, TooFewFrames
 
@@ -32,7 +32,7 @@ CONTROLS = ("shuffled", "frozen")  # a clip with its frames in random order; its
 
 
 def default_cache() -> Path:
-    return Path(os.environ.get("COGVIDEO_CACHE", "~/.cache/cogvideo")).expanduser() / "features"
+    return expand_user(os.environ.get("COGVIDEO_CACHE", "~/.cache/cogvideo")) / "features"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ as the papers do.
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from cogvideo.limits import MOST_SEED, check_range
+
 FILTERS = ("nearest", "bilinear", "bicubic", "lanczos", "area")
 CROPS = ("centre", "none")
 STARTS = ("first", "middle", "random")
@@ -33,14 +35,11 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("frames", 1, 1024), ("size", 8, 2048)):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} must be from {low} to {high}; got {value}")
+        for name, low, high in (("frames", 1, 1024), ("size", 8, 2048), ("seed", 0, MOST_SEED)):
+            check_range(name, getattr(self, name), low, high)
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps must be more than 0 and at most 1000; got {self.fps:g}")
-        if self.count is not None and self.count < 2:
-            raise ValueError(f"count must be 2 or more; got {self.count}")
+        check_range("count", self.count, 2)
         choices = {"start": STARTS, "crop": CROPS, "filter": FILTERS, "order": ORDERS}
         choices["short"] = ("refuse", "skip", "repeat")
         for name, valid in choices.items():

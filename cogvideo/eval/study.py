@@ -24,20 +24,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 
 from cogvideo.eval.clips import Item, find_items
 from cogvideo.eval.protocol import Protocol
-from cogvideo.files import atomic_folder, write_json
+from cogvideo.files import atomic_folder, parse_json, read_json, read_text, write_json
+from cogvideo.limits import MOST_SEED, check_range
+from cogvideo.model.config import Range, Total, read_table
 from cogvideo.video import Clip, Frames
 
 MODES = ("pairs", "ratings", "best")
 # The qualities of ratings, and the highest score of each.
 QUALITIES = {"texture": 5, "motion": 5, "relevance": 5, "total": 10}
 TRAP = "trap"  # the system of destroyed clips
+INTACT = "intact"  # and of the clips that are shown with them
 RATER = re.compile(r"[0-9a-f]{32}")
+CLIP = re.compile(r"[0-9a-f]{16}")  # the random name of a clip
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,10 @@ class Rules:
     trap_total: int = 5
     least_seconds: float = 1.0  # raters whose median vote took less
     least_agreement: float = 0.0  # raters who repeat fewer of their answers; 0: nobody
+
+    def __post_init__(self) -> None:
+        check_range("least_seconds", self.least_seconds, 0)
+        check_range("least_agreement", self.least_agreement, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -66,10 +75,21 @@ class Study:
 
     mode: str
     seed: int
-    per_rater: int  # normal trials of one rater
-    repeats: int  # of these that are shown again
+    per_rater: Total  # normal trials of one rater
+    repeats: Annotated[int, Range(0, 10**9)]  # of these that are shown again
     rules: Rules
     trials: tuple[Trial, ...]
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}")
+        if [trial.number for trial in self.trials] != [*range(len(self.trials))]:
+            raise ValueError("trials must be numbered from 0 on")
+        for trial in self.trials:
+            if not trial.clips or not all(map(CLIP.fullmatch, trial.clips)):
+                raise ValueError(f"trials.{trial.number}.clips are not the names of clips")
+            if trial.kind not in ("normal", "trap"):
+                raise ValueError(f"trials.{trial.number}.kind must be normal or trap")
 
     def order(self, rater: str) -> list[tuple[int, bool]]:
         """The trials of a rater, in the order in which they are shown: numbers, and whether it is a
@@ -97,20 +117,15 @@ class Study:
         np.random.default_rng(int.from_bytes(digest[:8], "big")).shuffle(clips)
         return clips[::-1] if again else clips
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Study":
-        trials = tuple(Trial(**{**row, "clips": tuple(row["clips"])}) for row in values["trials"])
-        return cls(**{**values, "rules": Rules(**values["rules"]), "trials": trials})
-
 
 def load(folder: Path) -> Study:
     """Read study.json; ValueError if the folder holds no study."""
     file = folder / "study.json"
     try:
-        return Study.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return read_table(Study, read_json(file))
     except FileNotFoundError:
         raise ValueError(f"{folder} is no study: study.json is missing; see cogvideo judge new") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from None
 
 
@@ -124,9 +139,24 @@ class Key:
 
     @classmethod
     def load(cls, folder: Path) -> "Key":
-        table = json.loads((folder / "key.json").read_text(encoding="utf-8"))
-        clips = {name: (str(system), int(prompt)) for name, (system, prompt) in table["clips"].items()}
-        return cls(tuple(table["systems"]), table["real"], clips)
+        """Read key.json; ValueError if it is missing or damaged."""
+        file = folder / "key.json"
+        try:
+            return read_table(cls, read_json(file))
+        except FileNotFoundError:
+            raise ValueError(f"{folder} is no study: key.json is missing") from None
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}") from None
+
+    def check(self, study: Study) -> None:
+        """Raise ValueError unless it says where each clip of the study comes from."""
+        origins = {*self.systems, TRAP, INTACT}
+        for trial in study.trials:
+            for clip in trial.clips:
+                if self.clips.get(clip, ("", 0))[0] not in origins:
+                    raise ValueError(
+                        f"it does not say which of {', '.join(self.systems)} made the clip {clip}"
+                    )
 
 
 # -- preparing
@@ -149,10 +179,11 @@ class Plan:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
-        if self.per_rater < 1 or not 0 <= self.repeats <= self.per_rater:
+        check_range("seed", self.seed, 0, MOST_SEED)
+        check_range("per_rater", self.per_rater)
+        if not 0 <= self.repeats <= self.per_rater:
             raise ValueError(
-                "per_rater must be 1 or more and repeats at most that; got "
-                f"{self.per_rater} and {self.repeats}"
+                f"repeats must be from 0 to the {self.per_rater} trials of a rater; got {self.repeats}"
             )
         if not self.systems or (self.mode != "ratings" and len(self.systems) < 2):
             raise ValueError(f"{self.mode} needs two systems or more; got {len(self.systems)}")
@@ -193,7 +224,7 @@ def _read_prompts(file: Path | None, items: Sequence[Item]) -> list[str]:
     if file is None:
         prompts = [item.caption for item in items]
     else:
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if len(prompts) != len(items) or not all(prompts):
         where = file or "the captions of the videos"
         raise ValueError(f"{where}: {len(prompts)} prompts for {len(items)} videos; give one for each")
@@ -242,7 +273,7 @@ def _write_traps(
         first = frames[0].astype(int)
         still = (first + rng.normal(0, 60, first.shape)).clip(0, 255).astype(np.uint8)
         noisy = np.repeat(still[None], len(frames), axis=0)  # still: flashing noise can trigger seizures
-        intact = _write_clip(frames, plan, folder, key, "intact", prompt)
+        intact = _write_clip(frames, plan, folder, key, INTACT, prompt)
         traps.append((prompt, intact, _write_clip(noisy, plan, folder, key, TRAP, prompt)))
     return traps
 
@@ -270,6 +301,14 @@ def _trials(
 
 
 @dataclass(frozen=True)
+class Rater:
+    """Someone who consented."""
+
+    rater: str
+    at: float  # seconds since 1970
+
+
+@dataclass(frozen=True)
 class Vote:
     """One answer. In ratings `scores` has a number for each quality, or is empty; elsewhere `choice` is the
     random name of the chosen clip. Both empty: the rater cannot say."""
@@ -291,11 +330,22 @@ class Ballot:
     def __init__(self, folder: Path):
         self.folder = folder
         self.study = load(folder)
-        self.raters = {row["rater"] for row in _read_lines(folder / "raters.jsonl")}
+        self.raters = {row.rater for row in _read_lines(folder / "raters.jsonl", Rater)}
         self.votes: dict[tuple[str, int], Vote] = {}
-        for row in _read_lines(folder / "votes.jsonl"):
-            vote = Vote(**{**row, "shown": tuple(row["shown"])})
+        for vote in _read_lines(folder / "votes.jsonl", Vote):
+            if not self._is_of_this_study(vote):
+                raise ValueError(
+                    f"{folder / 'votes.jsonl'} has a vote of another study, on trial {vote.trial}"
+                )
             self.votes[vote.rater, vote.position] = vote
+
+    def _is_of_this_study(self, vote: Vote) -> bool:
+        trials = self.study.trials
+        if not 0 <= vote.trial < len(trials) or sorted(vote.shown) != sorted(trials[vote.trial].clips):
+            return False
+        if self.study.mode == "ratings":
+            return not vote.choice and vote.scores.keys() in (set(), QUALITIES.keys())
+        return not vote.scores and vote.choice in ("", *vote.shown)
 
     def join(self) -> str:
         """A new rater, who consented: a random number and no more."""
@@ -357,14 +407,19 @@ def _ends_with_newline(file: Path) -> bool:
         return stream.read(1) == b"\n"
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """The rows of a .jsonl; half a line, of a process that was killed, is left out."""
+def _read_lines(file: Path, kind: type[T]) -> list[T]:
+    """The rows of a .jsonl; half a line, of a process that was killed, is left out. ValueError, with the
+    line, for a row of something else."""
     if not file.exists():
         return []
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            values = parse_json(line)
         except ValueError:
             continue
+        try:
+            rows.append(read_table(kind, values))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number}: {error}") from None
     return rows

@@ -53,6 +53,10 @@ def tally(folder: Path, resamples: int = RESAMPLES, seed: int = 0) -> StudyRepor
     ballot = Ballot(folder)
     study = ballot.study
     key = Key.load(folder)
+    try:
+        key.check(study)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'key.json'} is of another study: {error}") from None
     votes = list(ballot.votes.values())
     if not votes:
         raise ValueError(f"{folder} has no votes yet")

@@ -39,7 +39,7 @@ def build_app(folder: Path) -> Any:
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Any:
         length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MAX_BODY:
+        if not length.isdecimal() or len(length) > 18 or int(length) > MAX_BODY:
             return JSONResponse({"error": "the request is too large"}, 413)
         response = await call_next(request)
         for name, value in HEADERS.items():
@@ -112,8 +112,8 @@ def _read_vote(body: object) -> tuple[int, str, dict[str, int], float]:
     seconds = body.get("seconds", 0)
     if type(position) is not int or not isinstance(choice, str) or not isinstance(scores, dict):
         raise ValueError("position must be a number, choice a text, scores an object")
-    if type(seconds) not in (int, float):
-        raise ValueError("seconds must be a number")
+    if type(seconds) not in (int, float) or not 0 <= seconds < 1e6:
+        raise ValueError("seconds must be a number, 0 or more")
     if not all(isinstance(name, str) and type(score) is int for name, score in scores.items()):
         raise ValueError("scores must be whole numbers")
     return position, choice, scores, float(seconds)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogvideo.files import expand_user
 from cogvideo.generate import reference
 from cogvideo.generate.cost import cache_bytes
 from cogvideo.generate.draft import Draft, DraftStore
@@ -34,7 +35,7 @@ from cogvideo.generate.torchrun import Slices
 from cogvideo.hardware import free_memory, has_fast_bfloat16
 from cogvideo.layout import SECONDS, Layout, rounds
 from cogvideo.model.config import STAGES
-from cogvideo.model.families import CogVideoSpec
+from cogvideo.model.families import BASES, CogVideoSpec
 from cogvideo.model.folder import ModelError, ModelFolder, find_model, read_clusters
 from cogvideo.model.lora import Adapter
 from cogvideo.model.vqvae import to_frames, to_images
@@ -136,7 +137,7 @@ class CogVideo(Pipeline):
         that are active. Return its name, by default that of its folder. ModelError if it does not fit."""
         adapter = Adapter.load(where)
         adapter.check_fits(self.spec, where)
-        name = adapter_name or Path(where).expanduser().absolute().stem
+        name = adapter_name or expand_user(where).absolute().stem
         if name in self._adapters:
             raise ValueError(f"there is an adapter {name!r} already; give another adapter_name")
         self._adapters[name] = adapter
@@ -463,6 +464,7 @@ class CogVideo(Pipeline):
         for i, (t, k, u, without) in enumerate(groups):
             states = fill(model, layout, t, k, sampling, u, unconditional=without, last=last, cache=cache)
             for state in states:
+                self._check_finite(state.logit_sum, stage)
                 if progress is not None:
                     progress(task, i * state.total + state.done, len(groups) * state.total)
                 if watch is not None:
@@ -471,6 +473,10 @@ class CogVideo(Pipeline):
                     watch(torch.cat((*filled, state.frames, layout.unlay(torch.cat((later, missing), 1)))))
             filled.append(state.frames)
         return torch.cat(filled)
+
+    def _check_finite(self, numbers: Tensor, stage: str) -> None:
+        """Raise ModelError if a stage computed numbers that are not finite."""
+        self.folder.check_finite(numbers, [part for part in self.spec.parts if part in (*BASES, stage)])
 
     def _stage_sampling(self, stage: str, guidance_scale: float | None) -> Sampling:
         """The options of a stage. A call's own guidance scale leaves an image model that has no guidance
@@ -528,8 +534,12 @@ class CogVideo(Pipeline):
         model = self.parts.superres
         hidden = model.hidden(text[None], codes[None])[0]  # [S, D]
         sampled = []
+        logit_sum = hidden.new_zeros(())
         for rows, numbers in zip(torch.split(hidden, LOGIT_ROWS), torch.split(uniform, LOGIT_ROWS)):
-            sampled.append(sample(model.head(rows), self.sampling["superres"], numbers))
+            logits = model.head(rows)
+            logit_sum = logit_sum + logits.sum()
+            sampled.append(sample(logits, self.sampling["superres"], numbers))
+        self._check_finite(logit_sum, "superres")
         return torch.cat(sampled)
 
     @torch.inference_mode()

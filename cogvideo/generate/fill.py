@@ -22,11 +22,12 @@ from cogvideo.model.transformer import DualChannelTransformer
 @dataclass(frozen=True)
 class FillState:
     """The frames so far [B, F, N] in time order, -1 where no token is yet; tokens a sample that are
-    generated, and all that will be."""
+    generated, and all that will be; the sum of all logits, which is finite if these are."""
 
     frames: Tensor
     done: int
     total: int
+    logit_sum: Tensor
 
 
 @torch.inference_mode()
@@ -68,12 +69,14 @@ def fill(
     first = count * layout.frame_tokens
     total = layout.clip_tokens - first
     done = 0
+    logit_sum = torch.zeros((), device=text.device)
     for positions in layout.waves(count, model.window):
         targets, sources = torch.tensor([positions, layout.entering(positions)], device=text.device)
         tokens = flat[:, sources].masked_fill(sources < 0, model.config.start)  # [B, m]
         logits = model.step(tokens.repeat(2, 1) if guided else tokens, cache, positions)
         if guided:
             logits = guide(logits, sampling.guidance_scale)
+        logit_sum = logit_sum + logits.sum()
         if last is not None and positions[-1] == layout.clip_tokens - 1:
             sampling = last
         numbers = uniform[:, targets - first].flatten()
@@ -82,9 +85,9 @@ def fill(
         rows_before = done // layout.grid
         done += len(positions)
         if done // layout.grid > rows_before:
-            yield FillState(layout.unlay(frames), done, total)
+            yield FillState(layout.unlay(frames), done, total, logit_sum)
     if total == 0:
-        yield FillState(layout.unlay(frames), 0, 0)
+        yield FillState(layout.unlay(frames), 0, 0, logit_sum)
 
 
 def _prefill(

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from cogvideo.limits import MOST_PROMPT
 from cogvideo.text import TextTokenizer, split_words
 
 
@@ -45,7 +46,11 @@ class Prompts:
         return rows
 
     def check(self, prompt: str) -> None:
-        """Raise ValueError if a prompt has no tokens."""
+        """Raise ValueError if a prompt has no tokens, far too many characters, or bytes that are none."""
+        if len(prompt) > MOST_PROMPT:
+            raise ValueError(f"the prompt has {len(prompt)} characters; at most {MOST_PROMPT} are possible")
+        if re.search("[\ud800-\udfff]", prompt):
+            raise ValueError(f"the prompt is not text in UTF-8: {ascii(prompt[:60])}")
         if not self.text.encode(prompt.strip()):
             raise ValueError(
                 "the prompt is empty; write a sentence such as 'a dog runs to the right across a green field'"

@@ -6,13 +6,13 @@ Shapes: B samples, V codes.
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
+from cogvideo.limits import MOST_SEED, check_range
 from cogvideo.model.config import STAGES, SamplingConfig
-
-MAX_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,9 @@ class Sampling(SamplingConfig):
     clusters: Tensor | None = field(default=None, repr=False, compare=False)  # [V] the cluster of each code
 
     def __post_init__(self) -> None:
-        least = {"temperature": 0, "top_k": 0, "guidance_scale": 1, "text_boost": 0}
-        for name, low in (least | {"token_temperature": 1e-6}).items():
-            value = getattr(self, name)
-            if not low <= value < float("inf"):
-                raise ValueError(f"{name} must be {low:g} or more; got {value}")
+        for name, hint in get_type_hints(SamplingConfig, include_extras=True).items():
+            _, limits = get_args(hint)
+            check_range(name, getattr(self, name), limits.low, limits.high)
 
     @property
     def guided(self) -> bool:
@@ -100,7 +98,7 @@ def uniforms(seeds: Sequence[int], count: int, stream: int) -> Tensor:
 def new_seeds(seed: int | None, count: int) -> list[int]:
     """`count` seeds from `seed` on, or from a random one."""
     if seed is None:
-        seed = secrets.randbelow(MAX_SEED - count)
-    if not 0 <= seed <= MAX_SEED - count + 1:
-        raise ValueError(f"seed {seed} is out of range; choose one from 0 to {MAX_SEED - count + 1}")
+        seed = secrets.randbelow(MOST_SEED - count)
+    if not 0 <= seed <= MOST_SEED - count + 1:
+        raise ValueError(f"seed {seed} is out of range; choose one from 0 to {MOST_SEED - count + 1}")
     return list(range(seed, seed + count))

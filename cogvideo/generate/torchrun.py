@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cogvideo.cluster import place_of_torchrun
 from cogvideo.model.attention import Attention
 from cogvideo.model.transformer import Block
 
@@ -92,8 +93,7 @@ class Place:
 
 def join(device: str, slices: int) -> tuple[Place, str]:
     """This process's place, and its device. ValueError if the processes cannot form groups of `slices`."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0))
+    rank, ranks = place_of_torchrun() or (0, 1)
     if slices < 1 or ranks % slices:
         raise ValueError(
             f"--slices must divide the number of processes, {ranks}; got {slices}. Start them by torchrun "

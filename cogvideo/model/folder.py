@@ -7,7 +7,9 @@ and compared piece by piece.
 """
 
 import json
+import math
 import re
+import reprlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -22,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from cogvideo.files import atomic_path, write_json
+from cogvideo.files import atomic_path, check_file, expand_user, read_json, write_json
 from cogvideo.model.config import STAGES, ConfigError, SamplingConfig, TrainedPhase, read_table
 from cogvideo.model.families import FAMILIES, Spec, read_spec
 from cogvideo.model.hub import MODEL_FILES, download, is_hub_id
@@ -38,6 +40,8 @@ TYPES = {
     torch.bfloat16: "BF16",
     torch.bool: "BOOL",
 }  # in safetensors
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that weights are stored in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -167,10 +171,10 @@ class ModelFolder:
         """What config.json says; ModelError names the file and the key that is wrong."""
         file = self.path / "config.json"
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file, any_number=True)
         except FileNotFoundError:
             raise ModelError(f"{self.path} is not a model folder: {file.name} is missing") from None
-        except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of numbers without end
+        except (ValueError, OSError) as error:
             raise ModelError(f"{file} is damaged: {error}") from None
         try:
             return FolderConfig.read(values)
@@ -221,8 +225,9 @@ class ModelFolder:
     def load(
         self, part: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
     ) -> nn.Module:
-        """Load a part and convert its floating-point weights to `dtype`. None keeps the stored dtypes, and on
-        a CPU the weights are lazily memory-mapped."""
+        """Load a part and convert its floating-point weights to `dtype`; ModelError names a tensor with a
+        number that is not finite. None keeps the stored dtypes, and on a CPU the weights are lazily
+        memory-mapped, and so not looked at (`check_finite`)."""
         module = self.outline(part)
         try:
             state = load_file(self.file(part), device=str(device))
@@ -231,18 +236,38 @@ class ModelFolder:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.file(part)} is damaged: {error}") from None
         restore_rounded(state)
+        misfit = _misfit(module.state_dict(), state)
+        if misfit:
+            raise ModelError(f"{self.file(part)} does not fit {self.path / 'config.json'}: {misfit}")
         if dtype is not None:
             state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
-        try:
-            module.load_state_dict(state, strict=True, assign=True)
-        except RuntimeError as error:
-            raise ModelError(f"{self.file(part)} does not fit {self.path / 'config.json'}: {error}") from None
+            self._check_weights(part, state.items())
+        module.load_state_dict(state, strict=True, assign=True)
         return module.eval().requires_grad_(False)
+
+    def check_finite(self, numbers: Tensor, parts: Iterable[str]) -> None:
+        """Raise ModelError if one of the numbers that these parts computed is NaN or infinite; it names the
+        tensor that is to blame. To look at results costs less than to look at all weights."""
+        if math.isfinite(float(numbers.sum())):
+            return
+        for part in parts:
+            with safe_open(self.file(part), "pt") as stored:
+                names = stored.keys()
+                self._check_weights(part, ((name, stored.get_tensor(name)) for name in names))
+        raise ModelError(f"{self.path} computes numbers that are not finite; choose --dtype float32")
+
+    def _check_weights(self, part: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for name, weight in weights:
+            if weight.is_floating_point() and not weight.isfinite().all():
+                raise ModelError(f"{self.file(part)} is damaged: {name} holds numbers that are not finite")
 
     def outline(self, part: str) -> nn.Module:
         """Build a part without memory; ModelError if its sizes do not fit together."""
+        spec = self.spec()
+        if part not in spec.parts:
+            raise ModelError(f"{self.path} has no {part}; its parts are {', '.join(spec.parts)}")
         try:
-            module: nn.Module = self.spec().outline(part)
+            module: nn.Module = spec.outline(part)
         except (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
             file = self.path / "config.json"
             raise ModelError(f"{file} does not describe a model: {part}: {error}") from None
@@ -265,11 +290,19 @@ class ModelFolder:
             return GPT2Tokenizer()
         file = self.path / "text.model"
         try:
-            return TextTokenizer.load(file, self.spec().first_text)
+            check_file(file)
+            text = TextTokenizer.load(file, self.spec().first_text)
         except FileNotFoundError:
             raise ModelError(f"{self.path} is incomplete: {file.name} is missing") from None
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"{file} is damaged: {error}") from None
+        room = self.spec().text_config.vocab - text.first_id
+        if len(text) > room:
+            raise ModelError(
+                f"{file} does not fit {self.path / 'config.json'}: it has {len(text)} pieces, and the vocab "
+                f"has room for {room}"
+            )
+        return text
 
     # -- writing
 
@@ -330,6 +363,23 @@ class ModelFolder:
                         yield name
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{self.file(part)} is damaged: {error}") from None
+
+
+def _misfit(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> str:
+    """How stored tensors differ from those that a part has: the first of them; an empty text if they fit."""
+    unknown = next((name for name in stored if name not in expected), None)
+    if unknown is not None:
+        return f"unknown tensor {unknown[:100]!r}"
+    for name, tensor in expected.items():
+        if name not in stored:
+            return f"{name} is missing"
+        if stored[name].shape != tensor.shape:
+            return f"{name} is {[*stored[name].shape]}, not {[*tensor.shape]}"
+        dtype = stored[name].dtype
+        if dtype not in FLOATS if tensor.is_floating_point() else dtype != tensor.dtype:
+            right = "a floating-point type" if tensor.is_floating_point() else str(tensor.dtype)
+            return f"{name} is stored as {dtype}, not as {right}".replace("torch.", "")
+    return ""
 
 
 def round_matrices(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -405,23 +455,26 @@ def find_model(name: str | Path) -> Path:
     "owner/name@revision")."""
     if str(name) in shipped():
         return SHIPPED / str(name)
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.is_dir():
         return path
     if is_hub_id(name):
         return download(str(name), MODEL_FILES)
+    shown = reprlib.repr(str(name))
+    missing = f"there is no model folder {shown}" if "/" in str(name) else f"unknown model {shown}"
     raise ModelError(
-        f"unknown model {str(name)!r}; choose one of {', '.join(shipped())}, or give a model folder "
+        f"{missing}; choose one of {', '.join(shipped())}, or give a model folder "
         f"or a hub id (owner/name or owner/name@revision)"
     )
 
 
 def read_clusters(file: Path, codes: int) -> npt.NDArray[np.int64]:
     """The cluster of each code, int64 [V]; ValueError if the .npy file does not hold that."""
+    check_file(file)
     try:
         labels: npt.NDArray[np.int64] = np.load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
+    except Exception as error:  # of a header in Python: TokenError, MemoryError ...
+        raise ValueError(f"{file} is damaged: {error or type(error).__name__}") from None
     if labels.shape != (codes,) or labels.dtype.kind not in "iu" or labels.min() < 0:
         raise ValueError(f"{file} does not give a cluster to each of {codes} codes")
     return labels.astype(np.int64)

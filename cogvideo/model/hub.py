@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cogvideo.files import file_digest
 
-HUB_ID = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"  # owner/name, and a branch, tag or commit if not the newest is meant
+HUB_ID = r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?"  # owner/name, and a branch, tag or commit but for the newest
 MODEL_FILES = ("*.json", "*.safetensors", "text.model", "*.npy", "README.md", "*.webp")
 
 
@@ -20,21 +20,24 @@ class HubError(ValueError):
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether a name is that of a repository, and of nothing on this machine."""
-    return re.fullmatch(HUB_ID, str(name)) is not None and not Path(name).exists()
+    """Whether a name is that of a repository, and not of a folder on this machine, or of one inside it."""
+    return re.fullmatch(HUB_ID, str(name), re.ASCII) is not None and not Path(name).parent.exists()
 
 
 def download(name: str, files: Sequence[str]) -> Path:
     """The folder in the cache with files of a repository, owner/name or owner/name@revision. HubError if they
     cannot be had, or if one is damaged."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     repository, _, revision = name.partition("@")
     try:
         folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(files)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        why = str(error).splitlines()[0]
+    except (HfHubHTTPError, HFValidationError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise HubError(f"{name} is no folder here, and the hub did not give it: {why}") from None
+    except Exception as error:  # of the hub's client, of its HTTP library, of the network and of the disk
+        why = getattr(error, "strerror", None) or "it cannot be reached"
         raise HubError(f"{name} is no folder here, and the hub did not give it: {why}") from None
     for file in folder.iterdir():
         check_download(file)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cogvideo.files import expand_user
 from cogvideo.model.families import Spec
 from cogvideo.model.folder import ModelError, read_about, read_state, write_state
 from cogvideo.model.hub import download, is_hub_id
@@ -228,7 +229,7 @@ def merge(part: nn.Module, factors: Mapping[str, Factors]) -> None:
 
 def find(where: str | Path) -> Path:
     """The file of an adapter: given itself, in a folder, or by a hub id. ModelError if there is none."""
-    path = Path(where).expanduser()
+    path = expand_user(where)
     for file in (path, path / FILE, path / "lora" / FILE):
         if file.is_file():
             return file

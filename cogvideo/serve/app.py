@@ -15,6 +15,7 @@ name. Endpoints only read and write the database, so they answer while workers c
 import asyncio
 import base64
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
+from cogvideo.files import parse_json
 from cogvideo.generate.cogvideo import CogVideo
 from cogvideo.serve import uploads
 from cogvideo.serve.doors import HEADERS, Doors, guard
@@ -228,7 +230,7 @@ def byte_range(header: str, size: int) -> tuple[int, int] | None:
     first, dash, last = ranges.strip().partition("-")
     if unit.strip() != "bytes" or not dash or "," in ranges:
         return None
-    if not all(part == "" or (part.isascii() and part.isdecimal()) for part in (first, last)):
+    if not all(re.fullmatch("[0-9]{0,18}", part) for part in (first, last)):
         return None
     if first == "":
         if last == "":
@@ -259,9 +261,9 @@ async def read_form(request: Request, most: int) -> tuple[dict[str, Any], bytes 
                 fields[name] = value
         return fields, upload
     try:
-        body = json.loads(await request.body() or b"{}")
-    except (ValueError, RecursionError):
-        raise Refusal("the body is no JSON", None, "invalid_json") from None
+        body = parse_json(await request.body() or b"{}")
+    except ValueError as error:
+        raise Refusal(f"the body cannot be read: {error}", None, "invalid_json") from None
     if not isinstance(body, dict):
         raise Refusal("the body must be a JSON object", None, "invalid_json")
     return body, _inline_upload(body)

@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from cogvideo.files import read_text
 from cogvideo.serve.jobs import DatabaseError
 from cogvideo.serve.request import Refusal
 from cogvideo.serve.statistics import Statistics
@@ -50,7 +51,7 @@ class Doors:
 
 def read_keys(file: Path | None, environment: str) -> tuple[str, ...]:
     """Keys of a file, one on each line, and of the environment, separated by commas."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    lines = read_text(file).splitlines() if file else []
     keys = [key.strip() for key in (*lines, *environment.split(",")) if key.strip()]
     for key in keys:
         if len(key) < 16:
@@ -79,7 +80,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self.most:
+        if not length.isdigit() or len(length) > 18 or int(length) > self.most:
             await self._refuse(scope, receive, send)
             return
         taken = 0

@@ -5,6 +5,7 @@ A refusal names the field and the valid choices, in OpenAI's shape of an error.
 """
 
 import json
+import reprlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -207,7 +208,8 @@ def _one_of(given: dict[str, Any], name: str, choices: list[str]) -> str:
     if name == "seconds" and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = f"{value:g}"
     if value not in choices:
-        raise Refusal(f"{name} {value!r} is not possible; choose one of {', '.join(choices)}", name)
+        given_as = reprlib.repr(value)
+        raise Refusal(f"{name} {given_as} is not possible; choose one of {', '.join(choices)}", name)
     return str(value)
 
 
@@ -232,9 +234,9 @@ def _number(given: dict[str, Any], name: str) -> float | None:
             raise ValueError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise Refusal(f"{name} must be a number; got {str(value)[:40]!r}", name, "invalid_type") from None
+        raise Refusal(f"{name} must be a number; got {reprlib.repr(value)}", name, "invalid_type") from None
     if not abs(number) <= 1e9:
-        raise Refusal(f"{name} must be a finite number; got {str(value)[:40]!r}", name)
+        raise Refusal(f"{name} must be a finite number; got {reprlib.repr(value)}", name)
     return number
 
 

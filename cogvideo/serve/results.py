@@ -43,7 +43,10 @@ class Results:
     def __init__(self, url: str):
         self.url = url
         self._files: Any
-        self._files, self._root = fsspec.core.url_to_fs(url, auto_mkdir=True)
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url, auto_mkdir=True)
+        except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is missing
+            raise ValueError(f"results cannot be kept at {url}: {error}") from None
 
     def _path(self, id: str, name: str) -> str:
         assert id.isidentifier() and "/" not in name

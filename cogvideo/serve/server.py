@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvicorn
 
+from cogvideo.files import expand_user
 from cogvideo.serve.app import Service, build_app
 from cogvideo.serve.doors import Doors
 from cogvideo.serve.jobs import JobStore
@@ -40,7 +41,7 @@ class Address:
     @classmethod
     def of(cls, data: Path, database: str | None, results: str | None) -> "Address":
         """Both in one folder, unless they are elsewhere."""
-        data = data.expanduser()
+        data = expand_user(data)
         if database is None or results is None:
             data.mkdir(parents=True, exist_ok=True)
         return cls(database or f"sqlite:///{data / 'jobs.sqlite'}", results or str(data / "videos"))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cogvideo.hardware import constant
 from cogvideo.layout import Layout
+from cogvideo.limits import check_range
 from cogvideo.model.features import ImageFeatures, perceptual_distance, weighted
 from cogvideo.model.transformer import DualChannelTransformer
 from cogvideo.model.vqvae import VQVAE
@@ -112,8 +113,7 @@ class LossWeights:
     def __post_init__(self) -> None:
         levels = {name: getattr(self, name) for name in ("pixel", "perceptual", "temporal")}
         for name, value in levels.items():
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"loss.{name} must be 0 or more, got {value}")
+            check_range(f"loss.{name}", value, 0)
         if not any(levels.values()):
             raise ValueError(f"one of loss.{', loss.'.join(levels)} must be over 0")
 

@@ -70,6 +70,7 @@ def measure(
         )
         run = Run(recipe, Path(temporary), source, spec, phases, options).with_steps()
         run.check_phases()
+        run.check_batches()
         run.check_data()
         random_model(run.folder, recipe, spec, source)
         for phase in run.phases:

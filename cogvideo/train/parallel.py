@@ -12,6 +12,7 @@ Together N processes (`peers.py`) take the steps that one process would take:
 - The tokenizer's codebook is updated by the vectors of all processes.
 """
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -75,6 +76,9 @@ def to_devices(
         _recompute_blocks(step)
     blocks = [module for module in step.modules() if isinstance(module, _wrapped(distributed))]
     if distributed.compile:
+        # caches and changing shapes are meant
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
         for block in blocks:
             block.compile()
     if distributed.ranks > 1:

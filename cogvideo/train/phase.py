@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from cogvideo.data.cut import ClipSpec
+from cogvideo.limits import check_range
 from cogvideo.model.families import Spec
 from cogvideo.train import objectives
 from cogvideo.train.losses import HierarchicalLoss, LossWeights
@@ -62,8 +63,7 @@ class Phase:
                 raise ValueError(f"{self.name}.{name} must be one of {', '.join(known)}; got {value!r}")
         for name in NUMBERS:
             least = 1 if name in ("steps", "batch", "reuse") else 0
-            if not least <= (value := getattr(self, name)) < float("inf"):
-                raise ValueError(f"{self.name}.{name} must be {least} or more, got {value}")
+            check_range(f"{self.name}.{name}", getattr(self, name), least)
         for name in SHARES:
             if (value := getattr(self, name)) > 1:
                 raise ValueError(f"{self.name}.{name} is a share and must be 1 or less, got {value}")

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from cogvideo.cluster import place_of_torchrun
 from cogvideo.data.coded import CodedVideos, Table, digest
 from cogvideo.data.cut import Source
 from cogvideo.data.loader import Batch, batches
 from cogvideo.hardware import find_device, free_memory, idle_cores
+from cogvideo.limits import MOST_NUMBER, MOST_PROCESSES, check_range, check_threads, check_workers
 from cogvideo.model import lora
 from cogvideo.model.config import TrainedPhase
 from cogvideo.model.families import Spec
@@ -63,20 +65,23 @@ class Options:
     init_embedding: str | None = None  # a file with GPT-2's embedding, for a new run to begin with
 
     def __post_init__(self) -> None:
-        for name in ("processes", "threads", "accumulate", "save_every", "log_every", "probe_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more, got {value}")
-        if not 0 <= self.lora <= MOST_RANK:
-            raise ValueError(f"--lora must be from 1 to {MOST_RANK}; got {self.lora}")
+        for name in ("accumulate", "save_every", "log_every", "probe_every"):
+            check_range(f"--{name.replace('_', '-')}", getattr(self, name))
+        most = (
+            MOST_PROCESSES if place_of_torchrun() is None else MOST_NUMBER
+        )  # torchrun may have many machines
+        check_range("--processes", self.processes, 1, most)
+        check_threads(self.threads)
+        check_workers(self.workers)
+        check_range("--lora", self.lora or None, 1, MOST_RANK)
         if self.lora and (self.shard or self.mesh):
             raise ValueError("--lora goes with neither --shard nor --mesh; adapters need little memory")
+        if self.mesh is not None:
+            check_range(f"the processes of --mesh {self.mesh}", self.mesh.ranks, 1, most)
         if self.mesh is not None and self.processes not in (None, 1, self.mesh.ranks):
             raise ValueError(
                 f"--mesh {self.mesh} is {self.mesh.ranks} processes; --processes says {self.processes}"
             )
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"--workers must be 0 or more, got {self.workers}")
 
     def with_defaults(self, phases: Sequence[Phase]) -> Options:
         """Replace each None by the default for this machine and these phases. Threads stay None if the
@@ -112,12 +117,13 @@ class Run:
     @property
     def by_torchrun(self) -> bool:
         """Whether torchrun started this process, and so all others."""
-        return "RANK" in os.environ
+        return place_of_torchrun() is not None
 
     @property
     def ranks(self) -> int:
         """Processes that share each batch."""
-        return int(os.environ["WORLD_SIZE"]) if self.by_torchrun else self.options.processes or 1
+        place = place_of_torchrun()
+        return self.options.processes or 1 if place is None else place[1]
 
     @property
     def mesh(self) -> MeshShape | None:
@@ -202,6 +208,7 @@ class Run:
         before work starts."""
         run = replace(self, options=replace(self.options, device=find_device(self.options.device)))
         run.check_devices()
+        run.check_batches()
         run = run.with_steps()
         run = run.without_finished()
         run.check_adapters()
@@ -327,6 +334,19 @@ class Run:
                     f"preset, or more devices"
                 )
         return replace(self, options=replace(self.options, shard=shard))
+
+    def check_batches(self) -> None:
+        """Raise ValueError unless the memory holds the frames of the clips that are read for one step."""
+        free = free_memory()
+        if free is None:
+            return
+        for phase in self.phases:
+            size = phase.batch * phase.clips.bytes
+            if size > free:
+                raise ValueError(
+                    f"{phase.name}.batch is too large: the frames of {phase.batch} clips are "
+                    f"{size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+                )
 
     def check_sharing(self) -> None:
         """Raise ValueError unless, with shards, each process has a whole number of crops."""

@@ -11,6 +11,7 @@ cannot be used is left out and named with the reason.
 
 import hashlib
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,9 +26,9 @@ from cogvideo.data.tinyworld.cast import FPS, LOOP
 from cogvideo.data.tinyworld.own import TABLE, Language, OwnPlace, OwnSprite, OwnTable, is_world, open_world
 from cogvideo.data.tinyworld.places import PLACES
 from cogvideo.data.tinyworld.words import article_of, known_verbs
-from cogvideo.files import atomic_path, write_json
-from cogvideo.model.config import ConfigError, read_table
-from cogvideo.video import Frames
+from cogvideo.files import atomic_path, read_text, write_json
+from cogvideo.model.config import read_table
+from cogvideo.video import Frames, open_image
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -149,7 +150,10 @@ def make_world(art: Path, out: Path) -> Made:
         raise ValueError(f"{art} has no picture that can be used ({', '.join(PICTURES)}){reasons}")
     _check_stems(settings, art, sprites, backgrounds, skipped)
 
-    table = _table(settings, sprites, backgrounds, digest.hexdigest())
+    try:
+        table = _table(settings, sprites, backgrounds, digest.hexdigest())
+    except ValueError as error:
+        raise ValueError(f"{art}: {error}") from None
     made = Made(
         [row.name for row in table.sprites],
         [row.name for row in table.backgrounds],
@@ -189,11 +193,15 @@ def read_settings(art: Path) -> Settings:
     if not file.exists():
         return Settings()
     try:
-        return read_table(Settings, tomllib.loads(file.read_text(encoding="utf-8")))
-    except ConfigError as error:
+        text = read_text(file)
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from None
+    try:
+        return read_table(Settings, tomllib.loads(text))
+    except RecursionError:
+        raise ValueError(f"cannot read {file}: it is nested too deeply") from None
+    except ValueError as error:  # of TOML and of the table
         raise ValueError(f"cannot read {file}: {error}") from None
-    except (OSError, ValueError) as error:  # of TOML and UTF-8
-        raise ValueError(f"cannot read {file}: {error}") from error
 
 
 # -- files
@@ -220,7 +228,7 @@ def _read_files(
             if file.stat().st_size > MOST_BYTES:
                 raise ValueError(f"it has more than {MOST_BYTES // 2**20} MB")
             content = read(file)
-        except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except (ValueError, OSError) as error:
             skipped[name] = str(error)
             continue
         seen.add(file.stem)
@@ -231,7 +239,7 @@ def _read_files(
 
 def _read_loop(file: Path) -> np.ndarray:
     """A picture or animation as premultiplied RGBA, uint8 [24, 96, 96, 4]. ValueError if it is not usable."""
-    with Image.open(file) as image:
+    with open_image(file) as image:
         count = getattr(image, "n_frames", 1)
         if image.width * image.height * count > MOST_PIXELS:
             raise ValueError(f"{count} frames of {image.width} x {image.height} pixels are too many")
@@ -297,7 +305,7 @@ def _loop_frames(durations: np.ndarray) -> np.ndarray:
 
 
 def _read_background(file: Path) -> Image.Image:
-    with Image.open(file) as image:
+    with open_image(file) as image:
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         opaque = image.convert("RGB")
@@ -394,7 +402,7 @@ def _place(stem: str, entry: BackgroundEntry) -> OwnPlace:
 def _named(name: str, stem: str) -> str:
     """The name that captions use: the given one, else the words of the file's name."""
     name = name or " ".join(re.sub(r"[-_.\d]+", " ", stem).split())
-    if not name or "@" in name:
+    if not name or "@" in name or not name.isprintable():
         raise ValueError(f"{stem} has no name that captions can use; give one in {SETTINGS}")
     _check_words("name", name, 3)
     return name
@@ -405,7 +413,7 @@ def _check_words(kind: str, text: str, most: int, by: Callable[[str], int] | Non
     count = by(text) if by is not None else len(text.split())
     if count > most:
         unit = "characters" if by is not None else "words"
-        raise ValueError(f"the {kind} {text!r} has {count} {unit}; captions have room for {most}")
+        raise ValueError(f"the {kind} {reprlib.repr(text)} has {count} {unit}; captions have room for {most}")
 
 
 def _check_names(names_by_file: dict[str, tuple[str, ...]]) -> None:

@@ -9,10 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from cogvideo.data.tinyworld.own import Sprite, world_of
-from cogvideo.video import Frames
+from cogvideo.video import Frames, open_image
 
 LOOP = 24  # frames of a sprite's loop
 FPS = 8  # of a sprite's loop
@@ -50,7 +49,7 @@ def shape(sprite: str) -> tuple[float, float]:
 @lru_cache(128)
 def loop_of(sprite: str) -> Frames:
     """The loop of a sprite, premultiplied RGBA, uint8 [24, 96, 96, 4]."""
-    with Image.open(_HERE / find(sprite)["file"]) as image:
+    with open_image(_HERE / find(sprite)["file"]) as image:
         if world_of(sprite) is not None:
             pixels = np.asarray(image.convert("RGBA").convert("RGBa"))
             loop = pixels.reshape(-1, image.width, image.width, 4)

@@ -12,14 +12,14 @@ In a `Scene`, a sprite or place of such a world is called NAME@FOLDER, so that a
 frame. What captions say and what is held out depends on NAME alone.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from cogvideo.model.config import read_table
+from cogvideo.files import expand_user, read_json
+from cogvideo.model.config import ConfigError, read_table
 
 TABLE = "world.json"
 JUDGE = "judge.safetensors"
@@ -122,14 +122,14 @@ def world_of(key: str) -> OwnWorld | None:
 @lru_cache(16)
 def open_world(folder: str | Path) -> OwnWorld:
     """Read a folder that `cogvideo data world` wrote. ValueError, with file and key, if it is another."""
-    folder = Path(folder).expanduser().absolute()
+    folder = expand_user(folder).absolute()
     file = folder / TABLE
     try:
-        table = read_table(OwnTable, json.loads(file.read_text(encoding="utf-8")))
+        table = read_table(OwnTable, read_json(file))
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {TABLE}; cogvideo data world writes one") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
+    except ConfigError as error:
+        raise ValueError(f"cannot read {file}: {error}") from None
 
     sprites = {}
     for rank, row in enumerate(table.sprites):

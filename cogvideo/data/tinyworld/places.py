@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from cogvideo.data.tinyworld.own import world_of
+from cogvideo.video import open_image
 
 # sky at the top and at the horizon, land far and near, one accent; a look is between the two rows
 _COLOURS = {
@@ -47,7 +48,7 @@ def draw_place(place: str, look: int, size: int) -> np.ndarray:
 
 @lru_cache(64)
 def _background(file: Path) -> Image.Image:
-    with Image.open(file) as image:
+    with open_image(file) as image:
         return image.convert("RGB")
 
 

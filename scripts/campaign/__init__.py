@@ -1,0 +1,1 @@
+"""Campaigns against bad input and against loss."""
