@@ -56,7 +56,10 @@ def install(wheel: Path, environment: Path, python: str, resolution: str) -> Pat
     uv("venv", "--python", python, environment)
     interpreter = environment / "bin" / "python"
     pip = ("pip", "install", "--python", interpreter, "--only-binary", ":all:")
-    uv(*pip, "--resolution", RESOLUTIONS[resolution], f"cogvideo[eval,serve] @ {wheel.as_uri()}")
+    # by pyproject.toml: of a wheel, its own bounds would not count as direct
+    extras = ("--extra", "eval", "--extra", "serve")
+    uv(*pip, "--resolution", RESOLUTIONS[resolution], "--requirements", ROOT / "pyproject.toml", *extras)
+    uv(*pip, "--no-deps", wheel)
     uv(*pip, *TOOLS)
     return interpreter
 
