@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cogvideo.video import Clip
 
 __all__ = ["Clip", "CogVideo", "Pipeline", "load"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "Clip": "cogvideo.video",

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Fixed, Positional, Suppress, arg
 
+from cogvideo import __version__
+
 if TYPE_CHECKING:
     from cogvideo.generate.bulk import Settings
     from cogvideo.generate.pipeline import Pipeline
@@ -1121,6 +1123,9 @@ def _take_fields(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--version"]:
+        print(f"cogvideo {__version__}")
+        return
     try:
         _parse(sys.argv[1:])()
     except (ValueError, OSError) as error:

@@ -229,6 +229,7 @@ SHORTENED = {
     "python -m benchmarks.bfloat16": Shorter(more="--rounds 1"),
     "python -m benchmarks.gpu": nano(more="--device cpu --sizes nano --recipe none --runs 1"),
     "pytest -m gpu": Shorter(by="tests/test_gpu.py"),
+    "python -m scripts.matrix": Shorter(more="--help"),
     "python -m benchmarks.train_step": nano(more="--phases image --rounds 1 --steps 1"),
     "python -m benchmarks.train_step --rounds 1": nano(more="--phases stage2 --steps 1"),
     "python -m benchmarks.train_memory --threads 2 --runs 2": nano((" 2", " 1")),

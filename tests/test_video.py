@@ -9,6 +9,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -16,6 +17,7 @@ from cogvideo import video
 from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.video import Clip, VideoFile, check_output, read_image
 
+PILLOW = int(PIL.__version__.partition(".")[0])
 AS_ROOT = getattr(os, "geteuid", lambda: 0)() == 0
 
 
@@ -147,7 +149,7 @@ Clip(np.zeros((3, 48, 48, 3), np.uint8), 8).save({str(tmp_path / "a.mp4")!r})
 
 
 def test_a_failed_save_cleans_up(tmp_path):
-    with pytest.raises(OverflowError):
+    with pytest.raises((OverflowError, struct.error)):  # by the version of Pillow
         Clip(gradient(), 1e-9).save(tmp_path / "a.gif")  # frames too long for the format
     assert not list(tmp_path.iterdir())
 
@@ -257,7 +259,7 @@ def test_colours_of_any_mode_are_read(tmp_path):
     for mode, names in {
         "P": ("a.png", "a.gif", "a.tif"),
         "CMYK": ("a.tif", "a.jpg"),
-        "YCbCr": ("a.tif",),
+        "YCbCr": ("a.tif",) if PILLOW >= 13 else (),  # older ones cannot read those that they write
         "RGBA": ("a.png", "a.tif"),
         "RGB": ("a.png", "a.webp", "a.bmp"),
     }.items():
