@@ -9,6 +9,7 @@ import importlib.util
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -28,6 +29,14 @@ if TYPE_CHECKING:
     from cogvideo.generate.torchrun import Slices
 
 BATCH = 16  # videos per batch, saved before the next
+RESUMED = {  # by the same command, after a signal
+    "train": "the same command resumes at the last save",
+    "generate": "finished videos are kept, and with --keep the same command resumes",
+    "evaluate": "what was computed is kept; the same command uses it",
+    "data tokenize": "finished shards are kept; the same command writes the others",
+    "data world": "the same command resumes",
+    "convert": "finished checkpoints are kept; the same command converts the others",
+}
 LONGEST_ERROR = 900  # characters; of a longer one the middle is left out
 Short = Annotated[Path, arg(aliases=["-o"])]
 
@@ -887,6 +896,7 @@ def data_world(
     from cogvideo.data.tinyworld.artwork import make_world
     from cogvideo.data.tinyworld.gallery import sheet, write_held_out
     from cogvideo.data.tinyworld.own import JUDGE, open_world
+    from cogvideo.files import atomic_path, only_writer
     from cogvideo.limits import check_range
     from cogvideo.progress import open_progress
     from cogvideo.video import check_folder
@@ -894,19 +904,22 @@ def data_world(
     check_range("--held-out", held_out, 0, 100_000)
     check_range("--judge-steps", judge_steps, 0, 100_000)
     check_folder(out)
-    made = make_world(art, out)
-    world = open_world(out)
-    sheet(world).save(out / "sheet.png")
-    if not quiet:
-        print(made.text())
-        print(out / "sheet.png", flush=True)
-    with open_progress(not quiet) as report:
-        if held_out:
-            write_held_out(world, held_out, report)
-    if judge_steps and not (out / JUDGE).exists():
-        accuracy = _train_judge(out, judge_steps, quiet)
+    with only_writer(out):
+        made = make_world(art, out)
+    with only_writer(out):  # it is a new folder now
+        world = open_world(out)
+        with atomic_path(out / "sheet.png") as part:
+            sheet(world).save(part)
         if not quiet:
-            print(f"judge, on held-out clips: {accuracy}")
+            print(made.text())
+            print(out / "sheet.png", flush=True)
+        with open_progress(not quiet) as report:
+            if held_out:
+                write_held_out(world, held_out, report)
+        if judge_steps and not (out / JUDGE).exists():
+            accuracy = _train_judge(out, judge_steps, quiet)
+            if not quiet:
+                print(f"judge, on held-out clips: {accuracy}")
 
 
 def _train_judge(world: Path, steps: int, quiet: bool) -> str:
@@ -1126,12 +1139,17 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"cogvideo {__version__}")
         return
+    _stop_by_signals()
     try:
         _parse(sys.argv[1:])()
     except (ValueError, OSError) as error:
         sys.exit(_complain(error))
+    except MemoryError as error:
+        sys.exit(_complain(MemoryError(f"the memory does not suffice {error}")))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(_say_stopped(signal.SIGINT))
+    except Stopped as stopped:
+        sys.exit(_say_stopped(stopped.number))
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
@@ -1167,6 +1185,37 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """A command with the options and the help of `command` that returns the call instead of making it."""
     return wraps(command)(lambda *args, **options: partial(command, *args, **options))
+
+
+class Stopped(BaseException):
+    """A signal came that ends the command. What is half finished is removed on the way out."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
+def _stop_by_signals() -> None:
+    """Let SIGTERM and SIGHUP, unless they are ignored as by nohup, end the command as Ctrl-C does."""
+
+    def stop(number: int, _: object) -> None:
+        raise Stopped(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, stop)
+
+
+def _say_stopped(number: signal.Signals) -> int:
+    """Say what is left of a command that a signal ended; return its exit code."""
+    for command in RESUMED:
+        if " ".join(sys.argv[1:]).startswith(command):
+            print(f"cogvideo: stopped by {number.name}; {RESUMED[command]}", file=sys.stderr)
+            break
+    else:
+        print(f"cogvideo: stopped by {number.name}", file=sys.stderr)
+    return 128 + number
 
 
 def _complain(error: Exception) -> int:

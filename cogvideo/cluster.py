@@ -4,13 +4,17 @@ A function that draws random numbers takes its seed from its value, so neither t
 lost machine changes a result. What a lost machine had begun is computed again elsewhere.
 """
 
+import ctypes
 import os
 import re
+import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 V = TypeVar("V")
@@ -44,10 +48,40 @@ def spread(
     if address is not None:
         yield from _on_ray(function, values, address)
     elif workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-            yield from pool.map(function, values)
+        yield from _in_processes(function, values, workers)
     else:
         yield from map(function, values)
+
+
+def _in_processes(function: Callable[[V], R], values: Sequence[V], workers: int) -> Iterator[R]:
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
+    )
+    try:
+        yield from pool.map(function, values)
+    except BrokenProcessPool:
+        raise OSError(f"one of {workers} processes was ended, as where the memory does not suffice") from None
+    except BaseException:
+        for process in active_children():
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    end_with_parent(parent)
+    _one_thread()
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when its parent ends, for whatever reason; on Linux alone."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _one_thread() -> None:

@@ -1,23 +1,40 @@
 """Read files of users with errors that name them; write files and folders completely or not at all, under a
-temporary name that is renamed at the end."""
+temporary name that is renamed at the end; hold a folder that only one process may write into."""
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import shutil
+import socket
 import stat
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 # what tarfile raises for damaged headers, and for sizes that no memory holds
 TAR_ERRORS = (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, MemoryError)
+DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ESTALE,
+}
 DIGITS = 300  # of a whole number; one with more is beyond a float
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# The name of what is being written: the machine and the process that write it, and what it will be called.
+PART = re.compile(r"\.part-([0-9a-f]{6})-(\d+)-[0-9a-f]{4}-(.+)", re.DOTALL)
 
 
 def check_file(path: Path) -> None:
@@ -102,15 +119,127 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`, for a file or folder; rename it to `path` on success.
 
     On failure the temporary path is removed; one left by a killed process is removed by the next call.
+    Several processes may write the same path: the last one counts.
     """
+    with _part_of(path) as part:
+        yield part
+        os.replace(part, path)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new temporary folder next to `path`; on success move its files to `path`, config.json last.
+
+    Files of the same name in `path` are replaced, the others stay. Failures end as in `atomic_path`.
+    """
+    path = expand_user(path).resolve()
+    with _part_of(path) as part:
+        part.mkdir()
+        yield part
+        if not path.exists() or not any(path.iterdir()):
+            os.replace(part, path)
+        else:
+            for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+                os.replace(file, path / file.name)
+
+
+@contextmanager
+def _part_of(path: Path) -> Iterator[Path]:
+    """Yield a path next to `path` for what is not finished; remove what is there at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".part-{path.name}")
-    _remove(work)
+    remove_parts(path.parent, path.name)
+    part = path.with_name(f".part-{_machine()}-{os.getpid()}-{secrets.token_hex(2)}-{path.name}")
     try:
-        yield work
-        os.replace(work, path)
+        with writing(path):
+            yield part
     finally:
-        _remove(work)
+        _remove(part)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Give an error of the disk, which names no file or a temporary one, the name of what is written."""
+    try:
+        yield
+    except OSError as error:
+        named = str(error.filename or "")
+        if error.errno not in DISK_ERRORS or (named and ".part-" not in named):
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
+
+
+def remove_parts(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes of this machine left unfinished in a folder: all of it, or what would
+    have become `name`."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(".part-")]
+    for left in names:
+        match = PART.fullmatch(left)
+        if match is None or match[1] != _machine() or name not in (None, match[3]):
+            continue
+        if not _is_alive(int(match[2])):
+            _remove(folder / left)
+
+
+def _machine() -> str:
+    """Six digits that tell machines, and containers, that share a folder."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder, made where there is none, so that no other process that asks may write into it. It is
+    free again when this process ends, for whatever reason.
+
+    ValueError, with the process that holds it, if one does, and if it is a file. Where the file system or
+    the platform has no locks, nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    made = not folder.exists()
+    if not made and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; choose another name for the folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(os.fstat(held).st_ino)
+            raise ValueError(
+                f"{holder} is writing into {folder}; wait until it ends, or choose another folder"
+            ) from None
+        except OSError:  # the file system has no locks
+            pass
+        yield
+    finally:
+        os.close(held)
+        if made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _holder(inode: int) -> str:
+    """The process that locks a file, if the kernel tells."""
+    with suppress(OSError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            match = re.search(rf" FLOCK .* WRITE (\d+) \S+:{inode} ", line)
+            if match is not None and int(match[1]):
+                return f"process {match[1]}"
+    return "another process"
 
 
 def write_json(path: Path, value: object) -> None:
@@ -147,25 +276,3 @@ def file_digest(path: Path) -> str:
             while block := stream.read(1 << 20):
                 sha.update(block)
     return sha.hexdigest()
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `path`; on success move its files to `path`, config.json last.
-
-    Files of the same name in `path` are replaced, the others stay. On failure the temporary folder is
-    removed; one left by a killed process is removed by the next call.
-    """
-    path = expand_user(path).resolve()
-    work = path.with_name(f".{path.name}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True)
-        yield work
-        if not path.exists() or not any(path.iterdir()):
-            os.replace(work, path)
-        else:
-            for file in sorted(work.iterdir(), key=lambda file: file.name == "config.json"):
-                os.replace(file, path / file.name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

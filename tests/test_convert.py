@@ -237,7 +237,7 @@ def test_a_stage_of_another_base_is_refused(tmp_path):
     sources = [small(tmp_path, "a")[0], small(tmp_path, "b", shift_norm, **STAGE2)[0]]
     with pytest.raises(ValueError, match="b has another base than a: norm.bias"):
         convert.convert_sat(sources, tmp_path / "out", 20, quiet)
-    assert not (tmp_path / "out").exists()
+    assert {*ModelFolder(tmp_path / "out").config.converted} == {"base", "stage1"}  # of a, which is finished
 
 
 # -- super-resolution
@@ -612,12 +612,19 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 def test_a_killed_conversion_can_be_started_again(tmp_path):
     source, _ = small(tmp_path)
-    left = tmp_path / ".out.part"
-    left.mkdir()
-    (left / "base.safetensors").write_bytes(b"half")
+    killed = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from cogvideo.files import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1])) as part:\n"
+        "    (part / 'base.safetensors').write_bytes(b'half')\n"
+        "    os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", killed, tmp_path / "out"])
+    assert len([*tmp_path.iterdir()]) == 2
     convert.convert_sat([source], tmp_path / "out", 20, quiet)
     ModelFolder(tmp_path / "out").load("base")
-    assert not left.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "small"]
 
 
 # -- icetk

@@ -19,7 +19,7 @@ from typing import Any
 from cogvideo.convert import keys, sat
 from cogvideo.convert.keys import Rule
 from cogvideo.convert.sat import Checkpoint
-from cogvideo.files import atomic_folder
+from cogvideo.files import atomic_folder, only_writer
 from cogvideo.model import presets
 from cogvideo.model.families import CogVideoSpec
 from cogvideo.model.folder import FolderConfig, ModelFolder, Piece
@@ -95,26 +95,32 @@ class Output:
 @contextmanager
 def open_output(path: Path) -> Iterator[Output]:
     """Yield a new model folder, or that of an earlier conversion, to which parts are added."""
-    before = ModelFolder(path)
-    config = FolderConfig(
-        spec=replace(presets.released(), superres=None),
-        about=ABOUT,
-        languages=("zh",),
-        prompts=PROMPTS,
-        sampling=SAMPLING,
-        converted={},
-    )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not (path / "config.json").exists() or before.config.converted is None:
-            raise ValueError(f"{path} exists and is not the output of a conversion; choose another name")
-        config = before.config
-    spec = config.spec
-    assert isinstance(spec, CogVideoSpec)  # nothing else is converted
+    with only_writer(path):
+        before = ModelFolder(path)
+        config = _begun_config(before)
+        spec = config.spec
+        assert isinstance(spec, CogVideoSpec)  # nothing else is converted
+        with atomic_folder(path) as work:
+            output = Output(before, ModelFolder(work), spec, dict(config.converted or {}))
+            yield output
+            output.work.write_config(replace(config, spec=output.spec, converted=output.sources))
 
-    with atomic_folder(path) as work:
-        output = Output(before, ModelFolder(work), spec, dict(config.converted or {}))
-        yield output
-        output.work.write_config(replace(config, spec=output.spec, converted=output.sources))
+
+def _begun_config(before: ModelFolder) -> FolderConfig:
+    """The configuration of a conversion, as far as it has come. ValueError for a folder of something else."""
+    path = before.path
+    if not any(path.iterdir()):
+        return FolderConfig(
+            spec=replace(presets.released(), superres=None),
+            about=ABOUT,
+            languages=("zh",),
+            prompts=PROMPTS,
+            sampling=SAMPLING,
+            converted={},
+        )
+    if not (path / "config.json").exists() or before.config.converted is None:
+        raise ValueError(f"{path} exists and is not the output of a conversion; choose another name")
+    return before.config
 
 
 def convert_sat(
@@ -123,13 +129,15 @@ def convert_sat(
     """Convert checkpoint folders, zips or folders of them to parts of the model folder `out`.
 
     codes: how many of the ids are image codes; by default icetk's 20000. model: the key of MODELS that the
-    checkpoints must be; then they need no model_config.json. Raise ValueError, and leave `out` unchanged, if
-    a source is not exactly what is expected.
+    checkpoints must be; then they need no model_config.json. Raise ValueError if a source is not exactly what
+    is expected; `out` then has the parts of those before it.
     """
-    with open_output(out) as output:
-        for source in sat.find_checkpoints(sources):
-            with sat.open_checkpoint(source, output.work.path / "unpacked") as checkpoint:
-                _convert_checkpoint(checkpoint, output, codes, say, model)
+    for source in sat.find_checkpoints(sources):
+        with (
+            open_output(out) as output,
+            sat.open_checkpoint(source, output.work.path / "unpacked") as checkpoint,
+        ):
+            _convert_checkpoint(checkpoint, output, codes, say, model)
 
 
 def _convert_checkpoint(

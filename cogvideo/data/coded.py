@@ -25,7 +25,16 @@ import torch
 
 from cogvideo.cluster import spread
 from cogvideo.data.videos import CaptionedVideo, Videos, choose_caption
-from cogvideo.files import TAR_ERRORS, atomic_path, check_file, parse_json, read_json, write_json
+from cogvideo.files import (
+    TAR_ERRORS,
+    atomic_path,
+    check_file,
+    only_writer,
+    parse_json,
+    read_json,
+    remove_parts,
+    write_json,
+)
 from cogvideo.model.config import ConfigError, Range, read_table
 from cogvideo.model.vqvae import VQVAE, to_images
 from cogvideo.progress import Progress
@@ -89,12 +98,33 @@ def write_shards(
     """Encode every video of a source into shards in `out`; those that are there already are kept. `workers`
     processes, or the machines of a Ray cluster, encode a shard each (`cluster.spread`).
 
-    ValueError if `out` holds shards of other videos or another tokenizer, or if no video can be used.
+    ValueError if `out` holds shards of other videos or another tokenizer, if another process writes there, or
+    if no video can be used.
     """
     described = sha256(repr([(entry.name, entry.captions) for entry in source.entries]).encode()).hexdigest()
-    out.mkdir(parents=True, exist_ok=True)
+    with only_writer(out):
+        _check_begun(out, {"tokenizer": tokenizer, "size": size, "source": described})
+        shards = _shards(source.count)
+        missing = [name for name in shards if not (out / name).exists()]
+        done = source.count - sum(len(shards[name]) for name in missing)
+        encode_shard = partial(_encode_shard, source, encode, size)
+        contents = spread(encode_shard, [shards[name] for name in missing], workers, ray)
+        for name, content in zip(missing, contents):
+            with atomic_path(out / name) as part:
+                part.write_bytes(content)
+            done += len(shards[name])
+            if progress is not None:
+                progress("videos", done, source.count)
+        written, skipped = _count_videos(source, out)
+        table = Table(tokenizer, size, written, described, skipped)
+        write_json(out / TABLE, asdict(table))
+    return table
+
+
+def _check_begun(out: Path, now: dict[str, object]) -> None:
+    """Note what `out` is for. ValueError if it is for something else."""
+    remove_parts(out)
     begun = out / "begun.json"
-    now = {"tokenizer": tokenizer, "size": size, "source": described}
     if begun.exists():
         if read_json(begun) != now:
             raise ValueError(f"{out} holds codes of other videos or another tokenizer; choose another -o")
@@ -103,29 +133,18 @@ def write_shards(
     else:
         write_json(begun, now)
 
-    shards = _shards(source.count)
-    missing = [name for name in shards if not (out / name).exists()]
-    done = source.count - sum(len(shards[name]) for name in missing)
-    encode_shard = partial(_encode_shard, source, encode, size)
-    contents = spread(encode_shard, [shards[name] for name in missing], workers, ray)
-    for name, content in zip(missing, contents):
-        with atomic_path(out / name) as part:
-            part.write_bytes(content)
-        done += len(shards[name])
-        if progress is not None:
-            progress("videos", done, source.count)
 
+def _count_videos(source: Videos, out: Path) -> tuple[int, dict[str, str]]:
+    """How many videos the shards hold, and why others were skipped. ValueError if they hold none."""
     skipped = dict(source.skipped)
     written = 0
-    for name in shards:
+    for name in _shards(source.count):
         written += len(_read_index(out / name))
         skipped |= _skipped_in(out / name)
     if not written:
         reasons = "; ".join(f"{name}: {why}" for name, why in [*skipped.items()][:3])
         raise ValueError(f"none of the {source.count} videos can be used: {reasons}")
-    table = Table(tokenizer, size, written, described, skipped)
-    write_json(out / TABLE, asdict(table))
-    return table
+    return written, skipped
 
 
 def _shards(count: int) -> dict[str, range]:

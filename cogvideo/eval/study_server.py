@@ -9,6 +9,7 @@ from threading import Lock
 from typing import Any
 
 from cogvideo.eval.study import QUALITIES, RATER, Ballot
+from cogvideo.files import only_writer
 
 PAGE = Path(__file__).with_name("page")
 FILES = {"": "judge.html", "judge.js": "judge.js", "judge.css": "judge.css"}
@@ -120,9 +121,10 @@ def _read_vote(body: object) -> tuple[int, str, dict[str, int], float]:
 
 
 def serve(folder: Path, host: str, port: int) -> None:
-    """Serve the page until interrupted."""
+    """Serve the page until interrupted. ValueError if another process does."""
     app = build_app(folder)
     import uvicorn
 
-    print(f"http://{host}:{port}/", flush=True)
-    uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning")
+    with only_writer(folder):
+        print(f"http://{host}:{port}/", flush=True)
+        uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning")

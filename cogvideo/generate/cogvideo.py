@@ -229,13 +229,13 @@ class CogVideo(Pipeline):
         begin = self._beginning(image, video, prompts, seeds)
         fps = self.frame_counts[num_frames]
         request = Request(prompts, seeds, num_frames, fps, guidance_scale, begin)
-        store = DraftStore(keep, self._describe(request), self.device)
+        call = self._describe(request)
+        store = DraftStore(keep, call, tuple(prompts), tuple(seeds), self.spec.model.codes, self.device)
 
         with open_progress(progress) as report:
             draft = self._draft(request, store, report)
-            large = self.superresolve(
-                draft, begin=store.load("larger"), each=partial(store.save, "larger"), progress=report
-            )
+            begun = self._begun_superresolution(store, draft)
+            large = self.superresolve(draft, begin=begun, each=partial(store.save, "larger"), progress=report)
             return self.upscale(self.decode(large), progress=report)
 
     def _check_options(
@@ -296,7 +296,9 @@ class CogVideo(Pipeline):
 
     def _draft(self, request: Request, store: DraftStore, report: Progress | None) -> Draft:
         """Key frames, then rounds of interpolation; each step is stored."""
-        draft = store.load("frames")
+        draft = store.load("frames", self.spec.model.frame_tokens)
+        if draft is not None and self.frame_counts.get(draft.codes.shape[1]) != draft.fps:
+            raise ValueError(f"{store.file('frames')} is not of this call; delete it")
         if draft is None and request.num_frames == 1:
             draft = self.first_frames(
                 request.prompts,
@@ -317,6 +319,15 @@ class CogVideo(Pipeline):
             draft = self.interpolate(draft, progress=report)
         store.save("frames", draft)
         return draft
+
+    def _begun_superresolution(self, store: DraftStore, draft: Draft) -> Draft | None:
+        """The first large frames of an interrupted call."""
+        if self.spec.superres is None:
+            return None
+        begun = store.load("larger", self.spec.superres.side**2)
+        if begun is not None and begun.codes.shape[1] > draft.codes.shape[1]:
+            raise ValueError(f"{store.file('larger')} is not of this call; delete it")
+        return begun
 
     # -- one step each
 

@@ -1,5 +1,6 @@
 """Clips as tokens, on the way to pixels, and where an interrupted call finds them."""
 
+import zlib
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +12,21 @@ import torch
 from torch import Tensor
 
 from cogvideo.files import atomic_path
+
+# what numpy raises for damaged files
+NPZ_ERRORS = (
+    LookupError,
+    ValueError,
+    TypeError,
+    BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    AttributeError,
+    NotImplementedError,
+    RuntimeError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)
@@ -32,14 +48,19 @@ class Draft:
 
     @classmethod
     def load(cls, file: str | Path | BinaryIO) -> "Draft":
+        """Read what `save` wrote. ValueError, with the file, if it is damaged or something else."""
         try:
             with np.load(file) as stored:
                 codes = torch.from_numpy(stored["codes"])
                 prompts = tuple(stored["prompts"].tolist())
                 seeds = tuple(stored["seeds"].tolist())
-                return cls(codes, float(stored["fps"]), prompts, seeds)
-        except (KeyError, ValueError, BadZipFile) as error:
+                draft = cls(codes, float(stored["fps"]), prompts, seeds)
+        except NPZ_ERRORS as error:
             raise ValueError(f"{file} holds no tokens of clips: {error}") from None
+        whole = codes.dtype == torch.int64 and codes.ndim == 3 and len(codes) == len(prompts) == len(seeds)
+        if not whole or not all(isinstance(prompt, str) for prompt in prompts) or not 0 < draft.fps < 1e6:
+            raise ValueError(f"{file} holds no tokens of clips: they do not go with its prompts and seeds")
+        return draft
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,9 @@ class DraftStore:
 
     folder: str | Path | None  # None: nowhere
     call: str  # all that decides what is generated
+    prompts: tuple[str, ...]  # one a clip
+    seeds: tuple[int, ...]
+    codes: int  # that there are
     device: torch.device
 
     def file(self, name: str) -> Path:
@@ -57,8 +81,17 @@ class DraftStore:
         if self.folder is not None:
             draft.save(self.file(name))
 
-    def load(self, name: str) -> Draft | None:
-        if self.folder is None or not self.file(name).exists():
+    def load(self, name: str, tokens: int) -> Draft | None:
+        """What was saved by this name, with so many tokens a frame. ValueError, with the file, if it is
+        damaged or not of this call."""
+        file = self.file(name)
+        if self.folder is None or not file.exists():
             return None
-        draft = Draft.load(self.file(name))
-        return replace(draft, codes=draft.codes.to(self.device))
+        draft = Draft.load(file)
+        codes = draft.codes
+        of_this_call = (draft.prompts, draft.seeds) == (self.prompts, self.seeds)
+        if not of_this_call or codes.shape[2] != tokens or not codes.shape[1]:
+            raise ValueError(f"{file} is not of this call; delete it")
+        if codes.min() < 0 or codes.max() >= self.codes:
+            raise ValueError(f"{file} is damaged: its tokens must be from 0 to {self.codes - 1}; delete it")
+        return replace(draft, codes=codes.to(self.device))

@@ -417,7 +417,10 @@ def read_state(file: Path) -> dict[str, Tensor]:
 def write_state(file: Path, state: Mapping[str, Tensor], about: dict[str, str] | None = None) -> None:
     """Store tensors as safetensors, with texts `about` them."""
     with atomic_path(file) as part:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, about)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, part, about)
+        except SafetensorError as error:  # as the disk is full
+            raise OSError(f"cannot write {file}: {error}") from None
         part.chmod(file.parent.stat().st_mode & 0o666)  # as its folder; safetensors lets nobody else read it
 
 

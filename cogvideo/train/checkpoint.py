@@ -37,6 +37,19 @@ from cogvideo.train.slices import THIRDS, split_names
 Flat = dict[str, Tensor]  # by name: parts/PART/KEY, optimizer/PARAMETER/KEY
 Optimizers = list[torch.optim.Optimizer]
 
+# what torch.load raises for damaged files
+READ_ERRORS = (
+    RuntimeError,
+    UnpicklingError,
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ImportError,
+    ArithmeticError,
+)
 WRAPPER = "_checkpoint_wrapped_module."  # in the names of recomputed blocks
 
 
@@ -96,8 +109,15 @@ class Checkpoint:
 
     def _save_file(self, step: int) -> None:
         flat = {name: value.cpu() for name, value in self._flat().items()}
-        with atomic_path(self.folder / "state.pt") as file:
-            torch.save({"step": step, "tensors": flat}, file)
+        target = self.folder / "state.pt"
+        with atomic_path(target) as file:
+            try:
+                torch.save({"step": step, "tensors": flat}, file)
+            except RuntimeError as error:  # of torch's own writer, which keeps the reason to itself
+                free = shutil.disk_usage(self.folder).free
+                raise OSError(
+                    f"cannot write {target}: the disk is full ({free / 1e6:.0f} MB are free)"
+                ) from error
         shutil.rmtree(self.folder / "shards", ignore_errors=True)
 
     # -- resume
@@ -253,8 +273,10 @@ def _read_shards(place: Path) -> dict[str, Any]:
 def _read_file(place: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
-        raise ValueError(f"{place} is damaged ({error}); delete it to begin this phase again") from None
+        _check_state(state)
+    except READ_ERRORS as error:
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise ValueError(f"{place} is damaged ({reason}); delete it to begin this phase again") from None
     stored: dict[str, Any] = {"step": state["step"]}
     if "tensors" not in state:  # of a version before 0.2
         stored["optimizers"] = state["optimizers"]
@@ -270,6 +292,19 @@ def _read_file(place: Path) -> dict[str, Any]:
     return stored
 
 
+def _check_state(state: object) -> None:
+    """Raise ValueError unless a file holds what `Checkpoint` or a version before 0.2 writes."""
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int) or state["step"] < 0:
+        raise ValueError("it has no step")
+    if "tensors" not in state:
+        if not isinstance(state.get("parts"), dict) or not isinstance(state.get("optimizers"), list):
+            raise ValueError("it has no parts")
+        return
+    tensors = state["tensors"]
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError("it holds no tensors")
+
+
 def read_part(place: Path, part: str, module: nn.Module) -> None:
     """Load a part of a checkpoint into a module of the same sizes."""
     stored = read(place)
@@ -279,6 +314,8 @@ def read_part(place: Path, part: str, module: nn.Module) -> None:
         _load_alone(flat, place)
         return
     for name, value in flat.items():
+        if name not in stored or stored[name].shape != value.shape:
+            raise ValueError(f"{place} is of another model: {name} does not fit")
         value.copy_(stored[name])
 
 

@@ -6,6 +6,7 @@ An interrupted run resumes at its last save when the same command runs again. Of
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cogvideo.cluster import place_of_torchrun
 from cogvideo.data.cut import Source
 from cogvideo.data.loader import Batch, batches, read_captions
 from cogvideo.data.tokens import Reuse, recurring
+from cogvideo.files import only_writer, remove_parts
 from cogvideo.hardware import chosen_precision, gemm_rate
 from cogvideo.layout import SECONDS
 from cogvideo.model import lora
@@ -42,19 +45,21 @@ MAX_OVERFLOWS = 20  # steps in a row
 
 def train(run: Run) -> ModelFolder:
     """Train the phases of a run that are not finished, each from its last save; return the model folder.
-    ValueError for what cannot be trained, before work starts.
+    ValueError for what cannot be trained, and if another process trains there, before work starts.
 
     A new run begins with what `options.init` has of the model's parts, and with GPT-2's embedding of words if
     `options.init_embedding` is a file of it (`inherit.py`). `options.processes` share each batch: this one
     and others that it starts. Under torchrun this is one of several already; all must see `out`.
     """
-    run = run.preflight()
-    if run.options.threads is not None:
-        torch.set_num_threads(run.options.threads)
-    processes = 1 if run.by_torchrun or not run.phases else run.ranks
-    active = partial(run_phases, run)
-    with peers.launch(processes, active) as worker:
-        active(worker)
+    first = place_of_torchrun() in (None, (0, run.ranks))
+    with only_writer(run.out) if first else nullcontext():
+        run = run.preflight()
+        if run.options.threads is not None:
+            torch.set_num_threads(run.options.threads)
+        processes = 1 if run.by_torchrun or not run.phases else run.ranks
+        active = partial(run_phases, run)
+        with peers.launch(processes, active) as worker:
+            active(worker)
     return run.folder
 
 
@@ -64,6 +69,9 @@ def run_phases(run: Run, worker: peers.Worker | None) -> None:
     distributed = peers.start(options.device, options.recompute, options.compile, run.mesh, worker)
     try:
         if distributed.first:
+            for folder in {run.out, run.folder.path, *(run.out / phase.name for phase in run.phases)}:
+                if folder.is_dir():
+                    remove_parts(folder)
             inherit.prepare(
                 run.folder, run.recipe, run.spec, run.source, options.init, options.init_embedding
             )
@@ -237,10 +245,10 @@ def loop_over_steps(active: ActivePhase) -> None:
         if distributed.first:
             active.report.step(step, lr, {**numbers, "norm": float(norm)})
         done = step + 1 == phase.steps
-        if done or (step + 1) % options.save_every == 0:
-            save(active, step + 1)
         if options.probe is not None and (done or (step + 1) % options.probe_every == 0):
             preview(active, step + 1, batch)
+        if done or (step + 1) % options.save_every == 0:
+            save(active, step + 1)
     active.checkpoint.close()
 
 
@@ -270,12 +278,13 @@ def check_overflows(phase: Phase, overflows: int) -> None:
 
 
 def save(active: ActivePhase, step: int) -> None:
-    """Write what the phase can resume from, and draw its loss curve; all processes call this."""
-    active.checkpoint.save(step)
+    """Draw the loss curve, and write what the phase can resume from; all processes call this. The checkpoint
+    comes last: a run that is killed before it repeats the steps, and so all that they write."""
     active.skipped = active.distributed.union(active.skipped)
     if active.distributed.first:
         active.report.skip(active.skipped)
         draw_curve(active.out / "log.jsonl", active.out / "loss.png")
+    active.checkpoint.save(step)
 
 
 def preview(active: ActivePhase, step: int, batch: Batch) -> None:

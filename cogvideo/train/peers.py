@@ -4,7 +4,6 @@
 machines. Each of them joins the others (`start`).
 """
 
-import ctypes
 import os
 import signal
 import sys
@@ -23,6 +22,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cogvideo.cluster import end_with_parent
 from cogvideo.hardware import chosen_precision, find_device, idle_cores
 from cogvideo.train.mesh import MeshShape, open_mesh
 from cogvideo.train.phase import Phase
@@ -222,10 +222,7 @@ def launch(ranks: int, work: Callable[[Worker], object]) -> Iterator[Worker | No
 
 def _run_worker(work: Callable[[Worker], object], worker: Worker, threads: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
-    if sys.platform == "linux":  # elsewhere the broken connection ends it
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
+    end_with_parent(parent)  # elsewhere than on Linux the broken connection ends it
     torch.set_num_threads(threads)
     code = 0
     try:

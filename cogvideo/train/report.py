@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from cogvideo.files import atomic_path
+from cogvideo.files import atomic_path, parse_json, read_json, writing
 
 
 class Report:
@@ -36,8 +36,7 @@ class Report:
         self.every = every
         self.quiet = quiet
         self.peak_clips = peak_clips
-        file = folder / "skipped.json"
-        self.skipped: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        self.skipped = read_skipped(folder / "skipped.json")
         self.recent: deque[dict[str, float]] = deque()
         self.began = time.perf_counter()
 
@@ -69,11 +68,9 @@ class Report:
         }
         if self.peak_clips:
             line["mfu"] = speed * self.clips / self.peak_clips
-        with open(self.log, "a") as log:
-            log.write(
-                json.dumps({k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in line.items()})
-                + "\n"
-            )
+        rounded = {k: float(f"{v:.7g}") if isinstance(v, float) else v for k, v in line.items()}
+        with writing(self.log), self.log.open("a") as log:
+            log.write(json.dumps(rounded) + "\n")
         if not self.quiet:
             left = timedelta(seconds=int((self.steps - step - 1) / speed))
             words = "  ".join(f"{k} {v:.4g}" for k, v in means.items())
@@ -101,18 +98,31 @@ class Report:
             )
 
 
+def read_skipped(file: Path) -> dict[str, str]:
+    """The videos that were skipped so far, and why. ValueError, with the file, if it is damaged."""
+    if not file.exists():
+        return {}
+    skipped = read_json(file)
+    if not isinstance(skipped, dict) or not all(isinstance(why, str) for why in skipped.values()):
+        raise ValueError(f"{file} is no table of videos and reasons; delete it, for it is a report only")
+    return skipped
+
+
 def read_log(log: Path) -> list[dict[str, float]]:
-    """The rows of a JSONL log, except one that a full disk truncated."""
+    """The rows of a JSONL log, except those that are damaged, as a full disk leaves them."""
     rows = []
-    for line in log.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for line in log.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            row = parse_json(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
 def draw_curve(log: Path, out: Path, key: str = "loss", size: tuple[int, int] = (640, 360)) -> None:
     """The numbers `key` of a JSONL log over steps, as a PNG."""
-    points = [(row["step"], row[key]) for row in (read_log(log) if log.exists() else []) if key in row]
+    rows = read_log(log) if log.exists() else []
+    points = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), (int, float))]
     if len(points) < 2:
         return
     left, top, right, bottom = (56, 16, 16, 28)  # margins
@@ -136,4 +146,5 @@ def draw_curve(log: Path, out: Path, key: str = "loss", size: tuple[int, int] = 
         pen.text((6, pixel(first, y)[1] - 6), f"{y:.3g}", fill="#444444")
     pen.line([pixel(x, y) for x, y in points], fill="#1f6fb4", width=2)
     pen.text((left, height - 20), f"{key}, steps {first} to {last}", fill="#444444")
-    image.save(out)
+    with atomic_path(out) as part:
+        image.save(part)
