@@ -1,13 +1,11 @@
-import os
-import signal
+from cogvideo.stopping import exit_on_signals
 
 
 def main() -> None:
-    """Run the command line. Whoever interrupts it while it is imported sees no traceback either."""
-    usual = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    """Run the command line. Whoever stops it while it is imported sees no traceback either."""
+    exit_on_signals()
     from cogvideo.cli import main as run
 
-    signal.signal(signal.SIGINT, usual)
     run()
 
 

@@ -22,6 +22,7 @@ import tyro
 from tyro.conf import Fixed, Positional, Suppress, arg
 
 from cogvideo import __version__
+from cogvideo.stopping import Stopped, say_stopped, stopped_by_signals
 
 if TYPE_CHECKING:
     from cogvideo.generate.bulk import Settings
@@ -29,14 +30,6 @@ if TYPE_CHECKING:
     from cogvideo.generate.torchrun import Slices
 
 BATCH = 16  # videos per batch, saved before the next
-RESUMED = {  # by the same command, after a signal
-    "train": "the same command resumes at the last save",
-    "generate": "finished videos are kept, and with --keep the same command resumes",
-    "evaluate": "what was computed is kept; the same command uses it",
-    "data tokenize": "finished shards are kept; the same command writes the others",
-    "data world": "the same command resumes",
-    "convert": "finished checkpoints are kept; the same command converts the others",
-}
 LONGEST_ERROR = 900  # characters; of a longer one the middle is left out
 Short = Annotated[Path, arg(aliases=["-o"])]
 
@@ -1139,17 +1132,17 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"cogvideo {__version__}")
         return
-    _stop_by_signals()
     try:
-        _parse(sys.argv[1:])()
+        with stopped_by_signals():
+            _parse(sys.argv[1:])()
     except (ValueError, OSError) as error:
         sys.exit(_complain(error))
     except MemoryError as error:
         sys.exit(_complain(MemoryError(f"the memory does not suffice {error}")))
     except KeyboardInterrupt:
-        sys.exit(_say_stopped(signal.SIGINT))
+        sys.exit(say_stopped(signal.SIGINT, sys.argv[1:]))
     except Stopped as stopped:
-        sys.exit(_say_stopped(stopped.number))
+        sys.exit(say_stopped(stopped.number, sys.argv[1:]))
 
 
 def _parse(arguments: list[str]) -> Callable[[], None]:
@@ -1185,37 +1178,6 @@ def _parse(arguments: list[str]) -> Callable[[], None]:
 def _deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """A command with the options and the help of `command` that returns the call instead of making it."""
     return wraps(command)(lambda *args, **options: partial(command, *args, **options))
-
-
-class Stopped(BaseException):
-    """A signal came that ends the command. What is half finished is removed on the way out."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.number = signal.Signals(number)
-
-
-def _stop_by_signals() -> None:
-    """Let SIGTERM and SIGHUP, unless they are ignored as by nohup, end the command as Ctrl-C does."""
-
-    def stop(number: int, _: object) -> None:
-        raise Stopped(number)
-
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, stop)
-
-
-def _say_stopped(number: signal.Signals) -> int:
-    """Say what is left of a command that a signal ended; return its exit code."""
-    for command in RESUMED:
-        if " ".join(sys.argv[1:]).startswith(command):
-            print(f"cogvideo: stopped by {number.name}; {RESUMED[command]}", file=sys.stderr)
-            break
-    else:
-        print(f"cogvideo: stopped by {number.name}", file=sys.stderr)
-    return 128 + number
 
 
 def _complain(error: Exception) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -165,15 +166,17 @@ def test_a_cluster_that_is_not_there_is_told_at_once(address):
         list(spread(len, ["a"], address=address))
 
 
-def test_an_interruption_of_the_imports_is_quiet(tmp_path):
-    """A module that is imported early, and interrupts."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_during_the_imports_ends_in_one_line(tmp_path, name):
+    """A module that is imported early, and sends a signal."""
     (tmp_path / "tyro.py").write_text(
-        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)"
+        f"import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(9)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "cogvideo", "models"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    code = 128 + signal.Signals[name]
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"cogvideo: stopped by {name}\n")
 
 
 # -- model folders

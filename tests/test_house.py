@@ -7,7 +7,7 @@ import pytest
 
 HOUSE = Path(__file__).parent.parent / "cogvideo"
 FLOORS = [
-    {"cluster", "files", "hardware", "layout", "limits", "progress", "text", "video"},
+    {"cluster", "files", "hardware", "layout", "limits", "progress", "stopping", "text", "video"},
     {"model"},
     {"convert", "data"},
     {"generate"},
