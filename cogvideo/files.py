@@ -34,7 +34,8 @@ DISK_ERRORS = {
 DIGITS = 300  # of a whole number; one with more is beyond a float
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # The name of what is being written: the machine and the process that write it, and what it will be called.
-PART = re.compile(r"\.part-([0-9a-f]{6})-(\d+)-[0-9a-f]{4}-(.+)", re.DOTALL)
+PREFIX = r"\.part-([0-9a-f]{6})-(\d+)-[0-9a-f]{4}-"
+PART = re.compile(f"{PREFIX}(.+)", re.DOTALL)
 
 
 def check_file(path: Path) -> None:
@@ -165,7 +166,7 @@ def writing(path: Path) -> Iterator[None]:
         named = str(error.filename or "")
         if error.errno not in DISK_ERRORS or (named and ".part-" not in named):
             raise
-        raise OSError(f"cannot write {path}: {error.strerror}") from None
+        raise OSError(f"cannot write {re.sub(PREFIX, '', str(path))}: {error.strerror}") from None
 
 
 def remove_parts(folder: Path, name: str | None = None) -> None:

@@ -1,12 +1,14 @@
 """One thread, and a random `nano` model folder that is made in a second and shared by all tests."""
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from cogvideo import cli
 from cogvideo.data.loader import read_captions
 from cogvideo.data.tinyworld import TinyWorld, sprites
 from cogvideo.model import presets
@@ -95,3 +97,20 @@ def loosen(module: torch.nn.Module, generator: torch.Generator, by: float = 0.1)
     with torch.no_grad():
         for p in module.parameters():
             p.add_(by * torch.randn(p.shape, generator=generator))
+
+
+@pytest.fixture
+def complaint(monkeypatch, capsys, tmp_path):
+    """Run a command that must fail, in an empty folder; return the line that it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["cogvideo", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        told = capsys.readouterr().err
+        assert exit.value.code == 2 and told.count("\n") == 1, told
+        assert not list(tmp_path.iterdir())
+        return told
+
+    return run

@@ -10,31 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogvideo import cli
 from cogvideo.cluster import place_of_torchrun, spread
 from cogvideo.generate.cogvideo import load
 from cogvideo.hardware import find_device
 from cogvideo.limits import MOST_PROMPT, check_range
 from cogvideo.model.folder import ModelError, ModelFolder
 from cogvideo.model.hub import is_hub_id
-
-
-@pytest.fixture
-def complaint(monkeypatch, capsys, tmp_path):
-    """Run a command that must fail, in an empty folder; return the line that it prints."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["cogvideo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            cli.main()
-        told = capsys.readouterr().err
-        assert exit.value.code == 2 and told.count("\n") == 1, told
-        assert not list(tmp_path.iterdir())
-        return told
-
-    return run
-
 
 TRAIN = ["train", "tiny", "--out", "new", "--phases", "image"]
 SERVE = ["serve", "--models", "nano", "--results", "x", "--database", "sqlite://"]

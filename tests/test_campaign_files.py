@@ -59,7 +59,7 @@ def _read_badly(folder: Path, out: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is told by Linux")
 def test_every_flag_can_be_raised(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(files.KINDS, "bad", Kind(_write_example, _read_badly))
-    found = files.campaign(["bad"], 60, 0, tmp_path)["bad"]
+    found = files.campaign(["bad"], 40, 0, tmp_path)["bad"]
     assert found.keys() == {"traceback", "unnamed", "code", "outside", "noise", "memory", "crash"}
     stored = [json.loads((folder / "case.json").read_text()) for folder in tmp_path.iterdir()]
     assert Counter(flag for row in stored for flag in row["flags"]) == found

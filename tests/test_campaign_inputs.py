@@ -21,7 +21,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memor
 
 @LINUX
 def test_a_short_campaign_flags_nothing(tmp_path):
-    command = [sys.executable, "-m", "scripts.campaign.inputs", "--cases", "64", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "scripts.campaign.inputs", "--cases", "32", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("none") == len(inputs.KINDS) and not any(tmp_path.iterdir())

@@ -18,10 +18,10 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="process
 
 @LINUX
 def test_a_short_campaign_flags_nothing(tmp_path):
-    command = [sys.executable, "-m", "scripts.campaign.loss", "--works", "convert,tokenize", "--cases", "6"]
+    command = [sys.executable, "-m", "scripts.campaign.loss", "--works", "convert", "--cases", "4"]
     done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + "".join(file.read_text() for file in tmp_path.iterdir())
-    assert done.stdout.count("none") == 2
+    assert done.stdout.count("none") == 1
 
 
 class Small(loss.Stage):

@@ -326,7 +326,6 @@ def test_a_run_goes_on_in_any_mesh(nano, tmp_path, first, second, optimizer, tol
     "name, shape",
     [
         ("image", "1x2x2"),
-        ("stage1", "1x1x2"),
         ("stage1", "1x2x2"),
         ("stage1", "2x1x2"),
         ("stage1", "2x2x1"),
