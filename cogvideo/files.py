@@ -213,7 +213,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     made = not folder.exists()
     if not made and not folder.is_dir():
         raise ValueError(f"{folder} is a file; choose another name for the folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     held = os.open(folder, os.O_RDONLY)
     try:
         try:

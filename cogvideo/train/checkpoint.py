@@ -110,9 +110,9 @@ class Checkpoint:
     def _save_file(self, step: int) -> None:
         flat = {name: value.cpu() for name, value in self._flat().items()}
         target = self.folder / "state.pt"
-        with atomic_path(target) as file:
+        with atomic_path(target) as file, file.open("wb") as stream:
             try:
-                torch.save({"step": step, "tensors": flat}, file)
+                torch.save({"step": step, "tensors": flat}, stream)
             except RuntimeError as error:  # of torch's own writer, which keeps the reason to itself
                 free = shutil.disk_usage(self.folder).free
                 raise OSError(

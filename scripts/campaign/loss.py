@@ -65,7 +65,7 @@ class Work:
 
 
 TRAIN = "--save-every 1 --probe-every 1 --log-every 1 --threads 1"
-TIMES = ("log.jsonl", "report.json", "report.html")
+TIMES = ("log.jsonl", "loss.png", "report.json", "report.html")
 WORKS = {
     "generate": Work(
         "generate cat --num-videos 2 --num-frames 9 --model models/tiny --seed 1 --keep out/keep -o out/a.mp4"
@@ -359,7 +359,7 @@ def twice(stage: Stage, work: Work, usual: "Usual", random: Random) -> tuple[lis
     return flags, moment
 
 
-REFUSALS = ("is writing into", "is not empty")  # of a second process
+REFUSALS = ("is writing into", "exists; choose another folder")  # of a second process
 HARMS = {"kill": kill, "stop": stop, "full": full, "read-only": read_only, "vanish": vanish, "twice": twice}
 MOUNTS = {"full", "read-only"}  # which need the right to mount
 
