@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 import warnings
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cogvideo.convert.sat import find_checkpoints, open_checkpoint, read_states
@@ -20,7 +22,9 @@ from cogvideo.eval.clips import find_items
 from cogvideo.eval.study import Ballot, Key, load
 from cogvideo.eval.study_report import tally
 from cogvideo.files import parse_json, read_text
-from cogvideo.model.folder import read_clusters
+from cogvideo.generate.cogvideo import CogVideo
+from cogvideo.model.folder import ModelFolder, read_clusters
+from cogvideo.train import checkpoint, report
 from cogvideo.video import Clip, VideoFile, read_image
 
 
@@ -451,3 +455,118 @@ def test_a_key_of_another_study_is_named(tmp_path):
     (tmp_path / "votes.jsonl").write_text(json.dumps(VOTE))
     (tmp_path / "key.json").write_text('{"systems": ["left"], "real": null, "clips": {}}')
     fails(lambda: tally(tmp_path), "key.json", "which of left made the clip 0000000000000000")
+
+
+# -- what an interrupted call resumes from
+
+
+def negative(stored: dict) -> None:
+    stored["codes"][0, 0, 0] = -1
+
+
+def too_large(stored: dict) -> None:
+    stored["codes"][0, -1, -1] = 64
+
+
+def one_frame_less(stored: dict) -> None:
+    stored["codes"] = stored["codes"][:, :-1]
+
+
+def fewer_tokens(stored: dict) -> None:
+    stored["codes"] = stored["codes"][:, :, :-1]
+
+
+def another_prompt(stored: dict) -> None:
+    stored["prompts"] = np.array(["a cat"])
+
+
+def another_type(stored: dict) -> None:
+    stored["codes"] = stored["codes"].astype(np.float32)
+
+
+def no_codes(stored: dict) -> None:
+    del stored["codes"]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (negative, "its tokens must be from 0 to 63"),
+        (too_large, "its tokens must be from 0 to 63"),
+        (one_frame_less, "is not of this call; delete it"),
+        (fewer_tokens, "is not of this call; delete it"),
+        (another_prompt, "is not of this call; delete it"),
+        (another_type, "holds no tokens of clips"),
+        (no_codes, "holds no tokens of clips"),
+    ],
+)
+def test_a_damaged_draft_is_refused(nano, tmp_path, change, reason):
+    pipe = CogVideo(ModelFolder(nano))
+    call = {"num_frames": 5, "seed": 1, "keep": tmp_path, "progress": False}
+    (clip,) = pipe("a dog", **call)
+    file = next(tmp_path.glob("*-frames.npz"))
+    stored = dict(np.load(file))
+    (again,) = pipe("a dog", **call)
+    assert np.array_equal(clip.frames, again.frames)
+    change(stored)
+    np.savez(file, **stored)
+    with pytest.raises(ValueError, match=f"{re.escape(str(file))}.*{reason}"):
+        pipe("a dog", **call)
+
+
+def test_half_a_draft_is_refused(nano, tmp_path):
+    pipe = CogVideo(ModelFolder(nano))
+    call = {"num_frames": 5, "seed": 1, "keep": tmp_path, "progress": False}
+    pipe("a dog", **call)
+    file = next(tmp_path.glob("*-frames.npz"))
+    whole = file.read_bytes()
+    for end in range(0, len(whole), 97):
+        file.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"-frames\.npz"):
+            pipe("a dog", **call)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        [],
+        {"step": 1},
+        {"step": "1", "tensors": {}},
+        {"step": -1, "tensors": {}},
+        {"step": 1, "tensors": [1]},
+        {"step": 1, "tensors": {"a": 1}},
+        {"step": 1, "parts": {}, "optimizers": 3},
+    ],
+)
+def test_a_state_of_something_else_is_refused(tmp_path, state):
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"state\.pt is damaged \(.*delete it to begin this phase again"):
+        checkpoint.read(tmp_path / "state.pt")
+
+
+def test_half_a_state_is_refused(tmp_path):
+    file = tmp_path / "state.pt"
+    torch.save({"step": 1, "tensors": {"a": torch.ones(50)}}, file)
+    whole = file.read_bytes()
+    assert torch.equal(checkpoint.read(file)["a"], torch.ones(50))
+    for end in range(0, len(whole), 53):
+        file.write_bytes(whole[:end])
+        with pytest.raises(ValueError, match=r"state\.pt is damaged"):
+            checkpoint.read(file)
+
+
+def test_a_damaged_log_loses_its_damaged_rows_alone(tmp_path):
+    rows = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 2, 3)]
+    bad = ['{"step": 4, "lo', "[1]", '{"loss": 2}', "\udcff\udcfe", "NaN", '{"step": "5"}', "[" * 100_000]
+    text = "\n".join([rows[0], *bad[:4], rows[1], *bad[4:], rows[2]])
+    (tmp_path / "log.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    assert [row["step"] for row in report.read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+    report.Report(tmp_path, "image", 4, 1, 1, quiet=True).forget(2)
+    assert (tmp_path / "log.jsonl").read_text() == f"{rows[0]}\n{rows[1]}\n"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"a.mp4": 1}', "\x00"])
+def test_a_damaged_list_of_skipped_videos_is_refused(tmp_path, text):
+    (tmp_path / "skipped.json").write_text(text)
+    with pytest.raises(ValueError, match=r"skipped\.json"):
+        report.Report(tmp_path, "image", 4, 1, 1, quiet=True)
