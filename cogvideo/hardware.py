@@ -119,3 +119,8 @@ def idle_cores() -> int:
     except (OSError, ValueError, IndexError):
         return cores
     return max(1, cores - running + 1)
+
+
+def threads_of_each(processes: int) -> int:
+    """Threads with which so many processes, or this one alone, take all idle cores."""
+    return max(1, idle_cores() // max(1, processes))

@@ -228,7 +228,7 @@ def test_a_cluster_that_loses_a_machine_writes_the_same_shards(folder, vqvae, tm
     from ray.cluster_utils import Cluster
 
     monkeypatch.setattr(coded, "VIDEOS_A_SHARD", 1)
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
     write = in_parts(folder, vqvae, tmp_path)
     soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}  # to notice a lost machine
     head = {"num_cpus": 1, "include_dashboard": False, "_system_config": soon}

@@ -87,7 +87,7 @@ def test_commands_parse_and_programs_are_there(document):
         for part in command.split(" && "):
             words = shlex.split(part)
             if "cogvideo" in words:
-                cli._parse(words[words.index("cogvideo") + 1 :])
+                cli.parse(words[words.index("cogvideo") + 1 :])
             elif words[:2] == ["python", "-m"]:
                 assert importlib.util.find_spec(words[2]), part
     for link in re.findall(r"\]\(([^)#:]+)\)", text):

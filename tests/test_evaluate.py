@@ -454,7 +454,7 @@ def test_the_command_writes_a_report(world, tmp_path, capsys, monkeypatch):
         "--fps",
         "2",
     ]
-    cli._parse([*arguments, "--size", "48", "--cache", str(tmp_path / "cache"), "--quiet"])()
+    cli.parse([*arguments, "--size", "48", "--cache", str(tmp_path / "cache"), "--quiet"])()
     out = capsys.readouterr().out
     assert "Frechet distance (efficientnet-lite0, 160)" in out and "floor at 6" in out
     assert json.loads((tmp_path / "r.json").read_text())["protocol"]["size"] == 48
@@ -465,16 +465,16 @@ def test_the_command_writes_a_report(world, tmp_path, capsys, monkeypatch):
         (["--workers", "-1"], "workers must be from 0 to 256"),
     ):
         with pytest.raises(ValueError, match=match):
-            cli._parse([*arguments, *wrong])()
+            cli.parse([*arguments, *wrong])()
     alone = ["evaluate", str(a), "-o", str(tmp_path / "alone.json"), "--scorer", "tinyworld", "--quiet"]
-    cli._parse([*alone, "--frames", "9", "--fps", "2", "--size", "48", "--cache", str(tmp_path / "cache")])()
+    cli.parse([*alone, "--frames", "9", "--fps", "2", "--size", "48", "--cache", str(tmp_path / "cache")])()
     written = json.loads((tmp_path / "alone.json").read_text())
     assert written["reference"] is None and not written["sets"] and written["adherence"]["generated"]
     assert "Clips that are wrong" in (tmp_path / "alone.html").read_text()
     with pytest.raises(ValueError, match="pairs need a reference"):
         Request(a, None, paired=True)
     with pytest.raises(ValueError, match="--out must end in .json"):
-        cli._parse(["evaluate", str(a), str(b), "-o", "r.txt"])()
+        cli.parse(["evaluate", str(a), str(b), "-o", "r.txt"])()
 
 
 def test_presets_are_protocols_with_known_networks():
@@ -489,7 +489,7 @@ def test_a_cluster_of_two_nodes_computes_the_same(world, monkeypatch):
     import ray
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=1)

@@ -21,7 +21,7 @@ LIBRARIES = {
     "av": "video",
     "sentencepiece": "text",
     "safetensors": "model.folder",
-    "tyro": "cli",
+    "tyro": "cli.parsing",
     "rich": "progress",
     "ray": "cluster",
     "tokenizers": "text",

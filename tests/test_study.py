@@ -302,9 +302,9 @@ def test_the_report_is_written_as_json_csv_and_a_page(systems, tmp_path, capsys)
     pytest.importorskip("evalica")
     folder = new_study(tmp_path / "s", systems)
     with pytest.raises(ValueError, match="has no votes yet"):
-        cli._parse(["judge", "report", str(folder)])()
+        cli.parse(["judge", "report", str(folder)])()
     simulate(folder, 3, {"alpha-model": -1.0, "beta-model": 0.0, "rendered": 1.0})
-    cli._parse(["judge", "report", str(folder)])()
+    cli.parse(["judge", "report", str(folder)])()
     assert "rendered" in capsys.readouterr().out
     assert json.loads((folder / "report.json").read_text())["real"] == "rendered"
     rows = (folder / "report.csv").read_text().splitlines()
@@ -323,6 +323,10 @@ def server(systems, tmp_path):
     processes = []
 
     def start(mode: str = "pairs", folder: Path | None = None) -> tuple[str, Path]:
+        """Of a folder that is given, the server before is killed."""
+        if folder is not None:
+            processes[-1].kill()
+            processes[-1].wait()
         folder = folder or new_study(tmp_path / mode, systems, mode, per_rater=5, repeats=1)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -406,6 +410,13 @@ def test_a_rater_goes_on_after_the_server_was_killed(server):
     ask(f"{url}/api/vote/{rater}", {"position": 0, "seconds": 1})
     again, _ = server(folder=folder)
     assert ask(f"{again}/api/trial/{rater}")[1]["position"] == 1
+
+
+def test_a_study_has_one_server(server):
+    _, folder = server()
+    command = [sys.executable, "-m", "cogvideo", "judge", "serve", str(folder), "--port", "1025"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"is writing into {folder}; wait until it ends" in done.stderr
 
 
 # -- a real browser

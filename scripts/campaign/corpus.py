@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cogvideo.cli import _read_prompts
+from cogvideo.cli.generation import _read_prompts
 from cogvideo.convert.cogvideo import convert_sat
 from cogvideo.convert.icetk import convert_icetk
 from cogvideo.convert.sat import read_states

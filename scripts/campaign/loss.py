@@ -87,7 +87,7 @@ WORKS = {
         kept="converted/stage1.safetensors",
     ),
     "evaluate": Work(
-        "evaluate generated reference -o out/report.json --few --preset tinyworld --frames 5 --no-controls "
+        "evaluate generated reference -o out/report.json --few --preset tinyworld --frames 5 --fps 1 --no-controls "
         "--cache out/cache",
         kept="*.npz",
         ignored=TIMES,
