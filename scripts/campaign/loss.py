@@ -87,8 +87,8 @@ WORKS = {
         kept="converted/stage1.safetensors",
     ),
     "evaluate": Work(
-        "evaluate generated reference -o out/report.json --few --preset tinyworld --frames 5 --fps 1 --no-controls "
-        "--cache out/cache",
+        "evaluate generated reference -o out/report.json --few --preset tinyworld --frames 5 --fps 1 "
+        "--no-controls --cache out/cache",
         kept="*.npz",
         ignored=TIMES,
     ),
