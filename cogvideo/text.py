@@ -106,7 +106,7 @@ class GPT2Tokenizer(TextTokenizer):
 def train_text(captions: Iterable[str], pieces: int) -> bytes:
     """Train byte pairs, in which frequent words are whole; return the bytes of the model's file.
 
-    The same captions give the same model. A Chinese character is a piece of its own. If there are more
+    The same captions give the same model. Each Chinese character is one piece. If there are more
     characters than pieces, the rare ones are spelt in bytes. Raise ValueError if the training fails.
     """
     captions = [without_stops(caption) for caption in captions]

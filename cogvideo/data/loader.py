@@ -2,7 +2,7 @@
 number.
 
 Sample k of a run is a function of (seed, k) alone, so the state of the loader is the step it has reached. Its
-random numbers have streams of their own, since a source may have drawn video k from (seed, k):
+random numbers have their own streams, since a source may have drawn video k from (seed, k):
     (seed, k, 1)    the clip
     (seed, k, 2)    captions without clips, for the text model
     (seed, k, 3)    the caption of a clip that recurs

@@ -1,6 +1,6 @@
 """Batches of codes from clips that recur, each encoded once.
 
-Sample k of a run uses a clip that other samples use as well, with a caption of its own. Which clip it is
+Sample k of a run uses a clip that other samples use as well, with its own caption. Which clip it is
 depends on (seed, k) alone; remembered codes only save time.
 """
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 class Reuse:
     """Every clip is used `times` times; about `pool` clips take turns.
 
-    Each position of the global batch has clips of its own, so a clip always returns to the same process. A
+    Each position of the global batch has its own clips, so a clip always returns to the same process. A
     position's clips come in blocks. All uses of a block but the first run while later blocks begin, each in a
     new order, so uses of a clip are far apart. With times = 2 and blocks of three clips (abc, def, ghi), one
     position meets

@@ -1,7 +1,7 @@
 """The judge of the tiny world: a small classifier that says which sprite moves how, and where, in a clip.
 
 `judge_training.py` trains it, on rendered clips alone; a user's world has its own judge. Its features give a
-Frechet distance of its own name, and `Asked` compares what it sees with what a caption asks for
+Frechet distance under its own name, and `Asked` compares what it sees with what a caption asks for
 (`data/tinyworld/reading.py`).
 
 Shapes: B clips, F = 9 frames (2 a second), S = 48 pixels; features D = 128.

@@ -12,7 +12,7 @@ int8         linear layers as a CPU computes them fastest
 cost         steps, bytes and memory, as arithmetic
 estimate     seconds on this machine
 bulk         many videos, in processes or on a cluster
-torchrun     several processes: prompts of their own, or slices of the matrices
+torchrun     several processes: their own prompts, or slices of the matrices
 publish      a folder ready for the hub
 reference    what the original's inference does otherwise than its training
 """

@@ -1,7 +1,7 @@
 """Fill in the frames of a layout, token by token, with a cache.
 
 `fill` knows tokens only: text and known frames in, all frames out. It is a generator that yields the frames
-so far, so progress, preview and cancel need no code of their own. Guidance is a doubled batch: the rows with
+so far, so progress, preview and cancel need no extra code. Guidance is a doubled batch: the rows with
 the prompt and those without are one forward and one cache.
 
 Shapes: B samples, T text_len, F frames, N tokens a frame, V codes, m tokens of one step.

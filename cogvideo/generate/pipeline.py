@@ -1,4 +1,4 @@
-"""What every loaded model can do: a sentence in, clips out. Each family has a pipeline of its own."""
+"""What every loaded model can do: a sentence in, clips out. Each family has its own pipeline."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence

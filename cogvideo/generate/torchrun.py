@@ -78,7 +78,7 @@ def cut(part: nn.Module, slices: Slices) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """This process among those that torchrun started: `number` of `count` that generate prompts of their own,
+    """This process among those that torchrun started: `number` of `count` that generate their own prompts,
     and its slices. Without torchrun it is alone."""
 
     number: int = 0

@@ -1,7 +1,7 @@
 """The two attention channels of a block (CogVideo section 3.2), for whole sequences and for single steps.
 
 The spatial channel is the attention of the inherited text-to-image model: text and the token's own frame. The
-temporal channel has weights of its own and looks over frames. Both are the same computation over different
+temporal channel has its own weights and looks over frames. Both are the same computation over different
 groups of tokens: text keys in front, then the group's, in calls of `scaled_dot_product_attention`, or of
 `MatrixAttention` in training on a CPU. The layout says which tokens make a group, a `View` which of them are
 in the sequence and where their keys are kept.

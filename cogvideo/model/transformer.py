@@ -3,7 +3,7 @@
 A text-to-image transformer (`Base`: CogView2 in the paper, our `image` phase in the tiny family) gains a
 second attention channel in every block (`TemporalChannel`), mixed in by one gate a dimension. Notable:
 - Without a temporal channel the class is the text-to-image model itself; with one it is stage 1 or stage 2.
-  Both stages share one `Base` object and bring a channel of their own.
+  Both stages share one `Base` object and each add their own channel.
 - `Block.forward` is the whole idea: spatial attention, temporal attention, and the gate between them.
 - Sandwich layer norm, tanh GELU, a head tied to the image rows of the embedding. The loss and the samplers
   only ever see logits of image codes.

@@ -48,7 +48,7 @@ class Address:
 
 
 class Crew:
-    """Workers as processes of their own, started again when they die."""
+    """Workers in separate processes, started again when they die."""
 
     def __init__(self, command: Sequence[str], count: int, lost: Callable[[str], None]):
         self.command = list(command)

@@ -1,4 +1,4 @@
-"""Images and videos of clients: decoded by a process of its own, one at a time."""
+"""Images and videos of clients: decoded in a separate process, one at a time."""
 
 import io
 import subprocess

@@ -1,6 +1,6 @@
 """Takes jobs from the queue and generates them, one batch at a time, until it is told to stop.
 
-A thread of its own renews the lease: while it does, no other worker touches the jobs. It also learns there
+A separate thread renews the lease: while it does, no other worker touches the jobs. It also learns there
 what is cancelled, within half a second.
 """
 

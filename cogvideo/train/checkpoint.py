@@ -5,7 +5,7 @@ k is a function of the seed and k, and so is the randomness of step k. It is one
 folder, and a run with any number of processes, in any mesh, resumes from either:
 
     state.pt          of processes that each hold all weights
-    shards/STEP/      of a mesh: each process writes its own shards while training goes on
+    shards/STEP/      of a mesh: each process writes its own shards while training continues
                       (torch.distributed.checkpoint); complete when its .metadata is there
 """
 

@@ -11,8 +11,8 @@ from cogvideo.train.slices import check_slices
 
 
 class MeshShape(NamedTuple):
-    """Processes as a box of data x shard x tensor: copies of the model, each with clips of its own; shards of
-    its weights, each with clips of its own; and slices of its matrices, which see the same clips. Processes
+    """Processes as a box of data x shard x tensor: copies of the model, each with its own clips; shards of
+    its weights, each with its own clips; and slices of its matrices, which see the same clips. Processes
     that are neighbours by number are slices of the same shard."""
 
     data: int = 1
@@ -43,7 +43,7 @@ def open_mesh(device: str, shape: MeshShape) -> DeviceMesh:
 
 
 def local_batch(phase: Phase, takers: int, equally: bool = False) -> int:
-    """Return the clips of a batch for each of `takers`: the processes with clips of their own, as often as
+    """Return the clips of a batch for each of `takers`: the processes with their own clips, as often as
     each takes clips in a step. ValueError if the batch cannot be shared. `equally`: where weights are cut
     into shards, every process must gather the model equally often, for crops and for whole frames."""
     if phase.batch % takers:

@@ -52,7 +52,7 @@ class Distributed:
 
     @property
     def data_rank(self) -> int:
-        """The number of this process among those with clips of their own."""
+        """The number of this process among those with their own clips."""
         return self.rank // self.slices
 
     @property
@@ -91,7 +91,7 @@ class Distributed:
         """A context for a step, with matrix products in `precision`: float32, bfloat16 or auto.
 
         On a CPU in bfloat16, fused attention of short rows takes three times as long as plain matrix
-        products, above all in the backward pass. Frames have an attention of their own for that
+        products, above all in the backward pass. Frames have their own attention for that
         (`model/attention.py`); this context is for all other attention.
         """
         stack = ExitStack()
@@ -135,7 +135,7 @@ def start(
     shape: MeshShape | None = None,
     worker: Worker | None = None,
 ) -> Distributed:
-    """Join the other processes, each with a device of its own: those that torchrun started, or `launch`;
+    """Join the other processes, each with its own device: those that torchrun started, or `launch`;
     alone when there are none. They form a mesh of this shape; without one, each has all weights."""
     device = find_device(device)
     if worker is None and "RANK" not in os.environ:

@@ -45,7 +45,7 @@ class SplitProjection(nn.Module):
 
 
 def split_projections(module: nn.Module) -> None:
-    """Give every attention below a module three matrices of its own instead of one."""
+    """Give every attention below a module three separate matrices instead of one."""
     for attention in module.modules():
         if isinstance(attention, Attention) and isinstance(attention.qkv, nn.Linear):
             attention.register_module("qkv", SplitProjection(attention.qkv))
