@@ -20,9 +20,7 @@ The same seed gives the same cases. Flagged cases are stored with their files, t
 import argparse
 import json
 import logging
-import multiprocessing
 import os
-import re
 import resource
 import shutil
 import sys
@@ -31,6 +29,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -38,13 +37,13 @@ from typing import Any
 
 import torch
 
+from scripts.campaign.children import run_cases, status
 from scripts.campaign.corpus import KINDS, Kind
 from scripts.campaign.damage import EVIL, Content, damage
 
 SECONDS = 30.0  # of a case
 STARTING = 60.0  # more for the first of a process
 MEMORY = 3 * 2**30  # bytes that a case may take
-A_CHILD = 100  # cases of a process
 Files = dict[str, Content]  # by their names in the folder of a case
 
 
@@ -128,7 +127,7 @@ def _listing(root: Path) -> set[str]:
 # -- processes
 
 
-def _work(name: str, examples: Path, seed: int, numbers: list[int], root: Path, pipe: Connection) -> None:
+def _work(name: str, examples: Path, seed: int, root: Path, numbers: list[int], pipe: Connection) -> None:
     """Run some cases, and report each."""
     errors = os.open(root / "stderr", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     os.dup2(errors, 1)
@@ -136,7 +135,7 @@ def _work(name: str, examples: Path, seed: int, numbers: list[int], root: Path, 
     logging.disable()  # what a server logs is for whoever runs it
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(root / "server")
     os.environ["TMPDIR"] = tempfile.tempdir = str(root / "tmp")
-    limit = int(_status("VmSize")) + MEMORY
+    limit = status("VmSize") + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     warnings.simplefilter("always")
@@ -144,9 +143,9 @@ def _work(name: str, examples: Path, seed: int, numbers: list[int], root: Path, 
     for number in numbers:
         files, _ = make_case(examples, kind, Random(f"{seed} {name} {number}"))
         os.ftruncate(errors, 0)
-        held = _status("VmHWM")
+        held = status("VmHWM")
         flags, error = run_case(kind, files, root)
-        if _status("VmHWM") - held > MEMORY / 2:
+        if status("VmHWM") - held > MEMORY / 2:
             flags.append("memory")
         sys.stderr.flush()
         said = (root / "stderr").read_bytes()
@@ -156,46 +155,14 @@ def _work(name: str, examples: Path, seed: int, numbers: list[int], root: Path, 
         pipe.send((flags, error))
 
 
-def _status(field: str) -> int:
-    """Bytes, from the kernel's account of this process."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
 def run_kind(name: str, examples: Path, seed: int, count: int, root: Path, out: Path) -> Counter[str]:
     """Run the cases of a kind; the flags, and how often they came. Flagged cases are stored in `out`."""
-    found: Counter[str] = Counter()
-    context = multiprocessing.get_context("fork")
-    first = 0
-    while first < count:
-        numbers = [*range(first, min(first + A_CHILD, count))]
-        ours, theirs = context.Pipe()
-        child = context.Process(target=_work, args=(name, examples, seed, numbers, root, theirs))
-        child.start()
-        theirs.close()
-        for number in numbers:
-            flags, error = _wait(ours, SECONDS + (STARTING if number == numbers[0] else 0))
-            first = number + 1
-            for flag in flags:
-                found[flag] += 1
-            if flags:
-                files, harmed = make_case(examples, KINDS[name], Random(f"{seed} {name} {number}"))
-                _store(out / f"{name}-{number}", name, files, harmed, flags, error)
-            if {"hang", "crash"} & set(flags):
-                break
-        child.kill()
-        child.join()
-    return found
 
+    def store(number: int, flags: list[str], error: str) -> None:
+        files, harmed = make_case(examples, KINDS[name], Random(f"{seed} {name} {number}"))
+        _store(out / f"{name}-{number}", name, files, harmed, flags, error)
 
-def _wait(pipe: Connection, seconds: float) -> tuple[list[str], str]:
-    try:
-        if pipe.poll(seconds):
-            flags, error = pipe.recv()
-            return flags, error
-        return ["hang"], f"no end after {seconds} s"
-    except EOFError:
-        return ["crash"], "the process died"
+    return run_cases(count, partial(_work, name, examples, seed, root), store, SECONDS, STARTING)
 
 
 def _store(folder: Path, kind: str, files: Files, harmed: str, flags: list[str], error: str) -> None:

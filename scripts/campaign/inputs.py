@@ -24,9 +24,7 @@ The same seed gives the same cases. Flagged cases are stored with their files, t
 import argparse
 import json
 import logging
-import multiprocessing
 import os
-import re
 import resource
 import shutil
 import sys
@@ -35,6 +33,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -44,12 +43,12 @@ import torch
 from cogvideo import cli
 from scripts.campaign import lines, models
 from scripts.campaign.case import Case
+from scripts.campaign.children import run_cases, status
 from scripts.campaign.ground import BEGUN, ENVIRONMENT, Begun, build_ground, lay_ground, stop_before_work
 
 SECONDS = 20.0  # of a case
 STARTING = 40.0  # more for the first of a process
 MEMORY = 2 * 2**30  # bytes that a case may take
-A_CHILD = 100  # cases of a process
 LONGEST = 1000  # characters of an error
 KINDS = lines.KINDS | models.KINDS
 
@@ -144,7 +143,7 @@ def _listing(ground: Path, root: Path, case: Case) -> set[str]:
 # -- processes
 
 
-def _work(ground: Path, kind: str, seed: int, numbers: list[int], root: Path, pipe: Connection) -> None:
+def _work(ground: Path, kind: str, seed: int, root: Path, numbers: list[int], pipe: Connection) -> None:
     """Run some cases, and report each."""
     said, errors = (
         os.open(root / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC) for name in ("stdout", "stderr")
@@ -155,7 +154,7 @@ def _work(ground: Path, kind: str, seed: int, numbers: list[int], root: Path, pi
     sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)  # noqa: SIM115
     stop_before_work(ground)
     logging.disable()
-    limit = _status("VmSize") + MEMORY
+    limit = status("VmSize") + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**29, 2**29))
@@ -166,51 +165,20 @@ def _work(ground: Path, kind: str, seed: int, numbers: list[int], root: Path, pi
             os.ftruncate(stream, 0)
             os.lseek(stream, 0, os.SEEK_SET)
         warnings.resetwarnings()
-        held = _status("VmHWM")
+        held = status("VmHWM")
         flags, told = run_case(case, ground, root)
-        if _status("VmHWM") - held > MEMORY / 2 and "memory" not in flags:
+        if status("VmHWM") - held > MEMORY / 2 and "memory" not in flags:
             flags.append("memory")
         pipe.send((flags, told))
 
 
-def _status(field: str) -> int:
-    """Bytes, from the kernel's account of this process."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
-
-
 def run_kind(ground: Path, kind: str, seed: int, count: int, root: Path, out: Path) -> Counter[str]:
     """Run the cases of a kind; the flags, and how often they came. Flagged cases are stored in `out`."""
-    found: Counter[str] = Counter()
-    context = multiprocessing.get_context("fork")
-    first = 0
-    while first < count:
-        numbers = [*range(first, min(first + A_CHILD, count))]
-        ours, theirs = context.Pipe()
-        child = context.Process(target=_work, args=(ground, kind, seed, numbers, root, theirs))
-        child.start()
-        theirs.close()
-        for number in numbers:
-            flags, told = _wait(ours, SECONDS + (STARTING if number == numbers[0] else 0))
-            first = number + 1
-            found.update(flags)
-            if flags:
-                _store(out / f"{kind}-{number}", make_case(ground, kind, seed, number), flags, told)
-            if {"hang", "crash"} & set(flags):
-                break
-        child.kill()
-        child.join()
-    return found
 
+    def store(number: int, flags: list[str], told: str) -> None:
+        _store(out / f"{kind}-{number}", make_case(ground, kind, seed, number), flags, told)
 
-def _wait(pipe: Connection, seconds: float) -> tuple[list[str], str]:
-    try:
-        if pipe.poll(seconds):
-            flags, told = pipe.recv()
-            return flags, told
-        return ["hang"], f"no end after {seconds} s"
-    except EOFError:
-        return ["crash"], "the process died"
+    return run_cases(count, partial(_work, ground, kind, seed, root), store, SECONDS, STARTING)
 
 
 def _store(folder: Path, case: Case, flags: list[str], told: str) -> None:
