@@ -200,7 +200,16 @@ class Running:
 def digests(out: Path) -> dict[str, str]:
     """Every file below a folder, and what it contains."""
     files = sorted(path for path in out.rglob("*") if path.is_file())
-    return {str(path.relative_to(out)): sha256(path.read_bytes()).hexdigest() for path in files}
+    return {str(path.relative_to(out)): sha256(_content(path)).hexdigest() for path in files}
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a file; of safetensors, which write texts about them in random order, in a fixed one."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors" or not is_whole(path):
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
 
 
 def _read_tar(path: Path) -> None:
