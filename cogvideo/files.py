@@ -154,7 +154,8 @@ def _part_of(path: Path) -> Iterator[Path]:
         with writing(path):
             yield part
     finally:
-        _remove(part)
+        with suppress(OSError):  # of a disk that is read-only now; the error that told so counts
+            _remove(part)
 
 
 @contextmanager

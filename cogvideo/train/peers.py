@@ -230,6 +230,10 @@ def _run_worker(work: Callable[[Worker], object], worker: Worker, threads: int, 
     except (ValueError, OSError) as error:
         print(f"process {worker.rank}: {error}", file=sys.stderr)
         code = 2
+    except RuntimeError as error:
+        if "peer" not in str(error):
+            raise
+        code = 2  # the connection broke, since another process ended: that one says why
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo's threads outlive their group, and may abort a Python that is shutting down
