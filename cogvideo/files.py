@@ -116,14 +116,17 @@ def expand_user(path: str | Path) -> Path:
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path next to `path`, for a file or folder; rename it to `path` on success.
 
     On failure the temporary path is removed; one left by a killed process is removed by the next call.
-    Several processes may write the same path: the last one counts.
+    Several processes may write the same path: the last one counts. What is not `durable` may be lost when
+    the power fails; that is faster for what can be computed again.
     """
     with _part_of(path) as part:
         yield part
+        if durable:
+            _flush(part)
         os.replace(part, path)
 
 
@@ -137,6 +140,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     with _part_of(path) as part:
         part.mkdir()
         yield part
+        _flush(part)
         if not path.exists() or not any(path.iterdir()):
             os.replace(part, path)
         else:
@@ -156,6 +160,19 @@ def _part_of(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # of a disk that is read-only now; the error that told so counts
             _remove(part)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the files of a folder, are on the disk. OSError if they do not get there."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    for file in files:
+        if os.name == "nt" or not file.is_file():  # Windows flushes no file that is open for reading
+            continue
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -159,5 +159,5 @@ def _write(cache: Path | None, key: str, row: Row) -> None:
     arrays: dict[str, Any] = {"digest": np.array(row.digest), "measures": np.array(values)}
     for (name, kind), rows in row.features.items():
         arrays[f"features/{name}/{kind}"] = rows
-    with atomic_path(cache / key[:2] / f"{key}.npz") as part, part.open("wb") as stream:
+    with atomic_path(cache / key[:2] / f"{key}.npz", durable=False) as part, part.open("wb") as stream:
         np.savez(stream, **arrays)
