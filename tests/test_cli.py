@@ -91,12 +91,24 @@ def test_generate_many_from_a_file(nano, tmp_path):
         (["train", "tiny", "--stage1.colour", "3"], "choose one of"),
         (["train", "tiny", "--stage1.steps", "many"], "--stage1.steps needs int"),
         (["models", "nonesuch"], "unknown model"),
+        (["generat", "a dog"], "cogvideo has no command 'generat'; choose one of generate, train"),
+        (
+            ["data", "tokenise"],
+            "cogvideo data has no command 'tokenise'; choose one of check, tokenize, world",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(nano, complaint, arguments, message):
     if arguments[0] == "generate" and "--model" not in arguments:
         arguments = [*arguments, "--model", nano]
     assert message in complaint(*arguments)
+
+
+def test_a_reader_who_has_enough_is_no_error():
+    command = f"{sys.executable} -m cogvideo generate --help"
+    with subprocess.Popen(command.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait(60) == 141 and process.stderr.read() == b""
 
 
 def test_a_mistake_ends_the_process_with_exit_code_2(tmp_path):

@@ -15,6 +15,7 @@ ValueError or OSError somewhere below and ends here as one line and exit code 2;
 well (`stopping.py`).
 """
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -77,6 +78,9 @@ def main() -> None:
     try:
         with stopped_by_signals():
             parse(arguments)()
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # as of SIGPIPE, which Windows does not know
     except (ValueError, OSError) as error:
         sys.exit(_complain(str(error)))
     except MemoryError as error:

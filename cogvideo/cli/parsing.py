@@ -32,6 +32,8 @@ def parse(
         commands = groups[arguments[0]]
         program = f"cogvideo {arguments[0]}"
         arguments = arguments[1:]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        raise ValueError(f"{program} has no command {arguments[0]!r}; choose one of {', '.join(commands)}")
     output = io.StringIO()
     try:
         with redirect_stderr(output):
