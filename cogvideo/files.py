@@ -182,7 +182,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         named = str(error.filename or "")
-        if error.errno not in DISK_ERRORS or (named and ".part-" not in named):
+        ours = named in ("", str(path)) or ".part-" in named
+        if error.errno not in DISK_ERRORS or not ours:
             raise
         raise OSError(f"cannot write {re.sub(PREFIX, '', str(path))}: {error.strerror}") from None
 

@@ -65,7 +65,7 @@ class Work:
 
 
 TRAIN = "--save-every 1 --probe-every 1 --log-every 1 --threads 1"
-TIMES = ("log.jsonl", "loss.png", "report.json", "report.html")
+TIMES = (".metadata", "log.jsonl", "loss.png", "report.json", "report.html")
 WORKS = {
     "generate": Work(
         "generate cat --num-videos 2 --num-frames 9 --model models/tiny --seed 1 --keep out/keep -o out/a.mp4"
