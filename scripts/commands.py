@@ -230,6 +230,12 @@ SHORTENED = {
     "python -m benchmarks.gpu": nano(more="--device cpu --sizes nano --recipe none --runs 1"),
     "pytest -m gpu": Shorter(by="tests/test_gpu.py"),
     "python -m scripts.matrix": Shorter(more="--help"),
+    "python -m scripts.pictures --model tiny --drawn 24 --columns 6 --size 96 -o docs/pictures/gallery.webp": nano(  # noqa: E501
+        (" 24 ", " 2 "), ("docs/pictures/", ""), more="--num-frames 1"
+    ),
+    "python -m scripts.campaign.files --cases 10000": Shorter(by="tests/test_campaign_files.py"),
+    "python -m scripts.campaign.inputs --cases 10000": Shorter(by="tests/test_campaign_inputs.py"),
+    "python -m scripts.campaign.loss --cases 300": Shorter(by="tests/test_campaign_loss.py"),
     "python -m benchmarks.train_step": nano(more="--phases image --rounds 1 --steps 1"),
     "python -m benchmarks.train_step --rounds 1": nano(more="--phases stage2 --steps 1"),
     "python -m benchmarks.train_memory --threads 2 --runs 2": nano((" 2", " 1")),

@@ -45,13 +45,14 @@ def main() -> None:
     parser.add_argument(
         "--drawn", type=int, default=0, help="prompts that are drawn, in place of the README's"
     )
+    parser.add_argument("--num-frames", type=int, help="default: all")
     parser.add_argument("--columns", type=int, default=3)
     parser.add_argument("--size", type=int, default=192, help="pixels a side of each video")
     parser.add_argument("-o", "--out", type=Path, default=Path("docs/pictures/tiny.webp"))
     arguments = parser.parse_args()
 
     prompts = draw_prompts(arguments.drawn) if arguments.drawn else PROMPTS
-    clips = CogVideo.from_pretrained(arguments.model)(prompts, seed=SEED)
+    clips = CogVideo.from_pretrained(arguments.model)(prompts, seed=SEED, num_frames=arguments.num_frames)
     small = [clip.square(arguments.size).frames for clip in clips]
     rows = [small[i : i + arguments.columns] for i in range(0, len(small), arguments.columns)]
     wall = np.concatenate(

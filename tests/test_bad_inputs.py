@@ -16,6 +16,7 @@ from cogvideo.hardware import find_device
 from cogvideo.limits import MOST_PROMPT, check_range
 from cogvideo.model.folder import ModelError, ModelFolder
 from cogvideo.model.hub import is_hub_id
+from scripts.campaign.loss import usual_signals
 
 TRAIN = ["train", "tiny", "--out", "new", "--phases", "image"]
 SERVE = ["serve", "--models", "nano", "--results", "x", "--database", "sqlite://"]
@@ -155,9 +156,19 @@ def test_a_signal_during_the_imports_ends_in_one_line(tmp_path, name):
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "cogvideo", "models"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=usual_signals)
     code = 128 + signal.Signals[name]
     assert (done.returncode, done.stdout, done.stderr) == (code, "", f"cogvideo: stopped by {name}\n")
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """As SIGHUP is by nohup."""
+    (tmp_path / "tyro.py").write_text(
+        "import os, signal, sys\nos.kill(os.getpid(), signal.SIGHUP)\nsys.exit(7)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
+    command = ["nohup", sys.executable, "-m", "cogvideo", "models"]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).returncode == 7
 
 
 # -- model folders

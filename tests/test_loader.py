@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cogvideo.data.cut import ClipSpec, cut_clip
-from cogvideo.data.loader import ClipDataset, batches, read_captions
+from cogvideo.data.loader import ClipDataset, batches, by_turns, read_captions
 from cogvideo.data.tinyworld import MOTIONS, TinyWorld, sprites
 from cogvideo.data.tokens import Reuse, recurring
 from cogvideo.model.vqvae import to_images
@@ -148,6 +148,20 @@ def test_only_rates_whose_window_fits_are_chosen():
         cut_clip(Clock(0, 0.5), how, np.random.default_rng(0))
     slow = {cut_clip(Clock(0, 9, fps=2.0), how, np.random.default_rng(i)).duration for i in range(30)}
     assert slow == {4.0, 2.0}  # four frames a second are not there
+
+
+@pytest.mark.parametrize(("one", "other"), [(2, 2), (3, 2), (1, 1)])
+def test_clips_of_two_sources_come_by_turns(one, other):
+    first, second = take(1, Clocks(9), ANY, one)[0], take(1, Clocks(None, 20.0), ANY, other)[0]
+    both = by_turns(first, second)
+    assert both.captions[: 2 * other : 2] == first.captions[:other]
+    assert both.captions[1 : 2 * other : 2] == second.captions
+    assert sorted(both.captions) == sorted(first.captions + second.captions)
+    assert len({*both.numbers}) == one + other  # each has its own random numbers
+    for caption, duration, clip in zip(both.captions, both.durations, both.frames[0], strict=True):
+        source = second if caption in second.captions else first
+        i = source.captions.index(caption)
+        assert duration == source.durations[i] and torch.equal(clip, source.frames[0][i])
 
 
 def test_a_folder_of_videos_goes_through(tmp_path):

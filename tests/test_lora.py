@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cogvideo import CogVideo, cli
+from cogvideo.data.tinyworld import TinyWorld
 from cogvideo.generate.int8 import Int8Linear, join, pack
 from cogvideo.model import lora, presets
 from cogvideo.model.folder import ModelError, ModelFolder, read_state, write_state
@@ -215,6 +216,29 @@ def test_processes_train_the_adapter_that_one_trains(trained, world, nano, tmp_p
     two = Adapter.load(tmp_path).factors("base")
     for name in one:
         assert torch.allclose(one[name].up @ one[name].down, two[name].up @ two[name].down, atol=2e-3)
+
+
+def test_half_of_each_batch_can_be_rehearsed(world, nano, tmp_path):
+    """Clips of another world change what is learnt, the same way in one process and in two."""
+    known = TinyWorld(world.names[:2], seed=9)
+    rows = [phase("image", batch=4, steps=3)]
+    recipe = dataclasses.replace(recipes.find("tiny"), preset="nano", pieces=500, phases=tuple(rows))
+    options = Options(quiet=True, init=ModelFolder(nano), lora=2)
+    factors = []
+    for name, processes, rehearsal in (("alone", 1, None), ("one", 1, known), ("two", 2, known)):
+        chosen = dataclasses.replace(options, processes=processes)
+        loop.train(Run(recipe, tmp_path / name, world, presets.find("nano"), rows, chosen, rehearsal))
+        factors.append(Adapter.load(tmp_path / name).factors("base"))
+    alone, one, two = factors
+    for name in one:
+        assert torch.allclose(one[name].up @ one[name].down, two[name].up @ two[name].down, atol=2e-3)
+    assert any(not torch.allclose(alone[name].up, one[name].up, atol=2e-3) for name in one)
+
+    rows = [dataclasses.replace(rows[0], batch=1)]
+    with pytest.raises(
+        ValueError, match="--rehearse takes half of each batch; choose --image.batch 2 or more"
+    ):
+        loop.train(Run(recipe, tmp_path / "odd", world, presets.find("nano"), rows, options, known))
 
 
 def test_kept_tokens_belong_to_their_adapters(trained, nano, tmp_path):

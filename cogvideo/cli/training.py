@@ -16,6 +16,7 @@ def train(
     out: Path | None = None,
     init: str | None = None,
     lora: int | None = None,
+    rehearse: str | None = None,
     init_embedding: str | None = None,
     phases: tuple[str, ...] = (),
     device: str = "auto",
@@ -47,6 +48,8 @@ def train(
         init: A shipped model, a model folder, or a hub id whose parts a new run starts from.
         lora: Train adapters of this rank, a few megabytes, instead of the model that --init names. Its phases
             are those of transformers, and short; the adapter is written to OUT/lora.
+        rehearse: Data that the model of --init knows, as for --data: half of each batch, so that it forgets
+            less of them.
         init_embedding: GPT-2's weights (a safetensors file or a hub id), for their embedding.
         phases: Only these phases, in the order of the recipe. Default: all.
         device: Where to compute: cpu, cuda, mps; auto is cuda if there is one, else cpu.
@@ -101,10 +104,12 @@ def train(
         init_embedding=init_embedding,
     ).with_defaults(some)
     source = open_source(data, seed=chosen.seed, sprites=chosen.sprites, subset=subset)
+    known = None if rehearse is None else open_source(rehearse, seed=chosen.seed, sprites=chosen.sprites)
     if init:
         options = replace(options, init=ModelFolder(find_model(init)))
     where = out or Path("runs") / chosen.name
-    folder = loop.train(Run(chosen, where, source, presets.find(chosen.preset), some, options))
+    run = Run(chosen, where, source, presets.find(chosen.preset), some, options, known)
+    folder = loop.train(run)
     if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun started, one speaks
         print(f"model folder: {folder.path}" if lora is None else f"adapter: {where / 'lora'}")
 

@@ -137,6 +137,30 @@ def _collate(loaded: list[LoadedSample]) -> Batch:
     )
 
 
+def by_turns(first: Batch, second: Batch) -> Batch:
+    """Two batches as one: a clip of each by turns, then the rest of the longer one. The samples get even and
+    odd numbers. Cover is kept if both have it."""
+    numbers = [2 * k for k in first.numbers] + [2 * k + 1 for k in second.numbers]
+    shorter = min(len(first.numbers), len(second.numbers))
+    order = [i for pair in zip(range(shorter), range(len(first.numbers), len(numbers))) for i in pair]
+    order += [i for i in range(len(numbers)) if i not in order]
+
+    def joined(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+        return None if one is None or other is None else torch.cat((one, other))[order]
+
+    captions = first.captions + second.captions
+    durations = first.durations + second.durations
+    return Batch(
+        numbers=[numbers[i] for i in order],
+        captions=[captions[i] for i in order],
+        durations=[durations[i] for i in order],
+        frames=tuple(torch.cat(same_size)[order] for same_size in zip(first.frames, second.frames)),
+        cover=joined(first.cover, second.cover),
+        skipped=first.skipped | second.skipped,
+        codes=joined(first.codes, second.codes),
+    )
+
+
 def read_captions(source: Source, count: int, seed: int) -> Iterator[str]:
     """Captions of a source, the same for the same seed: `count` of one without end, else four of every
     video, but no more than `count`."""

@@ -5,7 +5,7 @@ An interrupted run resumes at its last save when the same command runs again. Of
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cogvideo.cluster import place_of_torchrun
 from cogvideo.data.cut import Source
-from cogvideo.data.loader import Batch, batches, read_captions
+from cogvideo.data.loader import Batch, batches, by_turns, read_captions
 from cogvideo.data.tokens import Reuse, recurring
 from cogvideo.files import only_writer, remove_parts
 from cogvideo.hardware import chosen_precision, gemm_rate
@@ -178,7 +178,7 @@ def open_data(
     run: Run, phase: Phase, parts: Parts, distributed: peers.Distributed, first: int
 ) -> list[Iterator[Batch]]:
     """This process's batches of a phase, starting at step `first`: one iterator for each share that it takes
-    of a step, as if it were as many processes."""
+    of a step, as if it were as many processes. Half of each batch are clips to rehearse, if there are any."""
     local = local_batch(phase, run.takers, distributed.mesh is not None)
     encode = partial(encode_here, parts, distributed, phase.precision)
     loaders = []
@@ -191,11 +191,23 @@ def open_data(
             "workers": run.options.workers or 0,
             "drop": phase.drop,
         }
-        if phase.reuse == 1:
-            loaders.append(batches(run.source, phase.clips, local, **options))
+
+        if run.rehearsal is None:
+            loaders.append(open_clips(run.source, phase, local, encode, options))
         else:
-            loaders.append(recurring(run.source, phase.clips, local, Reuse(phase.reuse), encode, **options))
+            new = open_clips(run.source, phase, local - local // 2, encode, options)
+            known = open_clips(run.rehearsal, phase, local // 2, encode, options)
+            loaders.append(map(by_turns, new, known))
     return loaders
+
+
+def open_clips(
+    source: Source, phase: Phase, count: int, encode: Callable[[Tensor], Tensor], options: dict[str, Any]
+) -> Iterator[Batch]:
+    """Batches of `count` clips of a source, which recur if the phase uses each several times."""
+    if phase.reuse == 1:
+        return batches(source, phase.clips, count, **options)
+    return recurring(source, phase.clips, count, Reuse(phase.reuse), encode, **options)
 
 
 def open_report(run: Run, phase: Phase, parts: Parts, distributed: peers.Distributed) -> Report:

@@ -109,6 +109,7 @@ class Run:
     spec: Spec
     phases: Sequence[Phase]
     options: Options = field(default_factory=Options)
+    rehearsal: Source | None = None  # what a model knows already: half of each batch, so that it forgets less
 
     @property
     def folder(self) -> ModelFolder:
@@ -217,6 +218,7 @@ class Run:
         run.check_previous()
         run = run.with_shards()
         run.check_sharing()
+        run.check_rehearsal()
         run.check_init()
         run.check_data()
         return run
@@ -353,6 +355,19 @@ class Run:
         for phase in self.phases:
             local_batch(phase, self.takers, self.mesh is not None)
 
+    def check_rehearsal(self) -> None:
+        """Raise ValueError unless half of each batch can be clips to rehearse."""
+        if self.rehearsal is None:
+            return
+        if isinstance(self.source, CodedVideos) or isinstance(self.rehearsal, CodedVideos):
+            raise ValueError("--rehearse needs frames on both sides; data of codes have none")
+        for phase in self.phases:
+            if local_batch(phase, self.takers) < 2:
+                least = 2 * self.takers
+                raise ValueError(
+                    f"--rehearse takes half of each batch; choose --{phase.name}.batch {least} or more"
+                )
+
     def check_init(self) -> None:
         """Raise ValueError if the initialisation is invalid or differs from the run's."""
         inherit.check(self.folder, self.recipe, self.spec, self.options.init, self.options.init_embedding)
@@ -374,8 +389,10 @@ class Run:
         that the phases use."""
         if isinstance(self.source, CodedVideos):
             self._check_codes(self.source.table)
+        sources = [self.source] if self.rehearsal is None else [self.source, self.rehearsal]
         for phase in self.phases:
-            try:
-                next(batches(self.source, phase.clips, 1, seed=0))
-            except ValueError as error:
-                raise ValueError(f"{phase.name} finds no clip to train on: {error}") from None
+            for source in sources:
+                try:
+                    next(batches(source, phase.clips, 1, seed=0))
+                except ValueError as error:
+                    raise ValueError(f"{phase.name} finds no clip to train on: {error}") from None

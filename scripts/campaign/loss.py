@@ -101,6 +101,12 @@ WORKS = {
 }
 
 
+def usual_signals() -> None:
+    """Let signals end this process, even where its parent ignores them, as in the background of a shell."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Stage:
     """The folder in which commands run: what a user would bring, and an empty out/ for each run."""
 
@@ -144,6 +150,7 @@ class Stage:
             stdout=subprocess.DEVNULL,
             stderr=errors,
             start_new_session=True,
+            preexec_fn=usual_signals,
         )
         return Running(process, errors)
 
