@@ -229,12 +229,11 @@ class CogVideo(Pipeline):
         begin = self._beginning(image, video, prompts, seeds)
         fps = self.frame_counts[num_frames]
         request = Request(prompts, seeds, num_frames, fps, guidance_scale, begin)
-        call = self._describe(request)
-        store = DraftStore(keep, call, tuple(prompts), tuple(seeds), self.spec.model.codes, self.device)
+        store = DraftStore(keep, self._describe(request), self.device)
 
         with open_progress(progress) as report:
             draft = self._draft(request, store, report)
-            begun = self._begun_superresolution(store, draft)
+            begun = self._begun_superresolution(request, store, draft)
             large = self.superresolve(draft, begin=begun, each=partial(store.save, "larger"), progress=report)
             return self.upscale(self.decode(large), progress=report)
 
@@ -296,7 +295,7 @@ class CogVideo(Pipeline):
 
     def _draft(self, request: Request, store: DraftStore, report: Progress | None) -> Draft:
         """Key frames, then rounds of interpolation; each step is stored."""
-        draft = store.load("frames", self.spec.model.frame_tokens)
+        draft = self._stored("frames", request, store, self.spec.model.frame_tokens)
         if draft is not None and self.frame_counts.get(draft.codes.shape[1]) != draft.fps:
             raise ValueError(f"{store.file('frames')} is not of this call; delete it")
         if draft is None and request.num_frames == 1:
@@ -320,14 +319,29 @@ class CogVideo(Pipeline):
         store.save("frames", draft)
         return draft
 
-    def _begun_superresolution(self, store: DraftStore, draft: Draft) -> Draft | None:
+    def _begun_superresolution(self, request: Request, store: DraftStore, draft: Draft) -> Draft | None:
         """The first large frames of an interrupted call."""
         if self.spec.superres is None:
             return None
-        begun = store.load("larger", self.spec.superres.side**2)
+        begun = self._stored("larger", request, store, self.spec.superres.side**2)
         if begun is not None and begun.codes.shape[1] > draft.codes.shape[1]:
             raise ValueError(f"{store.file('larger')} is not of this call; delete it")
         return begun
+
+    def _stored(self, name: str, request: Request, store: DraftStore, tokens: int) -> Draft | None:
+        """What an interrupted call stored by this name, with so many tokens a frame. ValueError, with the
+        file, if it is damaged or not of this call."""
+        draft = store.load(name)
+        if draft is None:
+            return None
+        codes = draft.codes
+        asked = (tuple(request.prompts), tuple(request.seeds), tokens)
+        if (draft.prompts, draft.seeds, codes.shape[2]) != asked or not codes.shape[1]:
+            raise ValueError(f"{store.file(name)} is not of this call; delete it")
+        most = self.spec.model.codes - 1
+        if codes.min() < 0 or codes.max() > most:
+            raise ValueError(f"{store.file(name)} is damaged: its tokens must be from 0 to {most}; delete it")
+        return draft
 
     # -- one step each
 
