@@ -91,7 +91,7 @@ def offline(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_shipped_models_touch_no_network(tmp_path):
-    animals = ("dog", "cat", "rocket", "ghost")
+    animals = ("dog", "cat", "rocket", "ghost", "whale", "octopus", "penguin", "car")
     (tmp_path / "prompts.txt").write_text("".join(f"a {animal} runs to the right\n" for animal in animals))
     (tmp_path / "reference").mkdir()
     commands = (
@@ -102,7 +102,7 @@ def test_shipped_models_touch_no_network(tmp_path):
     for command in commands:
         done = offline(tmp_path, *command.split())
         assert not done.returncode, done.stderr
-        for number in (1, 3):
+        for number in (1, 3, 5, 7):
             made = tmp_path / "generated" / f"a-{number}.mp4"
             if made.exists():
                 made.rename(tmp_path / "reference" / made.name)
