@@ -1,7 +1,7 @@
 """Batches are a function of (seed, step, rank), and clips are what their rate and duration say."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import ClassVar
 
@@ -153,6 +153,7 @@ def test_only_rates_whose_window_fits_are_chosen():
 @pytest.mark.parametrize(("one", "other"), [(2, 2), (3, 2), (1, 1)])
 def test_clips_of_two_sources_come_by_turns(one, other):
     first, second = take(1, Clocks(9), ANY, one)[0], take(1, Clocks(None, 20.0), ANY, other)[0]
+    second = replace(second, captions=[f"other {caption}" for caption in second.captions])
     both = by_turns(first, second)
     assert both.captions[: 2 * other : 2] == first.captions[:other]
     assert both.captions[1 : 2 * other : 2] == second.captions
