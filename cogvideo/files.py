@@ -12,13 +12,32 @@ import shutil
 import socket
 import stat
 import tarfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 # what tarfile raises for damaged headers, and for sizes that no memory holds
 TAR_ERRORS = (tarfile.TarError, OSError, ValueError, ArithmeticError, LookupError, MemoryError)
+# what numpy and torch raise for damaged archives
+DAMAGE_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+    MemoryError,
+    UnpicklingError,
+    BadZipFile,
+    zlib.error,
+)
 DISK_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,

@@ -1,32 +1,15 @@
 """Clips as tokens, on the way to pixels, and where an interrupted call finds them."""
 
-import zlib
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cogvideo.files import atomic_path
-
-# what numpy raises for damaged files
-NPZ_ERRORS = (
-    LookupError,
-    ValueError,
-    TypeError,
-    BadZipFile,
-    zlib.error,
-    EOFError,
-    OSError,
-    AttributeError,
-    NotImplementedError,
-    RuntimeError,
-    MemoryError,
-)
+from cogvideo.files import DAMAGE_ERRORS, atomic_path
 
 
 @dataclass(frozen=True)
@@ -55,7 +38,7 @@ class Draft:
                 prompts = tuple(stored["prompts"].tolist())
                 seeds = tuple(stored["seeds"].tolist())
                 draft = cls(codes, float(stored["fps"]), prompts, seeds)
-        except NPZ_ERRORS as error:
+        except DAMAGE_ERRORS as error:
             raise ValueError(f"{file} holds no tokens of clips: {error}") from None
         whole = codes.dtype == torch.int64 and codes.ndim == 3 and len(codes) == len(prompts) == len(seeds)
         if not whole or not all(isinstance(prompt, str) for prompt in prompts) or not 0 < draft.fps < 1e6:

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cogvideo.files import atomic_path
+from cogvideo.files import DAMAGE_ERRORS, atomic_path
 from cogvideo.model.folder import FORMER, ModelFolder, Piece
 from cogvideo.train.muon import gather_momentum
 from cogvideo.train.optim import set_learning_rate
@@ -37,19 +37,6 @@ from cogvideo.train.slices import THIRDS, split_names
 Flat = dict[str, Tensor]  # by name: parts/PART/KEY, optimizer/PARAMETER/KEY
 Optimizers = list[torch.optim.Optimizer]
 
-# what torch.load raises for damaged files
-READ_ERRORS = (
-    RuntimeError,
-    UnpicklingError,
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ImportError,
-    ArithmeticError,
-)
 WRAPPER = "_checkpoint_wrapped_module."  # in the names of recomputed blocks
 
 
@@ -274,7 +261,7 @@ def _read_file(place: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
         _check_state(state)
-    except READ_ERRORS as error:
+    except DAMAGE_ERRORS as error:
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise ValueError(f"{place} is damaged ({reason}); delete it to begin this phase again") from None
     stored: dict[str, Any] = {"step": state["step"]}

@@ -469,7 +469,7 @@ def run_case(stage: Stage, work: Work, usual: Usual, harm: str, random: Random) 
 
 
 def _left_processes(stage: Stage) -> list[int]:
-    """Processes of the last command that live on after a second."""
+    """Processes of the last command that live on after three seconds."""
     end = time.monotonic() + 3
     while left := _of_stage(stage):
         if time.monotonic() > end:
