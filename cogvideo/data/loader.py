@@ -141,9 +141,8 @@ def by_turns(first: Batch, second: Batch) -> Batch:
     """Two batches as one: a clip of each by turns, then the rest of the longer one. The samples get even and
     odd numbers. Cover is kept if both have it."""
     numbers = [2 * k for k in first.numbers] + [2 * k + 1 for k in second.numbers]
-    shorter = min(len(first.numbers), len(second.numbers))
-    order = [i for pair in zip(range(shorter), range(len(first.numbers), len(numbers))) for i in pair]
-    order += [i for i in range(len(numbers)) if i not in order]
+    turns = [*range(len(first.numbers)), *range(len(second.numbers))]
+    order = sorted(range(len(turns)), key=turns.__getitem__)  # of the same turn, the first stays first
 
     def joined(one: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
         return None if one is None or other is None else torch.cat((one, other))[order]

@@ -109,7 +109,7 @@ def read_skipped(file: Path) -> dict[str, str]:
 
 
 def read_log(log: Path) -> list[dict[str, float]]:
-    """The rows of a JSONL log, except those that are damaged, as a full disk leaves them."""
+    """The rows of a JSONL log, except damaged ones, as a full disk leaves them."""
     rows = []
     for line in log.read_text(errors="replace").splitlines():
         with suppress(ValueError):
